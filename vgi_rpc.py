@@ -1,0 +1,7700 @@
+# vgi_rpc.py - typed RPC over Apache Arrow in one file: copy it into a project or pip-install it.
+# Copyright (c) 2026 The vgi_rpc authors
+# SPDX-License-Identifier: MIT
+#
+# Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
+# documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
+# rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to
+# permit persons to whom the Software is furnished to do so, subject to the following conditions: The above copyright
+# notice and this permission notice shall be included in all copies or substantial portions of the Software. THE
+# SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
+# WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS
+# OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
+# OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+#
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["pyarrow>=17"]
+# ///
+"""Call Python services across a process or machine boundary; arguments and results travel as Apache Arrow batches.
+
+    class Calc(Protocol):
+        def add(self, a: float, b: float) -> float: ...
+
+    with connect(Calc, ["python", "worker.py"]) as calc:
+        calc.add(1.0, 2.0)
+
+The file is a house of numbered rooms. Code in a room uses its own names and those of the rooms above it, never one
+from below; tests/test_NN_*.py covers room NN. Search for "= N. " to jump.
+
+    1. CONSTANTS        every key, number and name that goes on the wire
+    2. ERRORS           what can be raised, as one tree; the one table that translates foreign errors
+    3. LOGGING          messages to the caller, formatters, wire-debug text
+    4. TYPES            Python annotations <-> Arrow types, values <-> cells, dataclasses
+    5. IPC              Arrow messages in and out of byte streams, bounded and validated
+    6. SHARED MEMORY    batches that stay where they are
+    7. CONTEXT          who calls, with what rights, at what cost
+    8. METHODS          a Protocol class -> a table of methods; streams and their state; the contract hash
+    9. WIRE             the shape of a call, without any transport
+   10. TRANSPORTS       pipe, subprocess, Unix socket, TCP; the laws of a connection
+   11. DESCRIBE         a service tells what it offers
+   12. SERVER           requests -> methods -> replies
+   13. CLIENT           the typed proxy
+   14. POOL             idle workers kept warm
+   15. FRONT DOOR       connect, serve, run_server
+   16. COMMAND LINE     python -m vgi_rpc
+   17. EXTRAS           the way to vgi_rpc_extras
+"""
+
+from __future__ import annotations
+
+import abc
+import collections
+import contextlib
+import contextvars
+import enum
+import functools
+import importlib
+import io
+import logging
+import os
+import re
+import select
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+import types
+import typing
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Final,
+    Generic,
+    Literal,
+    NamedTuple,
+    Protocol,
+    TypeVar,
+    cast,
+    overload,
+)
+
+import pyarrow as pa
+from pyarrow import ipc
+
+if TYPE_CHECKING:
+    import datetime
+    import ssl
+    import subprocess
+
+    from typing_extensions import Self, TypeForm
+
+__version__ = "0.1.0"
+
+_P = TypeVar("_P")  # a user's Protocol
+_T = TypeVar("_T")
+
+
+# ==== 1. CONSTANTS ====================================================================================================
+# Uses: nothing. Another implementation of the wire agrees with every line here (wire.md section 2); each byte string of
+# the protocol is spelled once in this file, here. Limits whose meaning is private sit beside their use instead.
+
+REQUEST_VERSION: Final = b"1"  # compared bytewise by every server
+
+# Request batch: what is called.
+RPC_METHOD_KEY: Final = b"vgi_rpc.method"
+REQUEST_VERSION_KEY: Final = b"vgi_rpc.request_version"
+PROTOCOL_KEY: Final = b"vgi_rpc.protocol"  # routing key; required on byte transports except for __dunder__ built-ins
+PROTOCOL_VERSION_KEY: Final = b"vgi_rpc.protocol_version"  # sent when the client's Protocol declares a version
+REQUEST_ID_KEY: Final = b"vgi_rpc.request_id"  # minted by the server; ignored on the way in
+SERVER_ID_KEY: Final = b"vgi_rpc.server_id"  # on log and error batches, never on data
+DEADLINE_KEY: Final = b"x-timeout-us"  # ours: remaining budget, microseconds, 16 decimal digits (DESIGN.md section 7)
+
+# Log and error batches (zero rows): read by the caller.
+LOG_LEVEL_KEY: Final = b"vgi_rpc.log_level"
+LOG_MESSAGE_KEY: Final = b"vgi_rpc.log_message"
+LOG_EXTRA_KEY: Final = b"vgi_rpc.log_extra"  # JSON object
+ERROR_CODE_KEY: Final = b"vgi_rpc.error_code"
+ERROR_KIND_KEY: Final = b"vgi_rpc.error_kind"
+ERROR_DETAILS_KEY: Final = b"vgi_rpc.error_details"  # compact JSON array, at most 4096 bytes
+ERROR_KIND_METHOD_NOT_IMPLEMENTED: Final = b"method_not_implemented"
+
+# Stream input: its presence, with any value, is the signal.
+CANCEL_KEY: Final = b"vgi_rpc.cancel"
+
+# HTTP only: the two sealed halves of a stream's state.
+STATE_KEY: Final = b"vgi_rpc.stream_state#b64"
+CALL_STATE_KEY: Final = b"vgi_rpc.call_state#b64"
+
+# Pointer batches (zero rows, the data is elsewhere).
+LOCATION_KEY: Final = b"vgi_rpc.location"
+LOCATION_SHA256_KEY: Final = b"vgi_rpc.location.sha256"
+LOCATION_FETCH_MS_KEY: Final = b"vgi_rpc.location.fetch_ms"
+LOCATION_SOURCE_KEY: Final = b"vgi_rpc.location.source"
+SHM_OFFSET_KEY: Final = b"vgi_rpc.shm_offset"
+SHM_LENGTH_KEY: Final = b"vgi_rpc.shm_length"
+SHM_SOURCE_KEY: Final = b"vgi_rpc.shm_source"
+SHM_SEGMENT_NAME_KEY: Final = b"vgi_rpc.shm_segment_name"
+SHM_SEGMENT_SIZE_KEY: Final = b"vgi_rpc.shm_segment_size"
+
+# __transport_options__ and the older __describe__ (v4 table, wire.md appendix B).
+TRANSPORT_OPTIONS_METHOD_NAME: Final = "__transport_options__"
+TRANSPORT_SHM_KEY: Final = b"vgi_rpc.transport.shm"
+LEGACY_DESCRIBE_METHOD_NAME: Final = "__describe__"
+LEGACY_PROTOCOL_NAME_KEY: Final = b"vgi_rpc.protocol_name"
+LEGACY_DESCRIBE_VERSION_KEY: Final = b"vgi_rpc.describe_version"
+LEGACY_PROTOCOL_HASH_KEY: Final = b"vgi_rpc.protocol_hash"
+
+# W3C trace context, present when a tracing integration is active.
+TRACEPARENT_KEY: Final = b"traceparent"
+TRACESTATE_KEY: Final = b"tracestate"
+
+REFLECTION_PROTOCOL_NAME: Final = "vgi_rpc.Reflection.v1"
+EMPTY_SCHEMA: Final[pa.Schema] = pa.schema([])
+_EMPTY_SCHEMA: Final = EMPTY_SCHEMA  # the reference's spelling, imported by programs written for it
+_EOS: Final = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # ends every IPC stream
+
+
+# ==== 2. ERRORS =======================================================================================================
+# Uses: 1. What can go wrong, in three branches; a caller catches RpcError and looks at the class:
+#
+#   RpcError                       the far side answered with an error; `error_type` is its exception class
+#   |-- RpcArgumentError           my call was wrong; nothing was sent                         (also a TypeError)
+#   |-- ReflectionNotSupportedError  (room 11)
+#   |-- DeadlineExceededError      it took too long                                            (also a TimeoutError)
+#   |-- ConnectionLostError        the connection is gone                                      (also a ConnectionError)
+#   |   `-- WorkerDiedError        ... because the worker died; carries its death certificate
+#   `-- WrongProcessError          the connection belongs to the parent of a fork              (also a RuntimeError)
+#
+# `.sent` says whether the request reached the far side: "no", "maybe" or "answered". The other classes here are raised
+# by servers and travel by their `error_code`, `error_kind` and `error_details`, which any exception may declare
+# (wire.md section 6). `_errors_translate` is the only place that turns foreign exceptions into ours.
+
+_Sent = Literal["no", "maybe", "answered"]
+MAX_ERROR_DETAILS_BYTES: Final = 4096
+
+
+class Code(enum.StrEnum):
+    """The closed set of error codes, by name (gRPC's)."""
+
+    CANCELLED = "CANCELLED"
+    UNKNOWN = "UNKNOWN"
+    INVALID_ARGUMENT = "INVALID_ARGUMENT"
+    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
+    NOT_FOUND = "NOT_FOUND"
+    ALREADY_EXISTS = "ALREADY_EXISTS"
+    PERMISSION_DENIED = "PERMISSION_DENIED"
+    RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
+    FAILED_PRECONDITION = "FAILED_PRECONDITION"
+    ABORTED = "ABORTED"
+    OUT_OF_RANGE = "OUT_OF_RANGE"
+    UNIMPLEMENTED = "UNIMPLEMENTED"
+    INTERNAL = "INTERNAL"
+    UNAVAILABLE = "UNAVAILABLE"
+    DATA_LOSS = "DATA_LOSS"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+
+    @classmethod
+    def parse(cls, value: object) -> Code:
+        """Return the code of that name; anything unknown is UNKNOWN."""
+        return cls.__members__.get(str(value), cls.UNKNOWN)
+
+
+CLIENT_ERROR_CODES: Final = frozenset(
+    {
+        Code.INVALID_ARGUMENT,
+        Code.NOT_FOUND,
+        Code.ALREADY_EXISTS,
+        Code.OUT_OF_RANGE,
+        Code.FAILED_PRECONDITION,
+        Code.PERMISSION_DENIED,
+        Code.UNAUTHENTICATED,
+        Code.UNIMPLEMENTED,
+        Code.CANCELLED,
+    }
+)
+TRANSIENT_ERROR_CODES: Final = frozenset(
+    {Code.UNAVAILABLE, Code.ABORTED, Code.DEADLINE_EXCEEDED, Code.RESOURCE_EXHAUSTED}
+)
+OTEL_SERVER_ERROR_CODES: Final = frozenset(
+    {
+        Code.UNKNOWN,
+        Code.DEADLINE_EXCEEDED,
+        Code.UNIMPLEMENTED,
+        Code.INTERNAL,
+        Code.UNAVAILABLE,
+        Code.DATA_LOSS,
+    }
+)
+
+
+class _ErrorsRecord:
+    """Base of the frozen detail records: fields by annotation order, equality, repr, JSON."""
+
+    __slots__ = ()
+    FIELDS: ClassVar[tuple[str, ...]] = ()
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{type(self).__name__} is frozen")
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return self.to_json() == cast(_ErrorsRecord, other).to_json()
+
+    def __hash__(self) -> int:
+        return hash((type(self), repr(self)))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self.FIELDS)})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(getattr(self, name) for name in self.FIELDS)
+
+    def _set(self, **values: object) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object that travels; a detail carries its `@type`."""
+        found: dict[str, Any] = {"@type": self.TYPE} if isinstance(self, _ErrorsDetail) else {}
+        for name in self.FIELDS:
+            value = getattr(self, name)
+            if isinstance(value, tuple):
+                value = [item.to_json() for item in value]
+            found[name] = dict(value) if isinstance(value, Mapping) else value
+        return found
+
+
+class _ErrorsDetail(_ErrorsRecord):
+    """A detail of the catalogue (wire.md section 6)."""
+
+    __slots__ = ()
+    TYPE: ClassVar[str] = ""
+
+    @classmethod
+    def from_json(cls, obj: Mapping[str, Any]) -> Self:
+        """Build from the wire's object; ValueError on another shape."""
+        if not isinstance(obj, Mapping) or obj.get("@type") != cls.TYPE:
+            raise ValueError(f"not a {cls.TYPE} object")
+        try:
+            return cls(**{name: obj[name] for name in cls.FIELDS if name in obj})
+        except (TypeError, KeyError) as exc:
+            raise ValueError(f"malformed {cls.TYPE}: {exc}") from exc
+
+
+def _errors_texts(**values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{name} must be a str, got {type(value).__name__}")
+
+
+def _errors_parts(kind: type[Any], values: Iterable[Any]) -> tuple[Any, ...]:
+    if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
+        raise ValueError(f"expected a list of {kind.__name__}")
+    return tuple(item if isinstance(item, kind) else _errors_part(kind, item) for item in values)
+
+
+def _errors_part(kind: type[Any], obj: Any) -> Any:
+    try:
+        return kind(**{name: obj[name] for name in kind.FIELDS if name in obj})
+    except (TypeError, KeyError) as exc:
+        raise ValueError(f"malformed {kind.__name__}: {exc}") from exc
+
+
+class FieldViolation(_ErrorsRecord):
+    """One bad field of a request."""
+
+    __slots__ = FIELDS = ("field", "description")
+    field: str
+    description: str
+
+    def __init__(self, field: str, description: str = "") -> None:
+        _errors_texts(field=field, description=description)
+        self._set(field=field, description=description)
+
+
+class PreconditionViolation(_ErrorsRecord):
+    """One precondition that does not hold."""
+
+    __slots__ = FIELDS = ("type", "subject", "description")
+    type: str
+    subject: str
+    description: str
+
+    def __init__(self, type: str, subject: str = "", description: str = "") -> None:
+        _errors_texts(type=type, subject=subject, description=description)
+        self._set(type=type, subject=subject, description=description)
+
+
+class QuotaViolation(_ErrorsRecord):
+    """One quota that is used up."""
+
+    __slots__ = FIELDS = ("subject", "description")
+    subject: str
+    description: str
+
+    def __init__(self, subject: str, description: str = "") -> None:
+        _errors_texts(subject=subject, description=description)
+        self._set(subject=subject, description=description)
+
+
+class HelpLink(_ErrorsRecord):
+    """Where to read on."""
+
+    __slots__ = FIELDS = ("description", "url")
+    description: str
+    url: str
+
+    def __init__(self, description: str, url: str) -> None:
+        _errors_texts(description=description, url=url)
+        self._set(description=description, url=url)
+
+
+class ErrorInfo(_ErrorsDetail):
+    """Free key/value context."""
+
+    __slots__ = FIELDS = ("metadata",)
+    TYPE = "vgi_rpc.ErrorInfo"
+    metadata: Mapping[str, str]
+
+    def __init__(self, metadata: Mapping[str, str] = types.MappingProxyType({})) -> None:
+        if not isinstance(metadata, Mapping):
+            raise ValueError("metadata must be a mapping of str to str")
+        _errors_texts(**{f"metadata[{key!r}]": value for key, value in metadata.items()})
+        self._set(metadata=types.MappingProxyType(dict(metadata)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self.metadata),)
+
+
+class RetryInfo(_ErrorsDetail):
+    """When to try again; a whole number of seconds travels as an integer."""
+
+    __slots__ = FIELDS = ("retry_delay_seconds",)
+    TYPE = "vgi_rpc.RetryInfo"
+    retry_delay_seconds: float
+
+    def __init__(self, retry_delay_seconds: float) -> None:
+        if isinstance(retry_delay_seconds, bool) or not isinstance(retry_delay_seconds, int | float):
+            raise ValueError("retry_delay_seconds must be a number")
+        if not 0 <= retry_delay_seconds < float("inf"):
+            raise ValueError(f"retry_delay_seconds must be finite and not negative, got {retry_delay_seconds}")
+        self._set(retry_delay_seconds=retry_delay_seconds)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object that travels."""
+        delay = self.retry_delay_seconds
+        return {"@type": self.TYPE, "retry_delay_seconds": int(delay) if delay == int(delay) else delay}
+
+
+class BadRequest(_ErrorsDetail):
+    """Which fields of the request are bad."""
+
+    __slots__ = FIELDS = ("field_violations",)
+    TYPE = "vgi_rpc.BadRequest"
+    field_violations: tuple[FieldViolation, ...]
+
+    def __init__(self, field_violations: Iterable[FieldViolation] = ()) -> None:
+        self._set(field_violations=_errors_parts(FieldViolation, field_violations))
+
+
+class PreconditionFailure(_ErrorsDetail):
+    """Which preconditions do not hold."""
+
+    __slots__ = FIELDS = ("violations",)
+    TYPE = "vgi_rpc.PreconditionFailure"
+    violations: tuple[PreconditionViolation, ...]
+
+    def __init__(self, violations: Iterable[PreconditionViolation] = ()) -> None:
+        self._set(violations=_errors_parts(PreconditionViolation, violations))
+
+
+class QuotaFailure(_ErrorsDetail):
+    """Which quotas are used up."""
+
+    __slots__ = FIELDS = ("violations",)
+    TYPE = "vgi_rpc.QuotaFailure"
+    violations: tuple[QuotaViolation, ...]
+
+    def __init__(self, violations: Iterable[QuotaViolation] = ()) -> None:
+        self._set(violations=_errors_parts(QuotaViolation, violations))
+
+
+class ResourceInfo(_ErrorsDetail):
+    """Which resource the error is about."""
+
+    __slots__ = FIELDS = ("resource_type", "resource_name", "owner", "description")
+    TYPE = "vgi_rpc.ResourceInfo"
+    resource_type: str
+    resource_name: str
+    owner: str
+    description: str
+
+    def __init__(
+        self, resource_type: str = "", resource_name: str = "", owner: str = "", description: str = ""
+    ) -> None:
+        values = {
+            "resource_type": resource_type,
+            "resource_name": resource_name,
+            "owner": owner,
+            "description": description,
+        }
+        _errors_texts(**values)
+        self._set(**values)
+
+
+class Help(_ErrorsDetail):
+    """Where to read on."""
+
+    __slots__ = FIELDS = ("links",)
+    TYPE = "vgi_rpc.Help"
+    links: tuple[HelpLink, ...]
+
+    def __init__(self, links: Iterable[HelpLink] = ()) -> None:
+        self._set(links=_errors_parts(HelpLink, links))
+
+
+class LocalizedMessage(_ErrorsDetail):
+    """A text for the user, in one language."""
+
+    __slots__ = FIELDS = ("locale", "message")
+    TYPE = "vgi_rpc.LocalizedMessage"
+    locale: str
+    message: str
+
+    def __init__(self, locale: str, message: str) -> None:
+        _errors_texts(locale=locale, message=message)
+        self._set(locale=locale, message=message)
+
+
+ErrorDetail = (
+    ErrorInfo
+    | RetryInfo
+    | BadRequest
+    | PreconditionFailure
+    | QuotaFailure
+    | ResourceInfo
+    | Help
+    | LocalizedMessage
+)
+_ERRORS_CATALOGUE: dict[str, type[_ErrorsDetail]] = {cls.TYPE: cls for cls in typing.get_args(ErrorDetail)}
+_ERRORS_TYPE_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+
+
+def parse_error_detail(obj: object) -> ErrorDetail | None:
+    """Return the typed detail of one object from the wire; None for unknown types and malformed ones."""
+    if not isinstance(obj, Mapping):
+        return None
+    cls = _ERRORS_CATALOGUE.get(str(obj.get("@type")))
+    try:
+        return None if cls is None else cast(ErrorDetail, cls.from_json(obj))
+    except ValueError:
+        return None
+
+
+def _errors_check_details(details: Iterable[ErrorDetail | Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the objects that travel; ValueError when one breaks a rule."""
+    found: dict[str, dict[str, Any]] = {}
+    for detail in details:
+        obj = detail.to_json() if isinstance(detail, _ErrorsDetail) else dict(cast(Mapping[str, Any], detail))
+        name = obj.get("@type")
+        if not isinstance(name, str) or not _ERRORS_TYPE_NAME.fullmatch(name):
+            raise ValueError(f"an error detail needs a dotted '@type', got {name!r}")
+        if name in found:
+            raise ValueError(f"two error details of type {name}")
+        if name.startswith("vgi_rpc."):
+            cls = _ERRORS_CATALOGUE.get(name)
+            if cls is None:
+                raise ValueError(f"{name}: the prefix vgi_rpc. is reserved to the catalogue")
+            obj = cls.from_json(obj).to_json()
+        found[name] = obj
+    return list(found.values())
+
+
+def encode_error_details(details: Iterable[ErrorDetail | Mapping[str, Any]]) -> str | None:
+    """Return compact JSON; None when there is nothing, a rule is broken or it is over 4096 bytes (never trimmed)."""
+    import json
+
+    try:
+        objects = _errors_check_details(details)
+        text = json.dumps(objects, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        return text if objects and len(text.encode()) <= MAX_ERROR_DETAILS_BYTES else None
+    except (TypeError, ValueError, RecursionError):
+        return None
+
+
+def decode_error_details(raw: str | bytes | None) -> list[dict[str, Any]]:
+    """Return the objects with an `@type`; [] for anything that is not a JSON array of objects."""
+    import json
+
+    if not raw:
+        return []
+    try:
+        found = json.loads(raw)
+    except (ValueError, RecursionError):
+        return []
+    if not isinstance(found, list):
+        return []
+    return [obj for obj in found if isinstance(obj, dict) and isinstance(obj.get("@type"), str)]
+
+
+def is_retryable(code: Code | str, details: Iterable[Mapping[str, Any]] = ()) -> bool:
+    """UNAVAILABLE always, RESOURCE_EXHAUSTED with a RetryInfo, nothing else."""
+    if code == Code.UNAVAILABLE:
+        return True
+    return code == Code.RESOURCE_EXHAUSTED and any(obj.get("@type") == RetryInfo.TYPE for obj in details)
+
+
+def exception_str(exc: BaseException) -> str:
+    """Return str(exc), or a placeholder when that fails itself."""
+    try:
+        return str(exc)
+    except Exception:
+        return "<exception str() failed>"
+
+
+def _errors_declared(exc: BaseException, name: str) -> Any:
+    try:
+        return getattr(exc, name, None)
+    except Exception:
+        return None
+
+
+def error_code_of(exc: BaseException) -> Code:
+    """Return the code an exception declares, else UNKNOWN; never raises."""
+    return Code.parse(_errors_declared(exc, "error_code"))
+
+
+def error_kind_of(exc: BaseException) -> str | None:
+    """Return the kind an exception declares; never raises."""
+    kind = _errors_declared(exc, "error_kind")
+    return kind if isinstance(kind, str) and kind else None
+
+
+def error_details_of(exc: BaseException) -> list[dict[str, Any]]:
+    """Return the details an exception declares, [] when they break a rule; never raises."""
+    details = _errors_declared(exc, "error_details")
+    try:
+        return _errors_check_details(details) if details else []
+    except Exception:
+        return []
+
+
+class IPCError(Exception):
+    """A batch or IPC stream is broken or invalid."""
+
+
+class RpcError(Exception):
+    """The far side answered with an error; base of all that a call can raise (API.md section 2.7).
+
+    Attributes:
+        error_type: exception class on the far side, or a framework word such as "TransportError".
+        error_message: its text.
+        remote_traceback: its traceback; printed with this exception as a note.
+        error_code, error_kind, error_details: the three layers of the error model; `code` is the typed code.
+        sent: "no", "maybe" or "answered".
+    """
+
+    def __init__(
+        self,
+        error_type: str,
+        error_message: str,
+        remote_traceback: str = "",
+        *,
+        request_id: str = "",
+        error_code: str = "",
+        error_kind: str = "",
+        error_details: list[dict[str, Any]] | None = None,
+        sent: _Sent = "answered",
+    ) -> None:
+        super().__init__(f"{error_type}: {error_message}")
+        self.error_type = error_type
+        self.error_message = error_message
+        self.remote_traceback = remote_traceback
+        self.request_id = request_id
+        self.error_code = error_code
+        self.error_kind = error_kind
+        self.error_details = error_details or []
+        self.sent: _Sent = sent
+        if remote_traceback:
+            self.add_note(f"Remote traceback:\n{remote_traceback.rstrip()}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _errors_restore, (type(self), self.args, self.__dict__)
+
+    @property
+    def code(self) -> Code:
+        """The error code; UNKNOWN when there is none."""
+        return Code.parse(self.error_code)
+
+    def is_retryable(self) -> bool:
+        """Whether the far side says that trying again may help."""
+        return is_retryable(self.code, self.error_details)
+
+    def details(self) -> list[ErrorDetail]:
+        """Return the typed details; unknown and malformed ones are skipped."""
+        return [found for obj in self.error_details if (found := parse_error_detail(obj)) is not None]
+
+    def _detail(self, cls: type[_T]) -> _T | None:
+        return next((detail for detail in self.details() if isinstance(detail, cls)), None)
+
+    def error_info(self) -> ErrorInfo | None:
+        """Return the ErrorInfo detail, if any."""
+        return self._detail(ErrorInfo)
+
+    def retry_info(self) -> RetryInfo | None:
+        """Return the RetryInfo detail, if any."""
+        return self._detail(RetryInfo)
+
+    def bad_request(self) -> BadRequest | None:
+        """Return the BadRequest detail, if any."""
+        return self._detail(BadRequest)
+
+    def precondition_failure(self) -> PreconditionFailure | None:
+        """Return the PreconditionFailure detail, if any."""
+        return self._detail(PreconditionFailure)
+
+    def quota_failure(self) -> QuotaFailure | None:
+        """Return the QuotaFailure detail, if any."""
+        return self._detail(QuotaFailure)
+
+    def resource_info(self) -> ResourceInfo | None:
+        """Return the ResourceInfo detail, if any."""
+        return self._detail(ResourceInfo)
+
+    def help(self) -> Help | None:
+        """Return the Help detail, if any."""
+        return self._detail(Help)
+
+    def localized_message(self) -> LocalizedMessage | None:
+        """Return the LocalizedMessage detail, if any."""
+        return self._detail(LocalizedMessage)
+
+
+def _errors_restore(cls: type[RpcError], args: tuple[Any, ...], state: dict[str, Any]) -> RpcError:
+    """Unpickle: constructors differ along the family, state does not."""
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+class RpcArgumentError(RpcError, TypeError):
+    """My call was wrong: an unknown, missing or ill-typed argument. Nothing was sent."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("TypeError", message, sent="no")
+
+
+class DeadlineExceededError(RpcError, TimeoutError):
+    """A call took longer than its timeout; its connection is closed."""
+
+    def __init__(self, message: str, *, sent: _Sent = "maybe") -> None:
+        super().__init__("DeadlineExceededError", message, error_code=Code.DEADLINE_EXCEEDED, sent=sent)
+
+
+class ConnectionLostError(RpcError, ConnectionError):
+    """The connection is gone, or was given up because it is out of step; connect again."""
+
+    def __init__(self, message: str, *, sent: _Sent = "maybe") -> None:
+        super().__init__("TransportError", message, sent=sent)
+
+
+class WorkerDiedError(ConnectionLostError):
+    """The connection is gone because the worker process died; the death certificate is printed as a note."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        sent: _Sent = "maybe",
+        command: tuple[str, ...] = (),
+        pid: int = 0,
+        returncode: int | None = None,
+        lifetime: float = 0.0,
+        stderr_tail: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(message, sent=sent)
+        self.command = command
+        self.pid = pid
+        self.returncode = returncode
+        self.lifetime = lifetime
+        self.stderr_tail = stderr_tail
+        words = "".join(f"\n  | {line}" for line in stderr_tail) or " (nothing)"
+        self.add_note(f"command: {' '.join(command)}\npid: {pid}, lived {lifetime:.2f} s\nlast lines of stderr:{words}")
+
+
+class WrongProcessError(RpcError, RuntimeError):
+    """The connection was made in another process, before a fork; connect again here. Nothing was sent."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("WrongProcessError", message, sent="no")
+
+
+class StatusError(Exception):
+    """Raise it in a method to choose code, kind and details; ValueError for an unknown code or a bad detail."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: Code | str,
+        kind: str | None = None,
+        details: Iterable[ErrorDetail | Mapping[str, Any]] = (),
+    ) -> None:
+        super().__init__(message)
+        self.error_code = Code(code)
+        self.error_kind = kind
+        self.error_details = _errors_check_details(details)
+
+
+class VersionError(Exception):
+    """A request version is missing or unsupported."""
+
+
+class ProtocolVersionError(VersionError):
+    """Client and server declare protocol versions that do not match (wire.md section 7.3)."""
+
+    error_code = Code.FAILED_PRECONDITION
+    error_kind = "protocol_version_mismatch"
+
+    def __init__(
+        self, message: str = "", *, protocol: str = "", client_version: str = "", server_version: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.protocol = protocol
+        self.client_version = client_version
+        self.server_version = server_version
+
+    @property
+    def error_details(self) -> list[ErrorDetail]:
+        """What the server requires."""
+        description = (
+            f"client declares {self.client_version or '<none>'}, server requires {self.server_version};"
+            " major and minor must match"
+        )
+        return [PreconditionFailure([PreconditionViolation("protocol_version", self.protocol, description)])]
+
+
+class MethodNotImplementedError(AttributeError):
+    """The protocol has no such method."""
+
+    error_code = Code.UNIMPLEMENTED
+    error_kind = "method_not_implemented"
+
+
+class ProtocolError(ValueError):
+    """A request names its protocol badly."""
+
+
+class ProtocolNotSpecifiedError(ProtocolError):
+    """A request names no protocol."""
+
+    error_code = Code.INVALID_ARGUMENT
+    error_kind = "protocol_not_specified"
+
+
+class ProtocolNotSupportedError(ProtocolError):
+    """The protocol is not hosted here."""
+
+    error_code = Code.UNIMPLEMENTED
+    error_kind = "protocol_not_supported"
+
+
+class SessionLostError(Exception):
+    """A sticky session is not here any more (HTTP)."""
+
+    error_code = Code.ABORTED
+    error_kind = "session_lost"
+
+
+class ServerDrainingError(Exception):
+    """The server is going down and takes no new sessions (HTTP)."""
+
+    error_code = Code.UNAVAILABLE
+    error_kind = "server_draining"
+
+    def __init__(self, message: str = "", *, retry_after: float = 1.0) -> None:
+        super().__init__(message or "the server is draining")
+        self.retry_after = retry_after
+        self.error_details = [RetryInfo(retry_after)]
+
+
+class AuthUnavailableError(Exception):
+    """An authenticator could not decide (HTTP 503, not 401); deliberately not a ValueError."""
+
+    error_code = Code.UNAVAILABLE
+
+    def __init__(self, detail: str = "", *, retry_after: int = 5) -> None:
+        super().__init__(detail or "authentication is unavailable")
+        self.retry_after = retry_after
+        self.error_details = [RetryInfo(retry_after)]
+
+
+def _errors_translate(exc: Exception, doing: str, sent: _Sent) -> RpcError:
+    """The one table for what is raised between sending a request and reading its answer; RpcErrors pass."""
+    if isinstance(exc, RpcError):
+        return exc
+    text = exception_str(exc) or type(exc).__name__
+    if isinstance(exc, TimeoutError):
+        found: RpcError = DeadlineExceededError(f"{doing} did not finish in time: {text}", sent=sent)
+    else:
+        found = ConnectionLostError(f"Transport failed during {doing}: {text}", sent=sent)
+    found.__cause__ = exc
+    return found
+
+
+# ==== 3. LOGGING ======================================================================================================
+# Uses: 1, 2. Three kinds of messages. Messages to the caller travel as zero-row batches (wire.md sections 5 and 6);
+# an EXCEPTION among them is an error. Records of the server go through the logging module, under fixed names that are
+# API. Wire-debug text describes what passes by without ever showing a parameter's value, a token or a location.
+
+_LOG = logging.getLogger("vgi_rpc")
+_LOG.addHandler(logging.NullHandler())
+_LOG_RPC = logging.getLogger("vgi_rpc.rpc")
+_LOG_ACCESS = logging.getLogger("vgi_rpc.access")
+_LOG_POOL = logging.getLogger("vgi_rpc.pool")
+_LOG_WIRE_REQUEST = logging.getLogger("vgi_rpc.wire.request")
+_LOG_WIRE_RESPONSE = logging.getLogger("vgi_rpc.wire.response")
+_LOG_WIRE_BATCH = logging.getLogger("vgi_rpc.wire.batch")
+_LOG_WIRE_STREAM = logging.getLogger("vgi_rpc.wire.stream")
+_LOG_WIRE_TRANSPORT = logging.getLogger("vgi_rpc.wire.transport")
+
+MAX_TRACEBACK_CHARS: Final = 16_000
+MAX_TRACEBACK_FRAMES: Final = 5
+REDACTED: Final = "[redacted]"
+
+
+class Level(enum.Enum):
+    """How serious a message to the caller is; EXCEPTION raises there."""
+
+    EXCEPTION = "EXCEPTION"
+    ERROR = "ERROR"
+    WARN = "WARN"
+    INFO = "INFO"
+    DEBUG = "DEBUG"
+    TRACE = "TRACE"
+
+
+class Message:
+    """A message to the caller: level, text, and free extra values (API.md section 2.8)."""
+
+    __slots__ = ("extra", "level", "message")
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, level: Level, message: str, **kwargs: object) -> None:
+        self.level = level
+        self.message = message
+        self.extra: dict[str, Any] | None = kwargs or None
+
+    @classmethod
+    def exception(cls, message: str, **kwargs: object) -> Message:
+        """Return an EXCEPTION message; it raises at the caller."""
+        return cls(Level.EXCEPTION, message, **kwargs)
+
+    @classmethod
+    def error(cls, message: str, **kwargs: object) -> Message:
+        """Return an ERROR message."""
+        return cls(Level.ERROR, message, **kwargs)
+
+    @classmethod
+    def warn(cls, message: str, **kwargs: object) -> Message:
+        """Return a WARN message."""
+        return cls(Level.WARN, message, **kwargs)
+
+    @classmethod
+    def info(cls, message: str, **kwargs: object) -> Message:
+        """Return an INFO message."""
+        return cls(Level.INFO, message, **kwargs)
+
+    @classmethod
+    def debug(cls, message: str, **kwargs: object) -> Message:
+        """Return a DEBUG message."""
+        return cls(Level.DEBUG, message, **kwargs)
+
+    @classmethod
+    def trace(cls, message: str, **kwargs: object) -> Message:
+        """Return a TRACE message."""
+        return cls(Level.TRACE, message, **kwargs)
+
+    @classmethod
+    def from_exception(cls, exc: BaseException, *, include_traceback: bool = True) -> Message:
+        """Return the EXCEPTION message of an exception: type, text, code, kind, details and traceback."""
+        text = exception_str(exc)
+        kind, details = error_kind_of(exc), error_details_of(exc)
+        extra: dict[str, Any] = {
+            "exception_type": type(exc).__name__,
+            "exception_message": text,
+            "error_code": str(error_code_of(exc)),
+        }
+        if kind:
+            extra["error_kind"] = kind
+        if details and encode_error_details(details) is not None:
+            extra["error_details"] = details
+        if include_traceback:
+            extra |= _log_traceback(exc)
+        return cls(Level.EXCEPTION, f"{type(exc).__name__}: {text}", **extra)
+
+    def add_to_metadata(self, metadata: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Return a copy of `metadata` with the keys of this message; TypeError when an extra is not JSON."""
+        found = dict(metadata or {})
+        found[LOG_LEVEL_KEY.decode()] = self.level.value
+        found[LOG_MESSAGE_KEY.decode()] = self.message
+        if not self.extra:
+            return found
+        import json
+
+        found[LOG_EXTRA_KEY.decode()] = json.dumps(self.extra)
+        if isinstance(self.extra.get("error_kind"), str):
+            found[ERROR_KIND_KEY.decode()] = self.extra["error_kind"]
+        if self.level is Level.EXCEPTION:
+            if isinstance(self.extra.get("error_code"), str):
+                found[ERROR_CODE_KEY.decode()] = self.extra["error_code"]
+            details = encode_error_details(self.extra.get("error_details") or ())
+            if details is not None:
+                found[ERROR_DETAILS_KEY.decode()] = details
+        return found
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Message):
+            return NotImplemented
+        return (self.level, self.message, self.extra) == (other.level, other.message, other.extra)
+
+    def __repr__(self) -> str:
+        extra = "".join(f", {key}={value!r}" for key, value in (self.extra or {}).items())
+        return f"Message({self.level}, {self.message!r}{extra})"
+
+
+def _log_traceback(exc: BaseException) -> dict[str, Any]:
+    """The traceback keys of an error, cut to a size that fits into metadata."""
+    import traceback
+
+    def text(of: BaseException) -> str:
+        full = "".join(traceback.format_exception(type(of), of, of.__traceback__, chain=False))
+        cut = full[:MAX_TRACEBACK_CHARS]
+        return full if cut == full else cut + "\n… <traceback truncated>"
+
+    found: dict[str, Any] = {"traceback": text(exc)}
+    if exc.__cause__ is not None:
+        found["cause"] = text(exc.__cause__)
+    elif exc.__context__ is not None and not exc.__suppress_context__:
+        found["context"] = text(exc.__context__)
+    frames = traceback.extract_tb(exc.__traceback__)[-MAX_TRACEBACK_FRAMES:]
+    found["frames"] = [
+        {"file": frame.filename, "line": frame.lineno, "function": frame.name, "code": frame.line or None}
+        for frame in frames
+    ]
+    return found
+
+
+def _log_metadata_bytes(message: Message, *, server_id: str = "", request_id: str = "") -> dict[bytes, bytes]:
+    """The complete metadata of a log or error batch; always valid UTF-8."""
+    found = message.add_to_metadata()
+    if server_id:
+        found[SERVER_ID_KEY.decode()] = server_id
+    if request_id:
+        found[REQUEST_ID_KEY.decode()] = request_id
+    return {key.encode(): value.encode(errors="replace") for key, value in found.items()}
+
+
+def _log_from_wire(metadata: Mapping[bytes, bytes]) -> Message | RpcError:
+    """What a log batch says: a Message, or for EXCEPTION the error to raise. Any bytes are read (wire.md section 5)."""
+
+    def text(key: bytes) -> str:
+        return metadata.get(key, b"").decode(errors="replace")
+
+    extra = _log_extra(metadata.get(LOG_EXTRA_KEY))
+    level, message = text(LOG_LEVEL_KEY), text(LOG_MESSAGE_KEY)
+    if level != Level.EXCEPTION.value:
+        shown = {str(key): str(value) for key, value in extra.items()}
+        for name, key in (("server_id", SERVER_ID_KEY), ("request_id", REQUEST_ID_KEY)):
+            if key in metadata:
+                shown[name] = text(key)
+        found = Message(Level.__members__.get(level, Level.INFO), message)
+        found.extra = shown or None
+        return found
+    details = decode_error_details(metadata.get(ERROR_DETAILS_KEY))
+    mirrored = extra.get("error_details")
+    if not details and isinstance(mirrored, list):
+        details = [obj for obj in mirrored if isinstance(obj, dict) and isinstance(obj.get("@type"), str)]
+    return RpcError(
+        str(extra.get("exception_type") or level),
+        message,
+        str(extra.get("traceback") or ""),
+        request_id=text(REQUEST_ID_KEY),
+        error_code=text(ERROR_CODE_KEY) or str(extra.get("error_code") or ""),
+        error_kind=text(ERROR_KIND_KEY) or str(extra.get("error_kind") or ""),
+        error_details=details,
+    )
+
+
+def _log_extra(raw: bytes | None) -> dict[str, Any]:
+    """The JSON object of a log batch; {} for anything else."""
+    if not raw:
+        return {}
+    import json
+
+    try:
+        found = json.loads(raw)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _log_level_of(exc: BaseException) -> tuple[int, bool]:
+    """How a server logs a failed method -> (level, with traceback): by its code (runtime.md section 1.3)."""
+    code = error_code_of(exc)
+    if code in CLIENT_ERROR_CODES:
+        return logging.INFO, False
+    if code in TRANSIENT_ERROR_CODES:
+        return logging.WARNING, False
+    return logging.ERROR, True
+
+
+# ---- formatters of the server's records
+
+_LOG_STANDARD = frozenset(vars(logging.LogRecord("", 0, "", 0, "", (), None))) | {"message", "asctime", "taskName"}
+
+
+class VgiJsonFormatter(logging.Formatter):
+    """One JSON object per record: timestamp (UTC, milliseconds), level, logger, message, and every `extra` field."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        import json
+
+        return json.dumps(self.fields(record), default=str)
+
+    def fields(self, record: logging.LogRecord) -> dict[str, Any]:
+        """Return what the line holds; the four standard fields cannot be overridden."""
+        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        found: dict[str, Any] = {
+            "timestamp": f"{seconds}.{int(record.created % 1 * 1000):03d}Z",
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        for key, value in record.__dict__.items():
+            if key not in _LOG_STANDARD and key not in found:
+                found[key] = value
+        if record.exc_info:
+            found["exception"] = self.formatException(record.exc_info)
+        if record.stack_info:
+            found["stack_info"] = record.stack_info
+        return found
+
+
+_LOG_ACCESS_ALWAYS = (
+    "timestamp level logger message server_id protocol protocol_hash method method_type principal auth_domain"
+    " authenticated remote_addr duration_ms status error_type error_message error_code"
+).split()
+
+
+class VgiAccessLogFormatter(VgiJsonFormatter):
+    """Access records of bounded size: first the claims go, then every optional field; both say `truncated`."""
+
+    def __init__(self, *, max_record_bytes: int = 1_048_576) -> None:
+        super().__init__()
+        if max_record_bytes <= 0:
+            raise ValueError(f"max_record_bytes must be positive, got {max_record_bytes}")
+        self._max_record_bytes = max_record_bytes
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        import json
+
+        found = self.fields(record)
+        line = json.dumps(found, default=str)
+        if len(line) <= self._max_record_bytes:  # json.dumps escapes: one character, one byte
+            return line
+        if found.get("claims"):
+            line = json.dumps({**found, "claims": {}, "truncated": True}, default=str)
+            if len(line) <= self._max_record_bytes:
+                return line
+        kept = {key: found[key] for key in _LOG_ACCESS_ALWAYS if key in found}
+        return json.dumps({**kept, "truncated": "record_too_large"}, default=str)
+
+
+_LOG_PRIVATE = (
+    "password token secret key authorization email phone address birthdate gender given_name family_name middle_name"
+    " nickname preferred_username picture profile website"
+).split()
+
+
+def redact_claims(claims: Mapping[str, object]) -> dict[str, object]:
+    """Replace the values of private claims by "[redacted]", by name."""
+
+    def private(name: str) -> bool:
+        lower = name.lower()
+        return lower == "name" or any(word in lower for word in _LOG_PRIVATE)
+
+    return {name: REDACTED if private(str(name)) else value for name, value in claims.items()}
+
+
+def no_redaction(claims: Mapping[str, object]) -> dict[str, object]:
+    """Keep all claims as they are."""
+    return dict(claims)
+
+
+_log_redactor: Callable[[Mapping[str, object]], dict[str, object]] = redact_claims
+
+
+def set_claim_redactor(redactor: Callable[[Mapping[str, object]], dict[str, object]]) -> None:
+    """Choose what happens to claims before they reach a log; `redact_claims` by default."""
+    global _log_redactor
+    _log_redactor = redactor
+
+
+def apply_claim_redaction(claims: Mapping[str, object]) -> dict[str, object]:
+    """Return the claims as logs may show them; none when the redactor fails."""
+    try:
+        return dict(_log_redactor(claims))
+    except Exception:
+        _LOG_RPC.warning("the claim redactor failed; claims are left out of the log", exc_info=True)
+        return {}
+
+
+# ---- wire-debug text
+
+_LOG_SIZES_ONLY = frozenset({STATE_KEY, CALL_STATE_KEY, LOCATION_KEY, LOCATION_SOURCE_KEY})
+
+
+def _log_schema(schema: pa.Schema) -> str:
+    return f"({', '.join(f'{field.name}: {field.type}' for field in schema)})" if len(schema) else "(empty)"
+
+
+def _log_metadata(metadata: Mapping[bytes, bytes] | None) -> str:
+    if metadata is None:
+        return "None"
+    shown = []
+    for key, value in metadata.items():
+        text = f"<{len(value)} bytes>" if key in _LOG_SIZES_ONLY else value.decode(errors="replace")
+        shown.append(f"{key.decode(errors='replace')}={text[:80] + '...' if len(text) > 80 else text!r}")
+    return f"{{{', '.join(shown)}}}"
+
+
+def _log_batch(batch: pa.RecordBatch) -> str:
+    size = batch.get_total_buffer_size()
+    return f"RecordBatch(rows={batch.num_rows}, cols={batch.num_columns}, schema={_log_schema(batch.schema)}, bytes={size})"
+
+
+def _log_kwargs(kwargs: Mapping[str, Any]) -> str:
+    """Names and types; never values."""
+    return ", ".join(f"{name}: {type(value).__name__}" for name, value in kwargs.items())
+
+
+# ==== 4. TYPES ========================================================================================================
+# Uses: 1, 2. Python annotations <-> Arrow types, values <-> cells (types.md). An annotation is read once and compiled
+# into a field, an encoder and a decoder; per value there is no introspection left. `None` as a converter means that
+# pyarrow's own conversion is right. Nothing here reads or writes a connection: a nested batch is a value, a complete
+# IPC stream in memory.
+#
+#   annotation                        parameter or result     dataclass field or element
+#   str bytes int float bool          utf8 binary int64 float64 bool
+#   datetime date time timedelta      timestamp[us] date32 time64[us] duration[us]
+#   list[T] set[T] frozenset[T]       list<item: T>
+#   dict[K, V]                        map<K, V>
+#   Enum                              dictionary<int16, utf8>, by member name
+#   ArrowSerializableDataclass        binary (its IPC stream) struct
+#   pa.RecordBatch, pa.Schema         binary
+#   Annotated[T, ArrowType(t)]        t
+#   T | None                          T, nullable
+#
+# Stricter than the reference: a float with a fraction is refused for int instead of truncated.
+
+
+class ArrowType:
+    """Annotated marker: use this Arrow type; `nullable` overrides what the annotation says."""
+
+    __slots__ = ("arrow_type", "nullable")
+
+    def __init__(self, arrow_type: pa.DataType, nullable: bool | None = None) -> None:
+        object.__setattr__(self, "arrow_type", arrow_type)
+        object.__setattr__(self, "nullable", nullable)
+
+    arrow_type: pa.DataType
+    nullable: bool | None
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError("ArrowType is frozen")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ArrowType):
+            return NotImplemented
+        return (self.arrow_type, self.nullable) == (other.arrow_type, other.nullable)
+
+    def __hash__(self) -> int:
+        return hash((self.arrow_type, self.nullable))
+
+    def __repr__(self) -> str:
+        return f"ArrowType({self.arrow_type!r}, nullable={self.nullable})"
+
+
+class Transient:
+    """Annotated marker: this field is not serialised and takes its default when read."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Transient)
+
+    def __hash__(self) -> int:
+        return hash(Transient)
+
+
+class IpcValidation(enum.Enum):
+    """How thoroughly batches of a peer are checked; FULL finds invalid UTF-8 and wrong offsets."""
+
+    NONE = "none"
+    STANDARD = "standard"
+    FULL = "full"
+
+    @classmethod
+    def from_env(cls, default: IpcValidation | None = None) -> IpcValidation:
+        """Read VGI_RPC_IPC_VALIDATION; an unknown word warns and means FULL."""
+        raw = os.environ.get("VGI_RPC_IPC_VALIDATION", "").strip().lower()
+        if not raw:
+            return default or cls.FULL
+        try:
+            return cls(raw)
+        except ValueError:
+            import warnings
+
+            warnings.warn(
+                f"VGI_RPC_IPC_VALIDATION={raw!r} is none of none, standard, full; using full",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return cls.FULL
+
+
+def validate_batch(batch: pa.RecordBatch, ipc_validation: IpcValidation) -> None:
+    """Check a batch of a peer; IPCError when it is invalid."""
+    if ipc_validation is IpcValidation.NONE:
+        return
+    try:
+        batch.validate(full=ipc_validation is IpcValidation.FULL)
+    except (pa.ArrowException, ValueError) as exc:
+        raise IPCError(f"IPC batch validation failed: {exc}") from exc
+
+
+# ---- batches as values
+
+IPC_WRITE_OPTIONS: Final = ipc.IpcWriteOptions(compression=None, emit_dictionary_deltas=False)
+IPC_READ_OPTIONS: Final = ipc.IpcReadOptions()
+_TYPES_EMPTY_MAX = 256
+_types_empty: dict[int, tuple[pa.Schema, pa.RecordBatch]] = {}
+
+
+def new_ipc_stream(sink: Any, schema: pa.Schema) -> ipc.RecordBatchStreamWriter:
+    """Return a stream writer with the only options every implementation reads (PORTABILITY.md section 1)."""
+    return ipc.new_stream(sink, schema, options=IPC_WRITE_OPTIONS)
+
+
+def empty_batch(schema: pa.Schema) -> pa.RecordBatch:
+    """Return the zero-row batch of a schema, any type; cached."""
+    known = _types_empty.get(id(schema))
+    if known is not None:
+        return known[1]
+    batch = pa.RecordBatch.from_arrays([pa.nulls(0, field.type) for field in schema], schema=schema)
+    if len(_types_empty) >= _TYPES_EMPTY_MAX:
+        _types_empty.clear()
+    _types_empty[id(schema)] = schema, batch  # the schema stays alive, so its id is not reused
+    return batch
+
+
+def serialize_record_batch(
+    destination: Any, batch: pa.RecordBatch, custom_metadata: pa.KeyValueMetadata | None = None
+) -> None:
+    """Write a batch as a complete IPC stream."""
+    with new_ipc_stream(destination, batch.schema) as writer:
+        writer.write_batch(batch, custom_metadata=custom_metadata)
+
+
+def serialize_record_batch_bytes(batch: pa.RecordBatch, custom_metadata: pa.KeyValueMetadata | None = None) -> bytes:
+    """Return a batch as a complete IPC stream."""
+    sink = pa.BufferOutputStream()
+    serialize_record_batch(sink, batch, custom_metadata)
+    return sink.getvalue().to_pybytes()
+
+
+def deserialize_record_batch(
+    data: bytes, ipc_validation: IpcValidation = IpcValidation.FULL
+) -> tuple[pa.RecordBatch, pa.KeyValueMetadata | None]:
+    """Read the first batch of an IPC stream; no data and no batch give an empty one."""
+    if not data:
+        return empty_batch(EMPTY_SCHEMA), None
+    reader = ipc.open_stream(pa.py_buffer(data))
+    try:
+        batch, metadata = reader.read_next_batch_with_custom_metadata()
+    except StopIteration:
+        return empty_batch(reader.schema), None
+    validate_batch(batch, ipc_validation)
+    return batch, metadata
+
+
+def read_single_record_batch(
+    stream: Any, context: str = "batch", ipc_validation: IpcValidation = IpcValidation.FULL
+) -> tuple[pa.RecordBatch, pa.KeyValueMetadata | None]:
+    """Read a stream of exactly one batch; IPCError when it holds none or several."""
+    try:
+        reader = ValidatedReader(ipc.open_stream(stream), ipc_validation)
+        try:
+            found = reader.read_next_batch_with_custom_metadata()
+        except StopIteration:
+            raise IPCError(f"No record batch found in {context} stream") from None
+        with contextlib.suppress(StopIteration):
+            reader.read_next_batch()
+            raise IPCError(f"Expected single record batch in {context} stream, but found multiple batches")
+        return found
+    except (pa.ArrowException, OSError, ValueError) as exc:
+        raise IPCError(f"Error reading record batch from {context} stream: {exc}") from exc
+
+
+class ValidatedReader:
+    """A stream reader whose batches are validated."""
+
+    def __init__(self, reader: ipc.RecordBatchStreamReader, ipc_validation: IpcValidation) -> None:
+        self._reader = reader
+        self.ipc_validation = ipc_validation
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The stream's schema."""
+        return self._reader.schema
+
+    def read_next_batch(self) -> pa.RecordBatch:
+        """Return the next batch; StopIteration at the end, IPCError for an invalid one."""
+        return self.read_next_batch_with_custom_metadata()[0]
+
+    def read_next_batch_with_custom_metadata(self) -> tuple[pa.RecordBatch, pa.KeyValueMetadata | None]:
+        """Return the next batch and its metadata."""
+        batch, metadata = self._reader.read_next_batch_with_custom_metadata()
+        validate_batch(batch, self.ipc_validation)
+        return batch, metadata
+
+    def __enter__(self) -> Self:
+        self._reader.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._reader.__exit__(*exc)
+
+
+# ---- annotations -> Arrow
+
+_TypesConvert = Callable[[Any], Any]
+_TYPES_ENUM = pa.dictionary(pa.int16(), pa.utf8())
+_TYPES_SCALARS: dict[Any, pa.DataType] = {
+    str: pa.utf8(),
+    bytes: pa.binary(),
+    int: pa.int64(),
+    float: pa.float64(),
+    bool: pa.bool_(),
+    pa.RecordBatch: pa.binary(),
+    pa.Schema: pa.binary(),
+}
+_TYPES_TEMPORAL = {
+    "datetime": pa.timestamp("us"),
+    "date": pa.date32(),
+    "time": pa.time64("us"),
+    "timedelta": pa.duration("us"),
+}
+
+
+def _types_strip(annotation: Any) -> tuple[Any, bool, ArrowType | None]:
+    """Take Annotated, Optional and NewType off an annotation -> (core, nullable, first ArrowType marker)."""
+    nullable, explicit, marker = False, None, None
+    while True:
+        origin = typing.get_origin(annotation)
+        if origin is Annotated:
+            for extra in annotation.__metadata__:
+                if isinstance(extra, ArrowType):
+                    marker = marker or extra
+                    explicit = extra.nullable if explicit is None else explicit
+            annotation = annotation.__origin__
+        elif origin in (typing.Union, types.UnionType):
+            members = [arg for arg in typing.get_args(annotation) if arg is not type(None)]
+            if len(members) != 1:
+                break
+            annotation, nullable = members[0], True
+        elif isinstance(annotation, typing.NewType):
+            annotation = annotation.__supertype__
+        else:
+            break
+    return annotation, nullable if explicit is None else explicit, marker
+
+
+def _types_field(name: str, annotation: Any, *, top: bool) -> pa.Field[Any]:
+    """The Arrow field of a parameter or result (`top`), or of a dataclass field or element."""
+    core, nullable, marker = _types_strip(annotation)
+    return pa.field(name, _types_arrow(core, marker, top), nullable=nullable)
+
+
+def _types_arrow(core: Any, marker: ArrowType | None, top: bool) -> pa.DataType:
+    if _types_is_dataclass(core):
+        if top:
+            return pa.binary()
+        return marker.arrow_type if marker is not None else pa.struct(list(_types_spec(core).schema))
+    if marker is not None:
+        return marker.arrow_type
+    origin, args = typing.get_origin(core), typing.get_args(core)
+    if origin in (list, frozenset, set) and args:
+        return pa.list_(_types_element(args[0]))
+    if origin is dict and args:
+        return pa.map_(_types_element(args[0]), _types_element(args[1]))
+    if isinstance(core, type):
+        if core in _TYPES_SCALARS:
+            return _TYPES_SCALARS[core]
+        if issubclass(core, enum.Enum):
+            return _TYPES_ENUM
+        if core.__module__ == "datetime" and core.__name__ in _TYPES_TEMPORAL:
+            return _TYPES_TEMPORAL[core.__name__]
+    raise TypeError(_types_refusal(core))
+
+
+def _types_element(annotation: Any) -> pa.DataType:
+    core, _, marker = _types_strip(annotation)
+    return _types_arrow(core, marker, False)
+
+
+def _types_refusal(core: Any) -> str:
+    text = f"Cannot infer Arrow type for: {core}. "
+    if core is tuple or typing.get_origin(core) is tuple:
+        return text + (
+            "Arrow has no native heterogeneous-tuple type. Use a nested ArrowSerializableDataclass for fixed named"
+            " fields, or list[T] for homogeneous sequences."
+        )
+    return text + "Use Annotated[T, ArrowType(...)] to specify the Arrow type explicitly."
+
+
+def _types_is_dataclass(core: Any) -> bool:
+    return isinstance(core, type) and issubclass(core, ArrowSerializableDataclass)
+
+
+# ---- Python value -> what pa.array takes
+
+
+def _types_encoder(annotation: Any, *, top: bool) -> _TypesConvert | None:
+    """Compile the encoder of an annotation; it is never called with None."""
+    core, _, marker = _types_strip(annotation)
+    if _types_is_dataclass(core):
+        if top or (marker is not None and pa.types.is_binary(marker.arrow_type)):
+            return functools.partial(_types_encode_bytes, core)
+        return functools.partial(_types_encode_struct, core)
+    if core is pa.Schema:
+        return _types_encode_schema
+    if core is pa.RecordBatch:
+        return _types_encode_batch
+    if isinstance(core, type) and issubclass(core, enum.Enum):
+        return functools.partial(_types_encode_enum, core)
+    origin, args = typing.get_origin(core), typing.get_args(core)
+    if origin in (list, frozenset, set) and args:
+        return _types_sequence_encoder(args[0], keep=origin is list)
+    if origin is dict and args:
+        return _types_mapping_encoder(*args)
+    if core is int and (marker is None or pa.types.is_integer(marker.arrow_type)):
+        return _types_encode_int
+    return _types_encode_scalar if core in (str, bytes, float) else None
+
+
+def _types_encode_bytes(cls: type, value: Any) -> bytes:
+    if not isinstance(value, cls) and not hasattr(value, "serialize_to_bytes"):
+        raise TypeError(f"expected {cls.__name__}, got {type(value).__name__}")
+    return cast(bytes, value.serialize_to_bytes())
+
+
+def _types_encode_struct(cls: type[ArrowSerializableDataclass], value: Any) -> Any:
+    if isinstance(value, dict):
+        return value
+    if not isinstance(value, cls):
+        raise TypeError(f"expected {cls.__name__}, got {type(value).__name__}")
+    found = {}
+    for field in _types_spec(cls).columns:
+        item = getattr(value, field.name)
+        found[field.name] = item if item is None or field.encode is None else field.encode(item)
+    return found
+
+
+def _types_encode_schema(value: Any) -> bytes:
+    if not isinstance(value, pa.Schema):
+        raise TypeError(f"expected pa.Schema, got {type(value).__name__}")
+    return value.serialize().to_pybytes()
+
+
+def _types_encode_batch(value: Any) -> bytes:
+    if not isinstance(value, pa.RecordBatch):
+        raise TypeError(f"expected pa.RecordBatch, got {type(value).__name__}")
+    return serialize_record_batch_bytes(value)
+
+
+def _types_encode_enum(cls: type[enum.Enum], value: Any) -> str:
+    if isinstance(value, enum.Enum):
+        if not isinstance(value, cls):
+            raise TypeError(f"expected {cls.__name__}, got {type(value).__name__}")
+        if value.name is None or value.name not in cls.__members__:  # a combination of flags has no name of its own
+            raise KeyError(f"{value.name!r} is not a valid {cls.__name__} name or value")
+        return value.name
+    if not isinstance(value, str):
+        raise TypeError(f"expected {cls.__name__}, got {type(value).__name__}")
+    return value
+
+
+def _types_encode_int(value: Any) -> Any:
+    if type(value) is int:
+        return value
+    if isinstance(value, float) and not value.is_integer():
+        raise TypeError(f"expected int, got {value!r}")
+    return _types_encode_scalar(value)
+
+
+def _types_encode_scalar(value: Any) -> Any:
+    return value.name if isinstance(value, enum.Enum) else value
+
+
+def _types_sequence_encoder(element: Any, *, keep: bool) -> _TypesConvert | None:
+    encode = _types_encoder(element, top=False)
+    if encode is None:
+        return None if keep else list
+    core = _types_strip(element)[0]
+    exact = {core, type(None)} if core in (str, bytes, float, int) else set()
+
+    def sequence(value: Any) -> Any:
+        if exact and type(value) is list and exact.issuperset(map(type, value)):
+            return value
+        return [item if item is None else encode(item) for item in value]
+
+    return sequence
+
+
+def _types_mapping_encoder(key: Any, item: Any) -> _TypesConvert:
+    encode_key, encode_item = _types_encoder(key, top=False), _types_encoder(item, top=False)
+
+    def mapping(value: Any) -> list[tuple[Any, Any]]:
+        pairs = value.items() if isinstance(value, Mapping) else value
+        return [
+            (
+                k if encode_key is None or k is None else encode_key(k),
+                v if encode_item is None or v is None else encode_item(v),
+            )
+            for k, v in pairs
+        ]
+
+    return mapping
+
+
+# ---- what as_py() gives -> Python value
+
+
+def _types_decoder(annotation: Any, *, top: bool) -> _TypesConvert | None:
+    """Compile the decoder of an annotation; it is never called with None."""
+    core, _, marker = _types_strip(annotation)
+    if _types_is_dataclass(core):
+        return functools.partial(_types_decode_dataclass, core)
+    if core is pa.Schema:
+        return _types_decode_schema
+    if core is pa.RecordBatch:
+        return _types_decode_batch
+    if isinstance(core, type) and issubclass(core, enum.Enum):
+        return functools.partial(_types_decode_enum, core)
+    if isinstance(core, type) and hasattr(core, "deserialize_from_bytes"):
+        return functools.partial(_types_decode_foreign, core)
+    origin, args = typing.get_origin(core), typing.get_args(core)
+    if origin in (list, frozenset, set) and args:
+        return _types_sequence_decoder(origin, args[0])
+    if origin is dict and args:
+        return _types_mapping_decoder(*args)
+    return None
+
+
+def _types_decode_dataclass(cls: type[ArrowSerializableDataclass], value: Any) -> Any:
+    if isinstance(value, dict):
+        return _types_from_mapping(cls, value)
+    if not isinstance(value, bytes):
+        raise TypeError(f"Expected bytes for {cls.__name__} deserialization, got {type(value).__name__}")
+    if not value:
+        raise pa.ArrowInvalid(f"no bytes where an IPC stream of {cls.__name__} is expected")
+    return cls.deserialize_from_bytes(value)
+
+
+def _types_decode_foreign(cls: Any, value: Any) -> Any:
+    if not isinstance(value, bytes):
+        raise TypeError(f"Expected bytes for {cls.__name__} deserialization, got {type(value).__name__}")
+    return cls.deserialize_from_bytes(value, IpcValidation.FULL)
+
+
+def _types_decode_schema(value: Any) -> pa.Schema | None:
+    return ipc.read_schema(pa.py_buffer(value)) if value else None  # no bytes: absent (lenient peers)
+
+
+def _types_decode_batch(value: Any) -> pa.RecordBatch | None:
+    return deserialize_record_batch(value)[0] if value else None
+
+
+def _types_decode_enum(cls: type[enum.Enum], value: Any) -> enum.Enum:
+    if not isinstance(value, str):
+        raise TypeError(f"Expected str for {cls.__name__}, got {type(value).__name__}")
+    member = cls.__members__.get(value)
+    if member is not None:
+        return member
+    try:
+        return cls(value)
+    except ValueError:
+        raise KeyError(f"{value!r} is not a valid {cls.__name__} name or value") from None
+
+
+def _types_sequence_decoder(origin: Any, element: Any) -> _TypesConvert | None:
+    decode = _types_decoder(element, top=False)
+    if decode is None:
+        return None if origin is list else cast(_TypesConvert, origin)
+    return lambda value: origin([item if item is None else decode(item) for item in value])
+
+
+def _types_mapping_decoder(key: Any, item: Any) -> _TypesConvert:
+    decode_key, decode_item = _types_decoder(key, top=False), _types_decoder(item, top=False)
+    if decode_key is None and decode_item is None:
+        return dict
+
+    def mapping(value: Any) -> dict[Any, Any]:
+        return {
+            k if decode_key is None else decode_key(k): v if decode_item is None or v is None else decode_item(v)
+            for k, v in value
+        }
+
+    return mapping
+
+
+# ---- dataclasses
+
+
+class _TypesColumn(NamedTuple):
+    name: str
+    encode: _TypesConvert | None
+    decode: _TypesConvert | None
+    required: bool
+    init: bool
+
+
+class _TypesSpec(NamedTuple):
+    """A dataclass, compiled."""
+
+    schema: pa.Schema
+    columns: tuple[_TypesColumn, ...]
+
+
+class _TypesSchema:
+    """`Cls.ARROW_SCHEMA`, computed at first use and for each class of its own."""
+
+    def __get__(self, instance: object, owner: type[ArrowSerializableDataclass]) -> pa.Schema:
+        return _types_spec(owner).schema
+
+
+class ArrowSerializableDataclass:
+    """Mixin for dataclasses whose fields are Arrow columns; instances travel as one-row IPC streams (types.md section 5).
+
+    `ARROW_SCHEMA` is the class's schema. `_ARROW_FIELD_OVERRIDES` may force Arrow types by field name. Reading
+    tolerates unknown columns, another order, and missing columns whose fields have defaults.
+    """
+
+    ARROW_SCHEMA: ClassVar[pa.Schema] = cast(pa.Schema, _TypesSchema())
+    _ARROW_FIELD_OVERRIDES: ClassVar[dict[str, pa.DataType]] = {}
+
+    def serialize(self, dest: Any) -> None:
+        """Write this instance as an IPC stream of one row."""
+        dest.write(self.serialize_to_bytes())
+
+    def serialize_to_bytes(self) -> bytes:
+        """Return this instance as an IPC stream of one row."""
+        return serialize_record_batch_bytes(_types_row_batch(self))
+
+    @classmethod
+    def deserialize_from_bytes(cls, data: bytes, ipc_validation: IpcValidation = IpcValidation.FULL) -> Self:
+        """Read an instance from an IPC stream of one row.
+
+        Raises ValueError (no row, several rows, missing fields), IPCError or pa.ArrowInvalid (not a valid stream),
+        KeyError (unknown enum name), TypeError (a value of the wrong kind).
+        """
+        batch, _ = deserialize_record_batch(data, ipc_validation)
+        return _types_from_batch(cls, batch)
+
+    @classmethod
+    def deserialize_from_batch(
+        cls,
+        batch: pa.RecordBatch,
+        custom_metadata: pa.KeyValueMetadata | None = None,
+        *,
+        ipc_validation: IpcValidation = IpcValidation.FULL,
+    ) -> Self:
+        """Read an instance from a one-row batch; errors as in `deserialize_from_bytes`."""
+        validate_batch(batch, ipc_validation)
+        return _types_from_batch(cls, batch)
+
+
+_types_building = threading.local()  # the classes whose schema is being computed: finds direct recursion
+
+
+def _types_spec(cls: type[ArrowSerializableDataclass]) -> _TypesSpec:
+    """Compile a dataclass once; kept in the class itself."""
+    known = cls.__dict__.get("_vgi_rpc_spec")
+    if known is not None:
+        return cast(_TypesSpec, known)
+    busy: list[type] = _types_building.__dict__.setdefault("classes", [])
+    if cls in busy:
+        raise TypeError(f"{cls.__name__} contains itself; Arrow schemas cannot be recursive")
+    busy.append(cls)
+    try:
+        spec = _types_compile(cls)
+    finally:
+        busy.pop()
+    cls._vgi_rpc_spec = spec  # type: ignore[attr-defined]
+    return spec
+
+
+def _types_compile(cls: type[ArrowSerializableDataclass]) -> _TypesSpec:
+    import dataclasses
+
+    if not dataclasses.is_dataclass(cls):
+        raise TypeError(f"{cls.__name__}: must be called with a dataclass type or instance; add @dataclass")
+    hints = typing.get_type_hints(cls, include_extras=True)
+    fields: list[pa.Field[Any]] = []
+    columns: list[_TypesColumn] = []
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if any(isinstance(extra, Transient) for extra in getattr(hint, "__metadata__", ())):
+            if required and field.init:
+                raise TypeError(
+                    f"Transient field {cls.__name__}.{field.name} must have a default value or default_factory"
+                )
+            continue
+        try:
+            fields.append(_types_column_field(cls, field.name, hint))
+            encode, decode = _types_encoder(hint, top=False), _types_decoder(hint, top=False)
+        except TypeError as exc:
+            raise TypeError(f"Cannot generate Arrow schema for {cls.__name__}.{field.name}: {exc}") from exc
+        columns.append(_TypesColumn(field.name, encode, decode, required and field.init, field.init))
+    return _TypesSpec(pa.schema(fields), tuple(columns))
+
+
+def _types_column_field(cls: type[ArrowSerializableDataclass], name: str, hint: Any) -> pa.Field[Any]:
+    override = cls._ARROW_FIELD_OVERRIDES.get(name)
+    if override is None:
+        return _types_field(name, hint, top=False)
+    return pa.field(name, override, nullable=_types_strip(hint)[1])
+
+
+def _types_row_batch(obj: ArrowSerializableDataclass) -> pa.RecordBatch:
+    """The one-row batch of an instance."""
+    spec = _types_spec(type(obj))
+    arrays = []
+    for column, field in zip(spec.columns, spec.schema, strict=True):
+        value = getattr(obj, column.name)
+        try:
+            arrays.append(_types_cell(value, column.encode, field.type))
+        except Exception as exc:
+            exc.add_note(f"in field {type(obj).__name__}.{column.name}")
+            raise
+    return pa.RecordBatch.from_arrays(arrays, schema=spec.schema)
+
+
+def _types_cell(value: Any, encode: _TypesConvert | None, dtype: pa.DataType) -> pa.Array[Any]:
+    """The one-value array of a cell."""
+    if value is not None:
+        if encode is not None:
+            value = encode(value)
+        elif pa.types.is_binary(dtype) and hasattr(value, "serialize_to_bytes"):
+            value = value.serialize_to_bytes()
+    array = pa.array([value], type=dtype)
+    return array if isinstance(array, pa.Array) else array.combine_chunks()
+
+
+def _types_from_batch(cls: type[_T], batch: pa.RecordBatch) -> _T:
+    if batch.num_columns == 0:
+        return _types_from_mapping(cls, {})
+    if batch.num_rows == 0:
+        raise ValueError(f"Cannot deserialize {cls.__name__} from empty RecordBatch")
+    if batch.num_rows > 1:
+        raise ValueError(
+            f"Expected single-row RecordBatch for {cls.__name__} deserialization, got {batch.num_rows} rows"
+        )
+    names = batch.schema.names
+    return _types_from_mapping(cls, {name: column[0].as_py() for name, column in zip(names, batch.columns, strict=True)})
+
+
+def _types_from_mapping(cls: type[_T], row: Mapping[str, Any]) -> _T:
+    """Build an instance from raw values; a missing one takes the field's default."""
+    spec = _types_spec(cast("type[ArrowSerializableDataclass]", cls))
+    missing = [column.name for column in spec.columns if column.required and column.name not in row]
+    if missing and row:
+        raise ValueError(f"Missing fields in {cls.__name__} RecordBatch: {missing}. Found: {list(row)}")
+    values, later = {}, {}
+    for column in spec.columns:
+        if column.name in row:
+            value = row[column.name]
+            if value is not None and column.decode is not None:
+                value = column.decode(value)
+            (values if column.init else later)[column.name] = value
+    found = cls(**values)
+    for name, value in later.items():
+        object.__setattr__(found, name, value)
+    return found
+
+
+# ==== 5. IPC ==========================================================================================================
+# Uses: 1, 2, 4. The bytes of a connection (wire.md section 1). A direction is IPC streams back to back:
+#
+#   stream  = schema message, (dictionary message | batch message)*, ff ff ff ff 00 00 00 00
+#   message = ff ff ff ff, int32 size of the metadata, metadata = a flatbuffer `Message`, body
+#   Message = slots: 0 version (4 = V5), 1 kind (1 schema, 2 dictionary, 3 batch), 2 header, 3 body size, 4 metadata
+#
+# Message boundaries are found by hand, so that one read may hold half a message or ten, nothing is consumed beyond a
+# stream's end, and every size is checked before memory is allocated for it. Batches are decoded by pyarrow and
+# validated before anyone sees them. A reader reads to the end of its stream; whoever leaves earlier must poison the
+# connection, because the next reader would take the rest for its own answer.
+
+_IPC_SCHEMA, _IPC_DICTIONARY, _IPC_BATCH = 1, 2, 3
+_IPC_V5 = 4
+_IPC_LARGE = 65_536  # above: read into one buffer of the final size; below: whatever one read brought
+_IPC_EAGER = 64 << 20  # above: address space that is committed only as bytes arrive
+_IPC_U16 = struct.Struct("<H").unpack_from
+_IPC_I32 = struct.Struct("<i").unpack_from
+_IPC_U32 = struct.Struct("<I").unpack_from
+_IPC_I64 = struct.Struct("<q").unpack_from
+_IPC_MARKER = b"\xff\xff\xff\xff"
+
+_IpcMetadata = dict[bytes, bytes]
+_IpcPiece = bytes | pa.Buffer
+
+
+class IpcLimits(NamedTuple):
+    """What a peer may claim; each refusal names the field that would allow it (DESIGN.md section 7)."""
+
+    max_metadata_bytes: int = 16 << 20  # flatbuffer of one message
+    max_columns: int = 10_000
+    max_nesting: int = 64
+    max_metadata_entry_bytes: int = 1 << 20  # one custom metadata key or value
+    max_message_bytes: int | None = None  # one message's body; None: whatever arrives
+
+
+class _IpcMessage(NamedTuple):
+    kind: int
+    data: _IpcPiece  # the whole message, contiguous
+    metadata: _IpcMetadata | None
+
+
+class _IpcSource:
+    """Bytes from a peer; what has arrived and is not consumed yet is `buf[pos:]`. This one holds a complete body."""
+
+    __slots__ = ("buf", "limits", "pos")
+
+    def __init__(self, data: bytes = b"", limits: IpcLimits = IpcLimits()) -> None:  # noqa: B008 (immutable)
+        self.buf = data
+        self.pos = 0
+        self.limits = limits
+
+    def more(self, missing: int) -> None:
+        """Append what the peer sends next to `buf`, of which `missing` bytes are needed; EOFError at its end."""
+        raise EOFError(f"the data ends {missing} bytes before the end of an IPC message")
+
+    def take(self, size: int, head: int) -> _IpcPiece:
+        """Consume `size` bytes as one contiguous buffer whose body starts after `head` bytes."""
+        while len(self.buf) - self.pos < size:
+            if size > _IPC_LARGE:
+                return self.take_large(size, head)
+            self.more(size - len(self.buf) + self.pos)
+        start, self.pos = self.pos, self.pos + size
+        return self.buf if size == len(self.buf) else self.buf[start : self.pos]
+
+    def take_large(self, size: int, head: int) -> pa.Buffer:
+        """Consume more bytes than are buffered; a connection reads them straight into their final place."""
+        raise EOFError(f"the data ends before the end of an IPC message of {size} bytes")
+
+    def skip(self, size: int) -> None:
+        """Consume `size` bytes and forget them."""
+        while size:
+            if self.pos == len(self.buf):
+                self.more(size)
+            step = min(size, len(self.buf) - self.pos)
+            self.pos += step
+            size -= step
+
+
+class _IpcReader:
+    """One IPC stream of a source. Create it where the stream begins; call `read` or `drain` until it has ended."""
+
+    __slots__ = ("_decode", "_source", "_validation", "ended", "schema")
+
+    def __init__(self, source: _IpcSource, validation: IpcValidation) -> None:
+        message = _ipc_message(source)
+        if message is None or message.kind != _IPC_SCHEMA:
+            raise pa.ArrowInvalid(f"expected the schema message of an IPC stream, got {_ipc_kind_name(message)}")
+        self.schema, dictionaries = _ipc_schema(message.data, source.limits)
+        self._source = source
+        self._validation = validation
+        self._decode = _IpcDictionaries(message.data) if dictionaries else None
+        self.ended = False
+
+    def read(self) -> tuple[pa.RecordBatch, _IpcMetadata | None] | None:
+        """Return the next batch and its custom metadata, or None at the end of the stream."""
+        while True:
+            message = _ipc_message(self._source)
+            if message is None:
+                self.ended = True
+                return None
+            if message.kind == _IPC_DICTIONARY and self._decode is not None:
+                self._decode.feed.push(message.data)
+                continue
+            if message.kind != _IPC_BATCH:
+                raise pa.ArrowInvalid(f"unexpected {_ipc_kind_name(message)} inside an IPC stream")
+            if self._decode is not None:
+                batch = self._decode.batch(message.data)
+            else:
+                batch = ipc.read_record_batch(pa.py_buffer(message.data), self.schema)
+            validate_batch(batch, self._validation)
+            return batch, message.metadata
+
+    def drain(self) -> None:
+        """Consume the rest of the stream without decoding it."""
+        while not self.ended:
+            self.ended = _ipc_skip(self._source)
+
+
+class _IpcDictionaries:
+    """Batches of a schema with dictionaries: pyarrow's stream reader keeps them between batches (wire.md trap 13)."""
+
+    __slots__ = ("_reader", "feed")
+
+    def __init__(self, schema_message: _IpcPiece) -> None:
+        self.feed = _IpcFeed()
+        self.feed.push(schema_message)
+        self._reader: ipc.RecordBatchStreamReader | None = None
+
+    def batch(self, message: _IpcPiece) -> pa.RecordBatch:
+        self.feed.push(message)
+        if self._reader is None:
+            self._reader = ipc.open_stream(self.feed)
+        return self._reader.read_next_batch()
+
+
+class _IpcFeed(io.RawIOBase):
+    """A file of whole messages, served without copying; pyarrow never reads beyond what it was given."""
+
+    def __init__(self) -> None:
+        self._queue: collections.deque[memoryview] = collections.deque()
+
+    def push(self, message: _IpcPiece) -> None:
+        self._queue.append(memoryview(message))
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> Any:
+        if not self._queue:
+            return b""
+        view = self._queue.popleft()
+        if len(view) > size >= 0:
+            self._queue.appendleft(view[size:])
+        return view[:size] if size >= 0 else view
+
+
+class _IpcWriter:
+    """One IPC stream on its way out: `write` collects pieces of messages, `take` hands them over to be sent."""
+
+    __slots__ = ("_dictionaries", "_pieces", "_schema_message", "_sink", "_stream", "schema")
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self.schema = schema
+        self._schema_message = _ipc_schema_message(schema)
+        self._dictionaries = _ipc_has_dictionaries(schema)
+        self._pieces: list[_IpcPiece] = [self._schema_message]
+        self._sink: list[_IpcPiece] = []
+        self._stream: ipc.RecordBatchStreamWriter | None = None
+
+    def write(self, batch: pa.RecordBatch, metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None = None) -> None:
+        """Append a batch. A small plain one is one serialize(); all else goes through pyarrow's stream writer."""
+        if metadata or self._dictionaries or batch.nbytes > _IPC_LARGE:
+            self._pieces += self._gather(batch, metadata)
+        else:
+            self._pieces.append(batch.serialize())
+
+    def close(self) -> None:
+        """Append the end-of-stream marker."""
+        self._pieces.append(_EOS)
+
+    def take(self) -> list[_IpcPiece]:
+        """Return what has not been handed over yet."""
+        pieces, self._pieces = self._pieces, []
+        return pieces
+
+    def _gather(
+        self, batch: pa.RecordBatch, metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None
+    ) -> list[_IpcPiece]:
+        first = self._stream is None
+        if self._stream is None:
+            self._stream = new_ipc_stream(_IpcSink(self._sink), self.schema)
+        self._stream.write_batch(batch, custom_metadata=_ipc_key_values(metadata))
+        pieces, self._sink[:] = self._sink[:], []
+        return pieces if not first else _ipc_without(pieces, len(self._schema_message))
+
+
+class _IpcSink(io.RawIOBase):
+    """Keeps the buffers that pyarrow writes, without copying the large ones."""
+
+    def __init__(self, pieces: list[_IpcPiece]) -> None:
+        self._pieces = pieces
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._pieces.append(data)
+        return len(data)
+
+
+def _ipc_message(source: _IpcSource) -> _IpcMessage | None:
+    """Read one message; None for the end-of-stream marker."""
+    size = _ipc_metadata_size(source)
+    if size == 0:
+        return None
+    kind, body, metadata = _ipc_parse(source.buf[source.pos + 8 : source.pos + 8 + size], source.limits)
+    head = 8 + size
+    return _IpcMessage(kind, source.take(head + body, head), metadata)
+
+
+def _ipc_skip(source: _IpcSource) -> bool:
+    """Consume one message without keeping it; True for the end-of-stream marker."""
+    size = _ipc_metadata_size(source)
+    if size == 0:
+        return True
+    _, body, _ = _ipc_parse(source.buf[source.pos + 8 : source.pos + 8 + size], source.limits)
+    source.skip(8 + size + body)
+    return False
+
+
+def _ipc_metadata_size(source: _IpcSource) -> int:
+    """Bring a message's metadata into the buffer and return its size; 0 consumes the end-of-stream marker."""
+    while len(source.buf) - source.pos < 8:
+        _ipc_check_marker(source)
+        source.more(8 - len(source.buf) + source.pos)
+    _ipc_check_marker(source)
+    size = int(_IPC_I32(source.buf, source.pos + 4)[0])
+    if size == 0:
+        source.pos += 8
+        return 0
+    limit = source.limits.max_metadata_bytes
+    if not 8 <= size <= limit:
+        raise pa.ArrowInvalid(f"a message claims {size} bytes of metadata; the limit is max_metadata_bytes={limit}")
+    while len(source.buf) - source.pos < 8 + size:
+        source.more(8 + size - len(source.buf) + source.pos)
+    return size
+
+
+def _ipc_check_marker(source: _IpcSource) -> None:
+    """Fail on the first byte that cannot begin a message, instead of waiting for more of what is not Arrow."""
+    begin = source.buf[source.pos : source.pos + 4]
+    if not _IPC_MARKER.startswith(begin):
+        shown = source.buf[source.pos : source.pos + 16]
+        raise pa.ArrowInvalid(
+            f"not an Arrow IPC stream: expected ff ff ff ff, got {shown!r}"
+            " (a print() to the protocol's stream, another protocol, or pre-0.15 framing)"
+        )
+
+
+def _ipc_parse(meta: bytes, limits: IpcLimits) -> tuple[int, int, _IpcMetadata | None]:
+    """Read kind, body size and custom metadata of a Message flatbuffer; a schema is also measured."""
+    try:
+        table = _IPC_U32(meta, 0)[0]
+        version = _ipc_slot(meta, table, 0)
+        if (_IPC_U16(meta, version)[0] if version else 0) != _IPC_V5:
+            raise pa.ArrowInvalid("only metadata version V5 of Arrow IPC is read")
+        at = _ipc_slot(meta, table, 1)
+        kind = meta[at] if at else 0
+        at = _ipc_slot(meta, table, 3)
+        body = _IPC_I64(meta, at)[0] if at else 0
+        at = _ipc_slot(meta, table, 4)
+        metadata = _ipc_custom_metadata(meta, at + _IPC_U32(meta, at)[0], limits) if at else None
+    except (struct.error, IndexError) as exc:
+        raise pa.ArrowInvalid("malformed flatbuffer in an IPC message") from exc
+    if body < 0 or (kind == _IPC_SCHEMA and body):
+        raise pa.ArrowInvalid(f"a message claims a body of {body} bytes")
+    if limits.max_message_bytes is not None and body > limits.max_message_bytes:
+        raise pa.ArrowInvalid(
+            f"a message claims a body of {body} bytes; the limit is max_message_bytes={limits.max_message_bytes}"
+        )
+    return kind, body, metadata
+
+
+def _ipc_slot(meta: bytes, table: int, slot: int) -> int:
+    """Position of a table's slot, 0 when absent. Negative positions are refused: unpack_from would wrap around."""
+    vtable = table - _IPC_I32(meta, table)[0]
+    if vtable < 0:
+        raise pa.ArrowInvalid("malformed flatbuffer in an IPC message")
+    entry = 4 + 2 * slot
+    if entry >= _IPC_U16(meta, vtable)[0]:
+        return 0
+    offset: int = _IPC_U16(meta, vtable + entry)[0]
+    return table + offset if offset else 0
+
+
+def _ipc_custom_metadata(meta: bytes, vector: int, limits: IpcLimits) -> _IpcMetadata:
+    """Read the key/value vector. Entries may share bytes, so their sum is bounded and not only each of them."""
+    found: _IpcMetadata = {}
+    total = 0
+    count = _IPC_U32(meta, vector)[0]
+    for entry in range(vector + 4, vector + 4 + 4 * count, 4):
+        table = entry + _IPC_U32(meta, entry)[0]
+        key, value = _ipc_string(meta, table, 0), _ipc_string(meta, table, 1)
+        if max(len(key), len(value)) > limits.max_metadata_entry_bytes:
+            raise pa.ArrowInvalid(
+                f"a custom metadata entry of {max(len(key), len(value))} bytes; the limit is"
+                f" max_metadata_entry_bytes={limits.max_metadata_entry_bytes}"
+            )
+        total += len(key) + len(value) + 8
+        if total > len(meta):
+            raise pa.ArrowInvalid("custom metadata entries overlap in an IPC message")
+        found[key] = value
+    return found
+
+
+def _ipc_string(meta: bytes, table: int, slot: int) -> bytes:
+    at = _ipc_slot(meta, table, slot)
+    if not at:
+        return b""
+    at += _IPC_U32(meta, at)[0]
+    end = at + 4 + _IPC_U32(meta, at)[0]
+    if end > len(meta):
+        raise pa.ArrowInvalid("malformed flatbuffer in an IPC message")
+    return meta[at + 4 : end]
+
+
+# Schemas repeat on every call; bounded, and filled only with what pyarrow has accepted.
+_IPC_SCHEMAS: dict[bytes, tuple[pa.Schema, bool]] = {}
+_IPC_SCHEMAS_MAX = 256
+_IPC_SCHEMAS_MAX_BYTES = 16_384
+
+
+def _ipc_schema(message: _IpcPiece, limits: IpcLimits) -> tuple[pa.Schema, bool]:
+    """Decode a schema message -> (schema, whether any column or nested field is a dictionary)."""
+    key = message if isinstance(message, bytes) else message.to_pybytes()
+    known = _IPC_SCHEMAS.get(key)
+    if known is not None:
+        return known
+    try:
+        _ipc_measure_schema(key[8:], limits)
+    except struct.error as exc:
+        raise pa.ArrowInvalid("malformed flatbuffer in a schema message") from exc
+    schema = ipc.read_schema(pa.py_buffer(key))
+    found = (schema, _ipc_has_dictionaries(schema))
+    if len(key) <= _IPC_SCHEMAS_MAX_BYTES:
+        if len(_IPC_SCHEMAS) >= _IPC_SCHEMAS_MAX:
+            _IPC_SCHEMAS.clear()
+        _IPC_SCHEMAS[key] = found
+    return found
+
+
+def _ipc_measure_schema(meta: bytes, limits: IpcLimits) -> None:
+    """Count columns and nesting before pyarrow recurses into them (Field: slot 5 holds the children)."""
+    header = _ipc_slot(meta, _IPC_U32(meta, 0)[0], 2)
+    if not header:
+        raise pa.ArrowInvalid("a schema message without a schema")
+    columns = _ipc_slot(meta, header + _IPC_U32(meta, header)[0], 1)
+    todo = [(columns, 1)] if columns else []
+    total = 0
+    while todo:
+        at, depth = todo.pop()
+        vector = at + _IPC_U32(meta, at)[0]
+        count = _IPC_U32(meta, vector)[0]
+        total += count
+        if count > limits.max_columns or total > 16 * limits.max_columns:
+            raise pa.ArrowInvalid(f"a schema of {count} columns; the limit is max_columns={limits.max_columns}")
+        if depth > limits.max_nesting:
+            raise pa.ArrowInvalid(f"a schema nested deeper than max_nesting={limits.max_nesting}")
+        for entry in range(vector + 4, vector + 4 + 4 * count, 4):
+            children = _ipc_slot(meta, entry + _IPC_U32(meta, entry)[0], 5)
+            if children:
+                todo.append((children, depth + 1))
+
+
+def _ipc_schema_message(schema: pa.Schema) -> bytes:
+    return schema.serialize().to_pybytes()
+
+
+def _ipc_has_dictionaries(schema: pa.Schema) -> bool:
+    return any(_ipc_type_has_dictionary(field.type) for field in schema)
+
+
+def _ipc_type_has_dictionary(dtype: pa.DataType) -> bool:
+    if pa.types.is_dictionary(dtype):
+        return True
+    if isinstance(dtype, pa.BaseExtensionType):
+        return _ipc_type_has_dictionary(dtype.storage_type)
+    return any(_ipc_type_has_dictionary(dtype.field(i).type) for i in range(dtype.num_fields))
+
+
+def _ipc_key_values(metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None) -> pa.KeyValueMetadata | None:
+    if not metadata:
+        return None
+    return metadata if isinstance(metadata, pa.KeyValueMetadata) else pa.KeyValueMetadata(metadata)
+
+
+def _ipc_without(pieces: list[_IpcPiece], size: int) -> list[_IpcPiece]:
+    """Drop the first `size` bytes, which are whole pieces: the schema message that pyarrow wrote once more."""
+    at = 0
+    while size > 0:
+        size -= len(memoryview(pieces[at]))
+        at += 1
+    if size:
+        raise AssertionError("pyarrow wrote a schema message of another size")
+    return pieces[at:]
+
+
+def _ipc_kind_name(message: _IpcMessage | None) -> str:
+    if message is None:
+        return "an end of stream"
+    return {_IPC_SCHEMA: "a schema", _IPC_DICTIONARY: "a dictionary", _IPC_BATCH: "a record batch"}.get(
+        message.kind, f"a message of kind {message.kind}"
+    )
+
+
+# ---- learned layouts (hot-path law 3; FINDINGS.md section 3)
+#
+# A one-row stream of one schema is always the same bytes, except for the body and three holes in front of it: the
+# body's size, the nodes (length and null count of each array) and the buffers (offset and size of each). A template
+# is what pyarrow wrote once; writing patches its holes. A layout is what pyarrow has read and validated once; reading
+# demands that every byte outside the holes is equal, and checks every number in them. Whatever is unfamiliar (another
+# layout, a value of another type, a null in an element) is "no match", and the one pyarrow path decides.
+#
+#   type                          buffers of an array                          handled
+#   integer, float                validity, values                             yes
+#   bool                          validity, bits                               not as an element
+#   utf8, binary                  validity, offsets, bytes                     yes (large_*: no)
+#   list<T>                       validity, offsets, then T                    T integer, float, utf8, binary, list
+#   map<K, V>                     validity, offsets, (entries) validity, K, V  likewise
+#   dictionary<int16, utf8>       validity, indices; dictionary message        one entry, top level
+
+_IPC_FIXED = {
+    "int8": "b",
+    "int16": "h",
+    "int32": "i",
+    "int64": "q",
+    "uint8": "B",
+    "uint16": "H",
+    "uint32": "I",
+    "uint64": "Q",
+    "float": "f",
+    "double": "d",
+}
+_IPC_PAD = tuple(b"\0" * (-i % 8) for i in range(8))
+_IPC_ZERO = b"\0" * 8
+_IPC_PACK_I64 = struct.Struct("<q").pack_into
+_IPC_LAYOUTS_MAX = 16  # per schema or method; what does not fit stays on the pyarrow path
+
+_IpcHoles = tuple[int, ...]
+_IpcRead = Callable[[bytes, int, int, _IpcHoles, _IpcHoles, int], Any]  # data, body, size, nodes, buffers, count
+_IpcWrite = Callable[[Any, list[int], list[int], list[bytes], int], int]  # values, nodes, buffers, body, at -> at
+
+
+class _IpcUnfamiliar(Exception):
+    """Not what the layout or template knows; the pyarrow path decides."""
+
+
+class _IpcShape(NamedTuple):
+    """Where the holes of a batch or dictionary message are, relative to its start."""
+
+    head: int
+    body_size: int
+    nodes: int
+    node_count: int
+    buffers: int
+    buffer_count: int
+
+
+def _ipc_shape(message: bytes) -> _IpcShape:
+    """Find the holes of one message that holds one row; refuses what a layout cannot describe."""
+    head = 8 + _IPC_I32(message, 4)[0]
+    meta = message[:head]
+    table = 8 + _IPC_U32(meta, 8)[0]
+    at = _ipc_slot(meta, table, 2)
+    header = at + _IPC_U32(meta, at)[0]
+    if meta[_ipc_slot(meta, table, 1)] == _IPC_DICTIONARY:
+        if _ipc_slot(meta, header, 2):
+            raise _IpcUnfamiliar("a delta")
+        at = _ipc_slot(meta, header, 1)
+        header = at + _IPC_U32(meta, at)[0]
+    rows, nodes, buffers = (_ipc_slot(meta, header, slot) for slot in (0, 1, 2))
+    body_size = _ipc_slot(meta, table, 3)
+    compressed, variadic = (_ipc_slot(meta, header, slot) for slot in (3, 4))
+    if not (rows and nodes and buffers and body_size) or compressed or variadic or _IPC_I64(meta, rows)[0] != 1:
+        raise _IpcUnfamiliar("not one plain row")
+    nodes += _IPC_U32(meta, nodes)[0]
+    buffers += _IPC_U32(meta, buffers)[0]
+    return _IpcShape(head, body_size, nodes + 4, _IPC_U32(meta, nodes)[0], buffers + 4, _IPC_U32(meta, buffers)[0])
+
+
+def _ipc_split(stream: bytes) -> list[bytes]:
+    """Cut one complete stream into its messages, without the end-of-stream marker."""
+    source = _IpcSource(stream)
+    messages = []
+    while (message := _ipc_message(source)) is not None:
+        messages.append(bytes(memoryview(message.data)))
+    if source.pos != len(stream):
+        raise _IpcUnfamiliar("more than one stream")
+    return messages
+
+
+def _ipc_dictionary_ids(schema_message: bytes) -> list[int | None]:
+    """Return the dictionary id of each top-level column, None for plain ones."""
+    meta = schema_message
+    at = _ipc_slot(meta, 8 + _IPC_U32(meta, 8)[0], 2)
+    at = _ipc_slot(meta, at + _IPC_U32(meta, at)[0], 1)
+    vector = at + _IPC_U32(meta, at)[0]
+    ids: list[int | None] = []
+    for entry in range(vector + 4, vector + 4 + 4 * _IPC_U32(meta, vector)[0], 4):
+        slot = _ipc_slot(meta, entry + _IPC_U32(meta, entry)[0], 4)
+        encoding = slot + _IPC_U32(meta, slot)[0] if slot else 0
+        number = _ipc_slot(meta, encoding, 0) if encoding else 0
+        ids.append((_IPC_I64(meta, number)[0] if number else 0) if encoding else None)
+    return ids
+
+
+def _ipc_dictionary_id(message: bytes) -> int:
+    meta = message
+    at = _ipc_slot(meta, 8 + _IPC_U32(meta, 8)[0], 2)
+    number = _ipc_slot(meta, at + _IPC_U32(meta, at)[0], 0)
+    return int(_IPC_I64(meta, number)[0]) if number else 0
+
+
+# -- reading
+
+
+class _IpcLayout:
+    """Reads one-row streams that look like `sample`, a complete stream that pyarrow has validated."""
+
+    __slots__ = ("_exact", "_length", "_parts", "_readers", "_schema_message", "_unpack", "deadline_at")
+
+    def __init__(self, sample: bytes, schema: pa.Schema, deadline: bytes | None = None) -> None:
+        """`deadline` is the value of a metadata entry that differs from message to message (a hole more)."""
+        messages = _ipc_split(sample)
+        self._schema_message = messages[0]
+        self._parts = [_IpcPart(message, deadline) for message in messages[1:]]
+        self._readers = _ipc_column_readers(schema, messages)
+        self.deadline_at = self._parts[-1].deadline_at if self._parts else -1
+        if self.deadline_at >= 0:
+            self.deadline_at += sum(map(len, messages[:-1]))
+        self._exact: bytes | None = None
+        self._unpack: Callable[[bytes, int], tuple[Any, ...]] | None = None
+        self._length = len(sample)
+        if self.deadline_at < 0:
+            self._learn_exact(sample, schema, messages)
+
+    def match(self, data: bytes, pos: int) -> tuple[Sequence[Any], int] | None:
+        """Return (the row, the position after the stream); None when it is not this layout, or not all there."""
+        exact = self._exact
+        try:
+            if exact is not None:
+                end = pos + self._length
+                if not data.startswith(exact, pos) or not data.startswith(_EOS, end - 8):
+                    return None
+                return (() if self._unpack is None else self._unpack(data, pos + len(exact))), end
+            return self._match(data, pos)
+        except (_IpcUnfamiliar, struct.error, UnicodeDecodeError, IndexError):
+            return None
+
+    def _match(self, data: bytes, pos: int) -> tuple[Sequence[Any], int] | None:
+        if not data.startswith(self._schema_message, pos):
+            return None
+        pos += len(self._schema_message)
+        dictionaries: list[tuple[int, int, _IpcHoles, _IpcHoles]] = []
+        for part in self._parts:
+            found = part.match(data, pos)
+            if found is None:
+                return None
+            body, size, _, _ = found
+            dictionaries.append(found)
+            pos = body + size
+        if not data.startswith(_EOS, pos):
+            return None
+        row = [read(data, dictionaries) for read in self._readers]
+        return row, pos + 8
+
+    def _learn_exact(self, sample: bytes, schema: pa.Schema, messages: list[bytes]) -> None:
+        """Fixed-width columns without nulls leave no variable hole: compare one prefix, unpack the body."""
+        codes = [_IPC_FIXED.get(str(field.type)) for field in schema]
+        if len(messages) != 2 or None in codes:
+            return
+        found = self._parts[0].match(messages[1], 0)
+        if found is None:
+            return
+        body, _, _, buffers = found
+        form, at = "<", 0
+        for i, code in enumerate(codes):
+            validity, offset = buffers[4 * i + 1], buffers[4 * i + 2]
+            if validity or offset < at:
+                return
+            form += f"{offset - at}x{code}"
+            at = offset + struct.calcsize(f"<{code}")
+        self._exact = sample[: len(messages[0]) + body]
+        self._unpack = struct.Struct(form).unpack_from
+
+
+class _IpcPart:
+    """One batch or dictionary message of a layout: the bytes between its holes, and where the holes are."""
+
+    __slots__ = ("_body_size_at", "_buffers", "_buffers_at", "_head", "_nodes", "_nodes_at", "_segments", "deadline_at")
+
+    def __init__(self, message: bytes, deadline: bytes | None) -> None:
+        shape = _ipc_shape(message)
+        self._head = shape.head
+        self._body_size_at, self._nodes_at, self._buffers_at = shape.body_size, shape.nodes, shape.buffers
+        self._nodes = struct.Struct(f"<{2 * shape.node_count}q").unpack_from
+        self._buffers = struct.Struct(f"<{2 * shape.buffer_count}q").unpack_from
+        holes = [(shape.body_size, 8), (shape.nodes, 16 * shape.node_count), (shape.buffers, 16 * shape.buffer_count)]
+        self.deadline_at = -1
+        if deadline is not None:
+            if message[: shape.head].count(deadline) != 1:
+                raise _IpcUnfamiliar("the deadline cannot be located")
+            self.deadline_at = message.index(deadline)
+            holes.append((self.deadline_at, len(deadline)))
+        self._segments = []
+        at = 0
+        for start, size in [*sorted(holes), (shape.head, 0)]:
+            if start > at:
+                self._segments.append((at, message[at:start]))
+            at = start + size
+
+    def match(self, data: bytes, pos: int) -> tuple[int, int, _IpcHoles, _IpcHoles] | None:
+        """Return (body position, body size, nodes, buffers) when all fixed bytes are there."""
+        for at, segment in self._segments:
+            if not data.startswith(segment, pos + at):
+                return None
+        size = _IPC_I64(data, pos + self._body_size_at)[0]
+        body = pos + self._head
+        if size < 0 or body + size > len(data):
+            return None
+        return body, size, self._nodes(data, pos + self._nodes_at), self._buffers(data, pos + self._buffers_at)
+
+
+_IpcColumn = Callable[[bytes, list[tuple[int, int, _IpcHoles, _IpcHoles]]], Any]
+
+
+def _ipc_column_readers(schema: pa.Schema, messages: list[bytes]) -> list[_IpcColumn]:
+    """One reader per column, with the places of its nodes and buffers compiled in."""
+    order = {_ipc_dictionary_id(message): at for at, message in enumerate(messages[1:-1])}
+    ids = _ipc_dictionary_ids(messages[0]) if len(schema) else []
+    if len(order) != len(messages) - 2 or len(order) != sum(i is not None for i in ids):
+        raise _IpcUnfamiliar("dictionaries do not belong to top-level columns")
+    readers: list[_IpcColumn] = []
+    node = buffer = 0
+    for field, number in zip(schema, ids, strict=True):
+        dtype = field.type
+        if number is not None:
+            if dtype != pa.dictionary(pa.int16(), pa.utf8()):
+                raise _IpcUnfamiliar("another dictionary type")
+            dtype = pa.int16()
+        read, next_node, next_buffer = _ipc_array_reader(dtype, node, buffer)
+        column = _ipc_root(read, node, buffer, field.nullable)
+        readers.append(column if number is None else _ipc_dictionary_column(column, order[number]))
+        node, buffer = next_node, next_buffer
+    return readers
+
+
+def _ipc_root(read: _IpcRead, node: int, buffer: int, nullable: bool) -> _IpcColumn:
+    """A column: one value or one null, the null count in step with the validity bit (FINDINGS.md section 3)."""
+
+    def column(data: bytes, parts: list[tuple[int, int, _IpcHoles, _IpcHoles]]) -> Any:
+        body, size, nodes, buffers = parts[-1]
+        nulls = nodes[2 * node + 1]
+        at, length = buffers[2 * buffer], buffers[2 * buffer + 1]
+        if nodes[2 * node] != 1 or at < 0 or at & 7 or length < 0 or at + length > size:
+            raise _IpcUnfamiliar
+        if length or nulls:
+            if not 0 <= nulls <= nullable or length < 1 or (data[body + at] & 1) != 1 - nulls:
+                raise _IpcUnfamiliar
+        value = read(data, body, size, nodes, buffers, 1)
+        return None if nulls else value[0]
+
+    return column
+
+
+def _ipc_dictionary_column(indices: _IpcColumn, part: int) -> _IpcColumn:
+    """A dictionary of one entry: the index is 0, the value is in the dictionary's own message."""
+    read, _, _ = _ipc_array_reader(pa.utf8(), 0, 0)
+    entry = _ipc_root(read, 0, 0, False)
+
+    def column(data: bytes, parts: list[tuple[int, int, _IpcHoles, _IpcHoles]]) -> Any:
+        text = entry(data, parts[part : part + 1])
+        index = indices(data, parts)
+        if index is None:
+            return None
+        if index != 0:
+            raise _IpcUnfamiliar
+        return text
+
+    return column
+
+
+def _ipc_array_reader(dtype: pa.DataType, node: int, buffer: int) -> tuple[_IpcRead, int, int]:
+    """Compile the reader of an array whose nodes and buffers begin at these places -> (reader, next node, next buffer)."""
+    code = _IPC_FIXED.get(str(dtype))
+    if code is not None:
+        return _ipc_read_fixed(code, buffer), node + 1, buffer + 2
+    if pa.types.is_boolean(dtype):
+        return _ipc_read_bool(buffer), node + 1, buffer + 2
+    if pa.types.is_string(dtype) or pa.types.is_binary(dtype):
+        return _ipc_read_bytes(buffer, pa.types.is_string(dtype)), node + 1, buffer + 3
+    if pa.types.is_list(dtype):
+        child, next_node, next_buffer = _ipc_array_reader(dtype.value_type, node + 1, buffer + 2)
+        return _ipc_read_list(buffer, _ipc_element(child, node + 1, buffer + 2)), next_node, next_buffer
+    if pa.types.is_map(dtype):
+        keys, values_node, values_buffer = _ipc_array_reader(dtype.key_type, node + 2, buffer + 3)
+        items, next_node, next_buffer = _ipc_array_reader(dtype.item_type, values_node, values_buffer)
+        entries = _ipc_read_entries(
+            node + 1,
+            buffer + 2,
+            _ipc_element(keys, node + 2, buffer + 3),
+            _ipc_element(items, values_node, values_buffer),
+        )
+        return _ipc_read_list(buffer, entries), next_node, next_buffer
+    raise _IpcUnfamiliar(str(dtype))
+
+
+def _ipc_element(read: _IpcRead, node: int, buffer: int) -> _IpcRead:
+    """Elements: exactly as many as the offsets say, none of them null, no validity buffer."""
+
+    def checked(data: bytes, body: int, size: int, nodes: _IpcHoles, buffers: _IpcHoles, count: int) -> Any:
+        at = buffers[2 * buffer]
+        if nodes[2 * node] != count or nodes[2 * node + 1] or buffers[2 * buffer + 1] or at < 0 or at & 7 or at > size:
+            raise _IpcUnfamiliar
+        return read(data, body, size, nodes, buffers, count)
+
+    return checked
+
+
+def _ipc_read_fixed(code: str, buffer: int) -> _IpcRead:
+    width = struct.calcsize(f"<{code}")
+    one = struct.Struct(f"<{code}").unpack_from
+    at_, size_ = 2 * buffer + 2, 2 * buffer + 3
+
+    def read(data: bytes, body: int, size: int, nodes: _IpcHoles, buffers: _IpcHoles, count: int) -> Any:
+        at, length = buffers[at_], buffers[size_]
+        if at < 0 or at & 7 or length < count * width or at + length > size:
+            raise _IpcUnfamiliar
+        return one(data, body + at) if count == 1 else struct.unpack_from(f"<{count}{code}", data, body + at)
+
+    return read
+
+
+def _ipc_read_bool(buffer: int) -> _IpcRead:
+    at_, size_ = 2 * buffer + 2, 2 * buffer + 3
+
+    def read(data: bytes, body: int, size: int, nodes: _IpcHoles, buffers: _IpcHoles, count: int) -> Any:
+        at, length = buffers[at_], buffers[size_]
+        if count != 1 or at < 0 or at & 7 or length < 1 or at + length > size:
+            raise _IpcUnfamiliar
+        return (bool(data[body + at] & 1),)
+
+    return read
+
+
+def _ipc_read_offsets(data: bytes, body: int, size: int, at: int, length: int, count: int, limit: int) -> _IpcHoles:
+    """Offsets of `count` values: from 0, never backwards, never beyond `limit`."""
+    if at < 0 or at & 7 or length < 4 * (count + 1) or at + length > size:
+        raise _IpcUnfamiliar
+    offsets = struct.unpack_from(f"<{count + 1}i", data, body + at)
+    last = 0
+    for offset in offsets:
+        if offset < last:
+            raise _IpcUnfamiliar
+        last = offset
+    if offsets[0] or last > limit:
+        raise _IpcUnfamiliar
+    return offsets
+
+
+def _ipc_read_bytes(buffer: int, text: bool) -> _IpcRead:
+    b = 2 * buffer + 2
+
+    def read(data: bytes, body: int, size: int, nodes: _IpcHoles, buffers: _IpcHoles, count: int) -> Any:
+        at, length = buffers[b + 2], buffers[b + 3]
+        if at < 0 or at & 7 or length < 0 or at + length > size:
+            raise _IpcUnfamiliar
+        if count == 0:  # no value needs no offsets
+            return _ipc_no_values(buffers[b], buffers[b + 1], size)
+        offsets = _ipc_read_offsets(data, body, size, buffers[b], buffers[b + 1], count, length)
+        start = body + at
+        pieces = [data[start + offsets[i] : start + offsets[i + 1]] for i in range(count)]
+        return [piece.decode() for piece in pieces] if text else pieces
+
+    return read
+
+
+def _ipc_no_values(at: int, length: int, size: int) -> list[Any]:
+    if at < 0 or at & 7 or length < 0 or at + length > size:
+        raise _IpcUnfamiliar
+    return []
+
+
+def _ipc_read_list(buffer: int, child: _IpcRead) -> _IpcRead:
+    b = 2 * buffer + 2
+
+    def read(data: bytes, body: int, size: int, nodes: _IpcHoles, buffers: _IpcHoles, count: int) -> Any:
+        if count == 0:
+            child(data, body, size, nodes, buffers, 0)
+            return _ipc_no_values(buffers[b], buffers[b + 1], size)
+        offsets = _ipc_read_offsets(data, body, size, buffers[b], buffers[b + 1], count, _IPC_EAGER)
+        values = child(data, body, size, nodes, buffers, offsets[-1])
+        return [list(values[offsets[i] : offsets[i + 1]]) for i in range(count)]
+
+    return read
+
+
+def _ipc_read_entries(node: int, buffer: int, keys: _IpcRead, items: _IpcRead) -> _IpcRead:
+    def read(data: bytes, body: int, size: int, nodes: _IpcHoles, buffers: _IpcHoles, count: int) -> Any:
+        pairs_of = keys(data, body, size, nodes, buffers, count), items(data, body, size, nodes, buffers, count)
+        return list(zip(*pairs_of, strict=True))
+
+    return _ipc_element(read, node, buffer)
+
+
+# -- writing
+
+
+class _IpcTemplate:
+    """Writes one-row streams of a schema with constant metadata."""
+
+    __slots__ = ("_buffers", "_dictionaries", "_head", "_nodes", "_pack", "_prefix", "_shape", "_simple", "_writers")
+
+    def __init__(self, schema: pa.Schema, metadata: _IpcMetadata | None) -> None:
+        samples = [_ipc_sample(field.type) for field in schema]
+        arrays = [pa.array([value], type=field.type) for value, field in zip(samples, schema, strict=True)]
+        writer = _IpcWriter(schema)
+        writer.write(pa.RecordBatch.from_arrays(arrays, schema=schema), metadata)
+        writer.close()
+        messages = _ipc_split(b"".join(writer.take()))
+        self._shape = _ipc_shape(messages[-1])
+        self._prefix = messages[0]
+        self._head = messages[-1][: self._shape.head]
+        self._writers = [_ipc_column_writer(field) for field in schema]
+        self._dictionaries = _ipc_dictionary_writers(schema, messages)
+        self._nodes = struct.Struct(f"<{2 * self._shape.node_count}q").pack_into
+        self._buffers = struct.Struct(f"<{2 * self._shape.buffer_count}q").pack_into
+        self._simple = tuple(_IPC_EXACT.get(str(field.type)) for field in schema)
+        self._pack: Callable[..., bytes] | None = None
+        if None not in self._simple:
+            self._learn_exact(schema)
+
+    def encode(self, values: Sequence[Any]) -> bytes | None:
+        """Return the complete stream, or None when pyarrow has to look at the values."""
+        try:
+            if self._pack is not None and tuple(map(type, values)) == self._simple:
+                return self._prefix + self._pack(*values) + _EOS
+            if self._pack is not None:
+                return None
+            return self._encode(values)
+        except (_IpcUnfamiliar, struct.error, OverflowError, UnicodeEncodeError):
+            return None
+
+    def _encode(self, values: Sequence[Any]) -> bytes:
+        nodes: list[int] = []
+        buffers: list[int] = []
+        body: list[bytes] = []
+        at = 0
+        for write, value in zip(self._writers, values, strict=True):
+            at = write(value, nodes, buffers, body, at)
+        head = bytearray(self._head)
+        shape = self._shape
+        _IPC_PACK_I64(head, shape.body_size, at)
+        self._nodes(head, shape.nodes, *nodes)
+        self._buffers(head, shape.buffers, *buffers)
+        if not self._dictionaries:
+            return b"".join((self._prefix, head, *body, _EOS))
+        return b"".join((self._prefix, *[write(values) for write in self._dictionaries], head, *body, _EOS))
+
+    def _learn_exact(self, schema: pa.Schema) -> None:
+        """Fixed-width columns only: everything in front of the body is constant."""
+        codes = [_IPC_FIXED[str(field.type)] for field in schema]
+        if any(field.nullable for field in schema):
+            return
+        nodes = [1, 0] * len(codes)
+        buffers: list[int] = []
+        form = "<"
+        for i, code in enumerate(codes):
+            width = struct.calcsize(f"<{code}")
+            buffers += [8 * i, 0, 8 * i, width]
+            form += f"{code}{8 - width}x" if width < 8 else code
+        head = bytearray(self._head)
+        _IPC_PACK_I64(head, self._shape.body_size, 8 * len(codes))
+        self._nodes(head, self._shape.nodes, *nodes)
+        self._buffers(head, self._shape.buffers, *buffers)
+        self._prefix += bytes(head)
+        self._pack = struct.Struct(form).pack
+
+
+_IPC_EXACT = {name: float if code in "fd" else int for name, code in _IPC_FIXED.items()}
+
+
+def _ipc_sample(dtype: pa.DataType) -> Any:
+    """A value of a type that templates handle, from which pyarrow makes the bytes to patch."""
+    name = str(dtype)
+    if name in _IPC_FIXED:
+        return 0
+    if pa.types.is_boolean(dtype):
+        return False
+    if pa.types.is_string(dtype) or dtype == pa.dictionary(pa.int16(), pa.utf8()):
+        return "x"
+    if pa.types.is_binary(dtype):
+        return b""
+    if pa.types.is_list(dtype) or pa.types.is_map(dtype):
+        return []
+    raise _IpcUnfamiliar(name)
+
+
+def _ipc_column_writer(field: pa.Field[Any]) -> _IpcWrite:
+    """One value of a column, with its null."""
+    if pa.types.is_dictionary(field.type):
+        return _ipc_write_index
+    write, node_count, buffer_count = _ipc_array_writer(field.type)
+    if not field.nullable:
+        return write
+
+    def column(value: Any, nodes: list[int], buffers: list[int], body: list[bytes], at: int) -> int:
+        if value is not None:
+            return write(value, nodes, buffers, body, at)
+        if node_count != 1:
+            raise _IpcUnfamiliar  # a null list or map
+        nodes += (1, 1)
+        buffers += (at, 1, at + 8, 8) if buffer_count == 2 else (at, 1, at + 8, 8, at + 16, 0)
+        body += (_IPC_ZERO, _IPC_ZERO)
+        return at + 16
+
+    return lambda value, nodes, buffers, body, at: column(value, nodes, buffers, body, at)
+
+
+def _ipc_array_writer(dtype: pa.DataType) -> tuple[_IpcWrite, int, int]:
+    """Compile the writer of a column's one value -> (writer, nodes, buffers)."""
+    code = _IPC_FIXED.get(str(dtype))
+    if code is not None:
+        return _ipc_write_fixed(code), 1, 2
+    if pa.types.is_boolean(dtype):
+        return _ipc_write_bool, 1, 2
+    if pa.types.is_string(dtype):
+        return _ipc_write_text, 1, 3
+    if pa.types.is_binary(dtype):
+        return _ipc_write_binary, 1, 3
+    return _ipc_write_nested(dtype), 2, 0
+
+
+def _ipc_write_fixed(code: str) -> _IpcWrite:
+    kind = float if code in "fd" else int
+    pack = struct.Struct(f"<{code}").pack
+    width = struct.calcsize(f"<{code}")
+    pad = _IPC_PAD[width & 7]
+
+    def write(value: Any, nodes: list[int], buffers: list[int], body: list[bytes], at: int) -> int:
+        if type(value) is not kind:
+            raise _IpcUnfamiliar
+        nodes += (1, 0)
+        buffers += (at, 0, at, width)
+        body += (pack(value), pad)
+        return at + 8
+
+    return write
+
+
+def _ipc_write_bool(value: Any, nodes: list[int], buffers: list[int], body: list[bytes], at: int) -> int:
+    if type(value) is not bool:
+        raise _IpcUnfamiliar
+    nodes += (1, 0)
+    buffers += (at, 0, at, 1)
+    body.append(b"\1\0\0\0\0\0\0\0" if value else _IPC_ZERO)
+    return at + 8
+
+
+def _ipc_write_text(value: Any, nodes: list[int], buffers: list[int], body: list[bytes], at: int) -> int:
+    if type(value) is not str:
+        raise _IpcUnfamiliar
+    return _ipc_write_one(value.encode(), nodes, buffers, body, at)
+
+
+def _ipc_write_binary(value: Any, nodes: list[int], buffers: list[int], body: list[bytes], at: int) -> int:
+    if type(value) is not bytes:
+        raise _IpcUnfamiliar
+    return _ipc_write_one(value, nodes, buffers, body, at)
+
+
+_IPC_OFFSETS_ONE = struct.Struct("<ii").pack
+
+
+def _ipc_write_one(data: bytes, nodes: list[int], buffers: list[int], body: list[bytes], at: int) -> int:
+    size = len(data)
+    nodes += (1, 0)
+    buffers += (at, 0, at, 8, at + 8, size)
+    body += (_IPC_OFFSETS_ONE(0, size), data, _IPC_PAD[size & 7])
+    return at + 8 + size + (-size % 8)
+
+
+def _ipc_write_index(value: Any, nodes: list[int], buffers: list[int], body: list[bytes], at: int) -> int:
+    """The only entry of a one-entry dictionary; the value itself is in the dictionary's message."""
+    if type(value) is not str:
+        raise _IpcUnfamiliar
+    nodes += (1, 0)
+    buffers += (at, 0, at, 2)
+    body.append(_IPC_ZERO)
+    return at + 8
+
+
+def _ipc_write_nested(dtype: pa.DataType) -> _IpcWrite:
+    """One list or map: a node and two offsets, then its elements."""
+    elements = _ipc_elements_writer(dtype)
+
+    def write(value: Any, nodes: list[int], buffers: list[int], body: list[bytes], at: int) -> int:
+        if type(value) is not list:
+            raise _IpcUnfamiliar
+        nodes += (1, 0)
+        buffers += (at, 0, at, 8)
+        body.append(_IPC_OFFSETS_ONE(0, len(value)))
+        return elements(value, nodes, buffers, body, at + 8)
+
+    return write
+
+
+def _ipc_elements_writer(dtype: pa.DataType) -> _IpcWrite:
+    """The elements of one list or map value, given as a list."""
+    if pa.types.is_list(dtype):
+        return _ipc_values_writer(dtype.value_type)
+    keys, items = _ipc_values_writer(dtype.key_type), _ipc_values_writer(dtype.item_type)
+
+    def entries(value: Any, nodes: list[int], buffers: list[int], body: list[bytes], at: int) -> int:
+        if set(map(type, value)) - {tuple}:
+            raise _IpcUnfamiliar
+        nodes += (len(value), 0)
+        buffers += (at, 0)
+        left = [key for key, _ in value]
+        at = keys(left, nodes, buffers, body, at)
+        return items([item for _, item in value], nodes, buffers, body, at)
+
+    return entries
+
+
+def _ipc_values_writer(dtype: pa.DataType) -> _IpcWrite:
+    """Any number of values of one exact Python type, none of them None."""
+    code = _IPC_FIXED.get(str(dtype))
+    if code is not None:
+        return _ipc_values_fixed(code)
+    if pa.types.is_string(dtype) or pa.types.is_binary(dtype):
+        return _ipc_values_bytes(pa.types.is_string(dtype))
+    if not pa.types.is_list(dtype):
+        raise _IpcUnfamiliar(str(dtype))
+    child = _ipc_values_writer(dtype.value_type)
+
+    def lists(values: Any, nodes: list[int], buffers: list[int], body: list[bytes], at: int) -> int:
+        if set(map(type, values)) - {list}:
+            raise _IpcUnfamiliar
+        at = _ipc_write_offsets([len(value) for value in values], nodes, buffers, body, at)
+        return child([item for value in values for item in value], nodes, buffers, body, at)
+
+    return lists
+
+
+def _ipc_values_fixed(code: str) -> _IpcWrite:
+    kind = float if code in "fd" else int
+    width = struct.calcsize(f"<{code}")
+
+    def write(values: Any, nodes: list[int], buffers: list[int], body: list[bytes], at: int) -> int:
+        if set(map(type, values)) - {kind}:
+            raise _IpcUnfamiliar
+        size = len(values) * width
+        nodes += (len(values), 0)
+        buffers += (at, 0, at, size)
+        body += (struct.pack(f"<{len(values)}{code}", *values), _IPC_PAD[size & 7])
+        return at + size + (-size % 8)
+
+    return write
+
+
+def _ipc_values_bytes(text: bool) -> _IpcWrite:
+    kind = str if text else bytes
+
+    def write(values: Any, nodes: list[int], buffers: list[int], body: list[bytes], at: int) -> int:
+        if set(map(type, values)) - {kind}:
+            raise _IpcUnfamiliar
+        pieces = [value.encode() for value in values] if text else values
+        at = _ipc_write_offsets([len(piece) for piece in pieces], nodes, buffers, body, at)
+        data = b"".join(pieces)
+        buffers += (at, len(data))
+        body += (data, _IPC_PAD[len(data) & 7])
+        return at + len(data) + (-len(data) % 8)
+
+    return write
+
+
+def _ipc_write_offsets(lengths: list[int], nodes: list[int], buffers: list[int], body: list[bytes], at: int) -> int:
+    offsets = [0]
+    for length in lengths:
+        offsets.append(offsets[-1] + length)
+    size = 4 * len(offsets)
+    nodes += (len(lengths), 0)
+    buffers += (at, 0, at, size)
+    body += (struct.pack(f"<{len(offsets)}i", *offsets), _IPC_PAD[size & 7])
+    return at + size + (-size % 8)
+
+
+def _ipc_dictionary_writers(schema: pa.Schema, messages: list[bytes]) -> list[Callable[[Sequence[Any]], bytes]]:
+    """Writers of the dictionary messages in front of a batch, one for each dictionary column."""
+    if len(messages) == 2:
+        return []
+    columns = {number: at for at, number in enumerate(_ipc_dictionary_ids(messages[0])) if number is not None}
+    return [_ipc_dictionary_writer(message, columns[_ipc_dictionary_id(message)]) for message in messages[1:-1]]
+
+
+def _ipc_dictionary_writer(message: bytes, column: int) -> Callable[[Sequence[Any]], bytes]:
+    shape = _ipc_shape(message)
+    template = message[: shape.head]
+    known: dict[str, bytes] = {}  # enum members; bounded, because the type also carries any other string
+
+    def write(values: Sequence[Any]) -> bytes:
+        text = values[column]
+        found = known.get(text)
+        if found is not None:
+            return found
+        nodes: list[int] = []
+        buffers: list[int] = []
+        body: list[bytes] = []
+        size = _ipc_write_text(text, nodes, buffers, body, 0)
+        head = bytearray(template)
+        _IPC_PACK_I64(head, shape.body_size, size)
+        struct.pack_into(f"<{len(nodes)}q", head, shape.nodes, *nodes)
+        struct.pack_into(f"<{len(buffers)}q", head, shape.buffers, *buffers)
+        data = b"".join((head, *body))
+        if len(known) < 64 and len(data) < 1024:
+            known[text] = data
+        return data
+
+    return write
+
+
+# ==== 6. SHARED MEMORY ================================================================================================
+# Uses: 1, 2, 5. Batches that stay where they are; empty until the segment is built.
+
+
+# ==== 7. CONTEXT ======================================================================================================
+# Uses: 1, 2, 3. What a method may know about its call (runtime.md sections 2, 5 and 8): who calls, until when, how to
+# talk back, what it cost. A context is made for each call, so its constructor only assigns; the rest is lazy.
+
+ClientLog = Callable[[Message], None]
+
+
+class TransportKind(enum.StrEnum):
+    """How a call came in."""
+
+    PIPE = "pipe"
+    HTTP = "http"
+    UNIX = "unix"
+    TCP = "tcp"
+
+
+class AuthContext:
+    """Who calls; immutable. Claims never show in the repr."""
+
+    __slots__ = ("authenticated", "claims", "domain", "principal")
+    domain: str | None
+    authenticated: bool
+    principal: str | None
+    claims: Mapping[str, Any]
+
+    def __init__(
+        self,
+        domain: str | None,
+        authenticated: bool,
+        principal: str | None = None,
+        claims: Mapping[str, Any] = types.MappingProxyType({}),
+    ) -> None:
+        for name, value in (
+            ("domain", domain),
+            ("authenticated", authenticated),
+            ("principal", principal),
+            ("claims", types.MappingProxyType(dict(claims))),
+        ):
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def anonymous(cls) -> AuthContext:
+        """Return the shared context of a caller that has not said who it is."""
+        return _CTX_ANONYMOUS
+
+    def require_authenticated(self) -> None:
+        """Raise PermissionError for an anonymous caller."""
+        if not self.authenticated:
+            raise PermissionError("Authentication required")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError("AuthContext is frozen")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, AuthContext):
+            return NotImplemented
+        return all(getattr(self, name) == getattr(other, name) for name in self.__slots__)
+
+    def __hash__(self) -> int:
+        return hash((self.domain, self.authenticated, self.principal))
+
+    def __repr__(self) -> str:
+        return f"AuthContext(domain={self.domain!r}, authenticated={self.authenticated}, principal={self.principal!r})"
+
+
+_CTX_ANONYMOUS = AuthContext(None, False)
+_ctx_auth: contextvars.ContextVar[AuthContext] = contextvars.ContextVar("vgi_rpc_auth", default=_CTX_ANONYMOUS)
+
+
+def current_auth() -> AuthContext:
+    """Return who makes the current call; anonymous outside one and on plain pipes."""
+    return _ctx_auth.get()
+
+
+def _ctx_request_id() -> str:
+    """16 hex digits that tell calls apart; not a secret, so no uuid (2 us) and no urandom."""
+    return f"{_ctx_random():016x}"
+
+
+def _ctx_random() -> int:
+    import random
+
+    return random.getrandbits(64)
+
+
+class CallStatistics:
+    """Batches, rows and bytes of one call; bytes are `get_total_buffer_size()`."""
+
+    __slots__ = ("input_batches", "input_bytes", "input_rows", "output_batches", "output_bytes", "output_rows")
+
+    def __init__(
+        self,
+        input_batches: int = 0,
+        output_batches: int = 0,
+        input_rows: int = 0,
+        output_rows: int = 0,
+        input_bytes: int = 0,
+        output_bytes: int = 0,
+    ) -> None:
+        self.input_batches = input_batches
+        self.output_batches = output_batches
+        self.input_rows = input_rows
+        self.output_rows = output_rows
+        self.input_bytes = input_bytes
+        self.output_bytes = output_bytes
+
+    def record_input(self, batch: pa.RecordBatch) -> None:
+        """Count a batch from the caller."""
+        self.input_batches += 1
+        self.input_rows += batch.num_rows
+        self.input_bytes += batch.get_total_buffer_size()
+
+    def record_output(self, batch: pa.RecordBatch) -> None:
+        """Count a batch to the caller."""
+        self.output_batches += 1
+        self.output_rows += batch.num_rows
+        self.output_bytes += batch.get_total_buffer_size()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, CallStatistics):
+            return NotImplemented
+        return all(getattr(self, name) == getattr(other, name) for name in self.__slots__)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"CallStatistics({', '.join(f'{name}={getattr(self, name)}' for name in self.__slots__)})"
+
+
+class CallContext:
+    """What a method sees when its implementation takes a parameter `ctx` (API.md section 2.6).
+
+    Attributes: `auth`, `kind`, `transport_metadata`, `implementation`, `request_id`, `deadline` (monotonic seconds, or
+    None), and on HTTP `response_limit_bytes` and `preferred_response_bytes`.
+    """
+
+    __slots__ = (
+        "_logger",
+        "_method_name",
+        "_protocol_name",
+        "_request_id",
+        "_server_id",
+        "auth",
+        "deadline",
+        "emit_client_log",
+        "implementation",
+        "kind",
+        "preferred_response_bytes",
+        "response_limit_bytes",
+        "transport_metadata",
+    )
+
+    def __init__(
+        self,
+        auth: AuthContext,
+        emit_client_log: ClientLog,
+        transport_metadata: Mapping[str, Any] | None = None,
+        *,
+        server_id: str = "",
+        method_name: str = "",
+        protocol_name: str = "",
+        kind: TransportKind | None = None,
+        implementation: Any = None,
+        response_limit_bytes: int | None = None,
+        preferred_response_bytes: int | None = None,
+        deadline: float | None = None,
+        request_id: str = "",
+    ) -> None:
+        self.auth = auth
+        self.emit_client_log = emit_client_log
+        self.transport_metadata: Mapping[str, Any] = transport_metadata or {}
+        self._server_id = server_id
+        self._method_name = method_name
+        self._protocol_name = protocol_name
+        self.kind = kind
+        self.implementation = implementation
+        self.response_limit_bytes = response_limit_bytes
+        self.preferred_response_bytes = preferred_response_bytes
+        self.deadline = deadline
+        self._request_id = request_id
+        self._logger: logging.LoggerAdapter[logging.Logger] | None = None
+
+    @property
+    def request_id(self) -> str:
+        """16 hex digits that name this call in logs and errors."""
+        if not self._request_id:
+            self._request_id = _ctx_request_id()
+        return self._request_id
+
+    @property
+    def logger(self) -> logging.LoggerAdapter[logging.Logger]:
+        """A logger `vgi_rpc.service.<protocol>` whose records name the server, method, call and caller."""
+        if self._logger is None:
+            bound = {
+                "server_id": self._server_id,
+                "method": self._method_name,
+                "request_id": self.request_id,
+                "principal": self.auth.principal,
+                "auth_domain": self.auth.domain,
+                "remote_addr": self.transport_metadata.get("remote_addr"),
+            }
+            fields = {key: value for key, value in bound.items() if value or key in ("server_id", "method")}
+            self._logger = _CtxLogger(logging.getLogger(f"vgi_rpc.service.{self._protocol_name}"), fields)
+        return self._logger
+
+    def client_log(self, level: Level, message: str, **extra: object) -> None:
+        """Send a message to the caller's `on_log`; at EXCEPTION it raises there."""
+        self.emit_client_log(Message(level, message, **extra))
+
+    def time_left(self) -> float | None:
+        """Return the seconds the caller is still willing to wait; None: no limit. Negative when it has given up."""
+        return None if self.deadline is None else self.deadline - time.monotonic()
+
+    def check_deadline(self) -> None:
+        """Raise DeadlineExceededError when the caller has given up."""
+        left = self.time_left()
+        if left is not None and left <= 0:
+            raise DeadlineExceededError(f"{self._method_name}() ran past its caller's deadline")
+
+    @property
+    def cookies(self) -> Mapping[str, str]:
+        """Cookies of the request; empty off HTTP."""
+        return cast(Mapping[str, str], self.transport_metadata.get("cookies", {}))
+
+    @property
+    def session(self) -> object | None:
+        """The sticky session's state; None off HTTP."""
+        return None
+
+    @property
+    def session_id(self) -> str | None:
+        """The sticky session's id; None off HTTP."""
+        return None
+
+    def set_cookie(self, name: str, value: str, **options: Any) -> None:
+        """Set a cookie on the response; RuntimeError off HTTP."""
+        raise RuntimeError("set_cookie() is only supported inside unary RPC methods served over HTTP")
+
+    def delete_cookie(self, name: str, **options: Any) -> None:
+        """Delete a cookie at the client; RuntimeError off HTTP."""
+        raise RuntimeError("delete_cookie() is only supported inside unary RPC methods served over HTTP")
+
+    def open_session(self, state: object, ttl: float | None = None) -> None:
+        """Open a sticky session; RuntimeError off HTTP."""
+        raise RuntimeError("sticky sessions not available on this transport")
+
+    def close_session(self) -> None:
+        """Close the sticky session; RuntimeError off HTTP."""
+        raise RuntimeError("sticky sessions not available on this transport")
+
+
+class _CtxLogger(logging.LoggerAdapter[logging.Logger]):
+    """Merges `extra`; what the framework knows wins."""
+
+    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
+        kwargs["extra"] = {**(kwargs.get("extra") or {}), **(self.extra or {})}
+        return msg, kwargs
+
+
+class DispatchHook(Protocol):
+    """Told of every dispatched call; tracing plugs in here. What it raises is swallowed."""
+
+    def on_dispatch_start(
+        self,
+        info: RpcMethodInfo,
+        auth: AuthContext,
+        transport_metadata: Mapping[str, Any],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Before the method; returns a token for the end. When it raises, the end is not called."""
+        ...
+
+    def on_dispatch_end(
+        self, token: Any, info: RpcMethodInfo, error: BaseException | None, *, stats: CallStatistics | None = None
+    ) -> None:
+        """After the method, or after the whole stream."""
+        ...
+
+
+class _CtxHooks:
+    """Several hooks in one slot: starts in order, ends reversed; one that fails does not disturb the others."""
+
+    __slots__ = ("_hooks",)
+
+    def __init__(self, hooks: tuple[DispatchHook, ...]) -> None:
+        self._hooks = hooks
+
+    def on_dispatch_start(
+        self,
+        info: RpcMethodInfo,
+        auth: AuthContext,
+        transport_metadata: Mapping[str, Any],
+        kwargs: Mapping[str, Any],
+    ) -> list[tuple[DispatchHook, Any]]:
+        """Start all; the token is the list of those that did."""
+        started = []
+        for hook in self._hooks:
+            try:
+                started.append((hook, hook.on_dispatch_start(info, auth, transport_metadata, kwargs)))
+            except Exception:
+                _LOG_RPC.debug("a dispatch hook failed at start", exc_info=True)
+        return started
+
+    def on_dispatch_end(
+        self, token: Any, info: RpcMethodInfo, error: BaseException | None, *, stats: CallStatistics | None = None
+    ) -> None:
+        """End those that started."""
+        for hook, own in reversed(token):
+            try:
+                hook.on_dispatch_end(own, info, error, stats=stats)
+            except Exception:
+                _LOG_RPC.debug("a dispatch hook failed at end", exc_info=True)
+
+
+# ==== 8. METHODS ======================================================================================================
+# Uses: 1, 2, 3, 4, 7. A Protocol class becomes a table of methods; what a stream method returns and works with; the hash
+# that tells two contracts apart (types.md section 2, runtime.md section 3, wire.md sections 7.1 and 9.4).
+#
+# A stream method returns a Stream: an output schema and a state. Each input batch is one turn: the state's `process`
+# sees the batch and an OutputCollector, and emits any number of messages and exactly one data batch. A producer
+# (no input schema) may finish instead; an exchange may not.
+
+RESERVED_PROTOCOL_PREFIX: Final = "vgi_rpc."
+MAX_PROTOCOL_NAME_BYTES: Final = 255
+PROTOCOL_NAME_RE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*\Z")
+SEMVER_REGEX: Final = re.compile(r"(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)\Z")
+HASH_DOMAIN: Final = b"vgi_rpc.protocol_hash.v1|"
+TYPE_TOKEN_VERSION: Final = 1
+
+
+class MethodType(enum.Enum):
+    """One reply, or a stream of batches."""
+
+    UNARY = "unary"
+    STREAM = "stream"
+
+
+class RpcMethodInfo:
+    """One method of a Protocol, as the wire sees it (API.md section 2.1)."""
+
+    __slots__ = (
+        "doc",
+        "has_return",
+        "header_type",
+        "is_exchange",
+        "method_type",
+        "name",
+        "param_defaults",
+        "param_docs",
+        "param_names",
+        "param_types",
+        "params_schema",
+        "protocol_name",
+        "result_schema",
+        "result_type",
+    )
+
+    def __init__(
+        self,
+        name: str,
+        params_schema: pa.Schema,
+        result_schema: pa.Schema,
+        result_type: object,
+        method_type: MethodType,
+        has_return: bool,
+        doc: str | None,
+        param_defaults: Mapping[str, object] = types.MappingProxyType({}),
+        param_types: Mapping[str, object] = types.MappingProxyType({}),
+        param_docs: Mapping[str, str] = types.MappingProxyType({}),
+        header_type: type[ArrowSerializableDataclass] | None = None,
+        is_exchange: bool | None = None,
+        protocol_name: str = "",
+    ) -> None:
+        self.name = name
+        self.params_schema = params_schema
+        self.param_names: tuple[str, ...] = tuple(params_schema.names)
+        self.result_schema = result_schema
+        self.result_type = result_type
+        self.method_type = method_type
+        self.has_return = has_return
+        self.doc = doc
+        self.param_defaults = dict(param_defaults)
+        self.param_types = dict(param_types)
+        self.param_docs = dict(param_docs)
+        self.header_type = header_type
+        self.is_exchange = is_exchange
+        self.protocol_name = protocol_name
+
+    def __repr__(self) -> str:
+        return f"RpcMethodInfo({self.name!r}, {self.method_type}, params={_log_schema(self.params_schema)})"
+
+
+def validate_protocol_name(name: str, *, allow_reserved: bool = False) -> str:
+    """Return the name, or raise ValueError: identifiers and dots, at most 255 bytes, prefix `vgi_rpc.` reserved."""
+    if not name:
+        raise ValueError("Protocol name is empty")
+    if len(name.encode(errors="replace")) > MAX_PROTOCOL_NAME_BYTES:
+        raise ValueError(f"Protocol name {name[:40]!r}... is longer than {MAX_PROTOCOL_NAME_BYTES} bytes")
+    if not PROTOCOL_NAME_RE.match(name):
+        raise ValueError(f"Protocol name {name!r} does not match [A-Za-z_][A-Za-z0-9_.]*")
+    if not allow_reserved and name.startswith(RESERVED_PROTOCOL_PREFIX):
+        raise ValueError(f"Protocol name {name!r} uses the reserved prefix '{RESERVED_PROTOCOL_PREFIX}'")
+    return name
+
+
+def parse_version(value: str) -> tuple[int, int, int]:
+    """Return (major, minor, patch) of a canonical semantic version; ValueError otherwise."""
+    match = SEMVER_REGEX.match(value)
+    if match is None:
+        raise ValueError(
+            f"Invalid protocol version {value!r}: expected canonical semver MAJOR.MINOR.PATCH without leading zeros"
+        )
+    major, minor, patch = map(int, match.groups())
+    return major, minor, patch
+
+
+def _methods_protocol_name(protocol: type) -> str:
+    """A Protocol's own `protocol_name`, never an inherited one, else its class name."""
+    name = protocol.__dict__.get("protocol_name")
+    return name if isinstance(name, str) and name else protocol.__name__
+
+
+def _methods_protocol_version(protocol: type) -> str | None:
+    """A Protocol's own `protocol_version`, checked; None when it declares none."""
+    version = protocol.__dict__.get("protocol_version")
+    if version is None:
+        return None
+    if not isinstance(version, str):
+        raise TypeError(f"{protocol.__name__}.protocol_version must be a str, got {type(version).__name__}")
+    parse_version(version)
+    return version
+
+
+# ---- a Protocol class -> its methods
+
+_METHODS: weakref.WeakKeyDictionary[type, Mapping[str, RpcMethodInfo]] = weakref.WeakKeyDictionary()
+
+
+def rpc_methods(protocol: type) -> Mapping[str, RpcMethodInfo]:
+    """Return the public methods of a Protocol class, inherited ones included; read-only, cached.
+
+    Raises TypeError for hints that cannot be resolved or mapped, unannotated parameters, and parameters that cannot
+    be passed by keyword.
+    """
+    known = _METHODS.get(protocol)
+    if known is None:
+        found = {}
+        for name in dir(protocol):
+            member = getattr(protocol, name, None)
+            if not name.startswith("_") and callable(member) and not isinstance(member, type):
+                found[name] = _methods_info(protocol, name, member)
+        known = _METHODS[protocol] = types.MappingProxyType(found)
+    return known
+
+
+def describe_rpc(protocol: type, *, methods: Mapping[str, RpcMethodInfo] | None = None) -> str:
+    """Return a readable summary of a Protocol, methods sorted by name."""
+    lines = [f"RPC Service: {_methods_protocol_name(protocol)}"]
+    for name, info in sorted((methods or rpc_methods(protocol)).items()):
+        result = str(info.result_schema.field(0).type) if info.has_return else "None"
+        lines.append("")
+        lines.append(f"  {name}{_log_schema(info.params_schema) if len(info.params_schema) else '()'}")
+        lines.append(f"    {info.method_type.value}" + (f" -> {result}" if info.method_type is MethodType.UNARY else ""))
+        if info.doc:
+            lines.append(f"    {info.doc.strip().splitlines()[0]}")
+    return "\n".join(lines)
+
+
+def _methods_info(protocol: type, name: str, member: Callable[..., Any]) -> RpcMethodInfo:
+    import inspect
+
+    where = f"{protocol.__name__}.{name}()"
+    try:
+        hints = typing.get_type_hints(member, include_extras=True)
+    except Exception as exc:
+        raise TypeError(f"Failed to resolve type hints for {where}: {exc}") from exc
+    parameters = _methods_parameters(where, inspect.signature(member), isinstance(member, types.MethodType))
+    fields = []
+    for parameter in parameters:
+        if parameter.name not in hints:
+            raise TypeError(f"{where} parameter '{parameter.name}' has no annotation; it would never be sent")
+        try:
+            fields.append(_types_field(parameter.name, hints[parameter.name], top=True))
+        except TypeError as exc:
+            raise TypeError(f"{where} parameter '{parameter.name}': {exc}") from exc
+    returned = hints.get("return", type(None))
+    core = _types_strip(returned)[0]
+    stream = core is Stream or typing.get_origin(core) is Stream
+    has_return = not stream and core is not type(None) and core is not None
+    try:
+        result = pa.schema([_types_field("result", returned, top=True)]) if has_return else EMPTY_SCHEMA
+    except TypeError as exc:
+        raise TypeError(f"{where} result: {exc}") from exc
+    state, header = (*typing.get_args(core), None, None)[:2] if stream else (None, None)
+    return RpcMethodInfo(
+        name=name,
+        params_schema=pa.schema(fields),
+        result_schema=result,
+        result_type=returned,
+        method_type=MethodType.STREAM if stream else MethodType.UNARY,
+        has_return=has_return,
+        doc=inspect.getdoc(member),
+        param_defaults={p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty},
+        param_types={p.name: hints[p.name] for p in parameters},
+        header_type=header if _types_is_dataclass(header) else None,
+        is_exchange=_methods_is_exchange(state),
+        protocol_name=_methods_protocol_name(protocol),
+    )
+
+
+def _methods_parameters(where: str, signature: inspect.Signature, bound: bool) -> list[inspect.Parameter]:
+    """The parameters after `self`; every one must be passable by keyword."""
+    import inspect
+
+    kinds = {
+        inspect.Parameter.POSITIONAL_ONLY: "'{}' is positional-only (before '/')",
+        inspect.Parameter.VAR_POSITIONAL: "'{}' is *args",
+        inspect.Parameter.VAR_KEYWORD: "'{}' is **kwargs",
+    }
+    parameters = list(signature.parameters.values())
+    if not bound and parameters and parameters[0].name == "self":
+        parameters = parameters[1:]
+    problems = [kinds[p.kind].format(p.name) for p in parameters if p.kind in kinds]
+    if problems:
+        raise TypeError(
+            f"{where} has parameters incompatible with the RPC wire protocol (all parameters must be"
+            " keyword-passable):\n" + "\n".join(f"  - {problem}" for problem in problems)
+        )
+    if any(p.name == "ctx" for p in parameters):
+        raise TypeError(f"{where} has a parameter 'ctx'; that name is the call context of implementations")
+    return parameters
+
+
+def _methods_is_exchange(state: Any) -> bool | None:
+    if not isinstance(state, type):
+        return None
+    if issubclass(state, ExchangeState):
+        return True
+    return False if issubclass(state, ProducerState) else None
+
+
+# ---- streams
+
+
+class AnnotatedBatch:
+    """A batch with its custom metadata; speaks the Arrow PyCapsule interface."""
+
+    __slots__ = ("_release", "batch", "custom_metadata")
+    batch: pa.RecordBatch
+    custom_metadata: pa.KeyValueMetadata | None
+
+    def __init__(self, batch: pa.RecordBatch, custom_metadata: pa.KeyValueMetadata | None = None) -> None:
+        self.batch = batch
+        self.custom_metadata = custom_metadata
+        self._release: Callable[[], None] | None = None
+
+    @classmethod
+    def from_pydict(cls, data: dict[str, Any], schema: pa.Schema | None = None) -> AnnotatedBatch:
+        """Build from columns of Python values."""
+        return cls(pa.RecordBatch.from_pydict(data, schema=schema))
+
+    def release(self) -> None:
+        """Give a shared-memory region back; the contents are undefined afterwards. Otherwise nothing happens."""
+        release, self._release = self._release, None
+        if release is not None:
+            release()
+
+    def __arrow_c_array__(self, requested_schema: object | None = None) -> tuple[object, object]:
+        return cast("tuple[object, object]", self.batch.__arrow_c_array__(requested_schema))
+
+    def __arrow_c_schema__(self) -> object:
+        return self.batch.schema.__arrow_c_schema__()
+
+    def __repr__(self) -> str:
+        return f"AnnotatedBatch({_log_batch(self.batch)}, custom_metadata={self.custom_metadata})"
+
+
+class StreamState(ArrowSerializableDataclass, abc.ABC):
+    """What a stream remembers between turns; subclasses are dataclasses. One thread uses it at a time."""
+
+    CALL_STATE_TYPE: ClassVar[type | None] = None
+
+    @abc.abstractmethod
+    def process(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+        """Answer one input batch."""
+
+    def bind_call_state(self, call_state: ArrowSerializableDataclass | None) -> None:  # noqa: B027 (optional)
+        """Receive `Stream.call_state`, the immutable half of the state (HTTP)."""
+
+    def rehydrate(self, implementation: object) -> None:  # noqa: B027 (optional)
+        """Restore transient fields after the state has travelled (HTTP)."""
+
+    def on_cancel(self, ctx: CallContext) -> None:  # noqa: B027 (optional)
+        """The caller does not want more; release resources. May log, may not emit."""
+
+
+class ProducerState(StreamState):
+    """State of a producer: one batch per turn, until `out.finish()`."""
+
+    @abc.abstractmethod
+    def produce(self, out: OutputCollector, ctx: CallContext) -> None:
+        """Emit one batch, or finish, or both."""
+
+    def process(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+        """Ignore the tick and produce."""
+        self.produce(out, ctx)
+
+
+class ExchangeState(StreamState):
+    """State of an exchange: one output batch for each input batch."""
+
+    @abc.abstractmethod
+    def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+        """Emit exactly one batch."""
+
+    def process(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+        """Answer the input."""
+        self.exchange(input, out, ctx)
+
+
+_S = TypeVar("_S", covariant=True)
+_H = TypeVar("_H", covariant=True)
+
+
+class Stream(Generic[_S, _H]):
+    """What a stream method returns: `Stream[State]`, or `Stream[State, Header]` (API.md section 2.5).
+
+    Args:
+        output_schema: schema of every batch the stream emits.
+        state: answers the turns.
+        input_schema: schema of the inputs of an exchange; left empty, the stream is a producer.
+        header: sent once, before the data.
+        call_state: the immutable half of the state; HTTP seals it once.
+    """
+
+    def __init__(
+        self,
+        output_schema: pa.Schema,
+        state: _S,
+        input_schema: pa.Schema = EMPTY_SCHEMA,
+        header: _H | None = None,
+        call_state: ArrowSerializableDataclass | None = None,
+    ) -> None:
+        self.output_schema = output_schema
+        self.state: Any = state
+        self.input_schema = input_schema
+        self.header: Any = header
+        self.call_state = call_state
+
+    @classmethod
+    def from_arrow(cls, obj: Any, *, header: Any = None) -> Stream[Any, Any]:
+        """Serve anything with `__arrow_c_stream__` (table, reader, polars frame, DuckDB relation), batch by batch."""
+        reader = obj if isinstance(obj, pa.RecordBatchReader) else pa.RecordBatchReader.from_stream(obj)
+        return Stream(reader.schema, _MethodsReaderState(reader), header=header)
+
+    if TYPE_CHECKING:  # a stream as its caller sees it: a StreamSession
+        def tick(self, custom_metadata: pa.KeyValueMetadata | None = None) -> AnnotatedBatch: ...
+        def exchange(self, input: AnnotatedBatch) -> AnnotatedBatch: ...
+        def typed_header(self, header_type: type[_T]) -> _T: ...
+        def to_reader(self) -> pa.RecordBatchReader: ...
+        def read_all(self) -> pa.Table: ...
+        @property
+        def schema(self) -> pa.Schema: ...
+        def __arrow_c_stream__(self, requested_schema: object | None = None) -> object: ...
+        def close(self) -> None: ...
+        def cancel(self) -> None: ...
+        def __iter__(self) -> Iterator[AnnotatedBatch]: ...
+        def __enter__(self) -> Self: ...
+        def __exit__(self, *exc: object) -> None: ...
+    else:
+
+        def __class_getitem__(cls, item):
+            """`Stream[S]` is `Stream[S, None]`: before 3.13 a TypeVar has no default."""
+            return super().__class_getitem__(item if isinstance(item, tuple) else (item, None))
+
+        def _client_only(self, *args, **kwargs):
+            """What a caller does with its session; on the server's Stream it has no meaning."""
+            raise NotImplementedError("a Stream is what a server returns; its caller gets a StreamSession")
+
+        tick = exchange = close = cancel = __iter__ = __enter__ = __exit__ = _client_only
+
+    def __repr__(self) -> str:
+        return f"Stream(output_schema={_log_schema(self.output_schema)}, state={type(self.state).__name__})"
+
+
+class _MethodsReaderState(ProducerState):
+    """Produces what an Arrow reader yields; lives in one process, so it cannot travel (HTTP)."""
+
+    def __init__(self, reader: pa.RecordBatchReader) -> None:
+        self._reader = reader
+
+    def produce(self, out: OutputCollector, ctx: CallContext) -> None:
+        """Emit the next batch, or finish."""
+        try:
+            batch = self._reader.read_next_batch()
+        except StopIteration:
+            out.finish()
+            return
+        out.emit(batch)
+
+    def on_cancel(self, ctx: CallContext) -> None:
+        """Let the source go."""
+        self._reader.close()
+
+
+class OutputCollector:
+    """Collects what one turn emits, in order: messages, and one data batch (runtime.md section 3)."""
+
+    __slots__ = (
+        "_data",
+        "_prior_data_bytes",
+        "_producer_mode",
+        "_server_id",
+        "batches",
+        "externalization_enabled",
+        "finished",
+        "output_schema",
+        "preferred_response_bytes",
+        "remaining_externalized_response_bytes",
+        "remaining_response_bytes",
+        "response_limit_bytes",
+    )
+
+    def __init__(
+        self,
+        output_schema: pa.Schema,
+        *,
+        prior_data_bytes: int = 0,
+        server_id: str | None = None,
+        producer_mode: bool = True,
+        remaining_response_bytes: int | None = None,
+        response_limit_bytes: int | None = None,
+        preferred_response_bytes: int | None = None,
+        remaining_externalized_response_bytes: int | None = None,
+        externalization_enabled: bool = False,
+    ) -> None:
+        self.output_schema = output_schema
+        self.batches: list[AnnotatedBatch] = []
+        self.finished = False
+        self.remaining_response_bytes = remaining_response_bytes
+        self.response_limit_bytes = response_limit_bytes
+        self.preferred_response_bytes = preferred_response_bytes
+        self.remaining_externalized_response_bytes = remaining_externalized_response_bytes
+        self.externalization_enabled = externalization_enabled
+        self._data: AnnotatedBatch | None = None
+        self._prior_data_bytes = prior_data_bytes
+        self._producer_mode = producer_mode
+        self._server_id = server_id or ""
+
+    def emit(self, batch: pa.RecordBatch, metadata: dict[str, str] | None = None) -> None:
+        """Emit the turn's data batch; columns are selected by name and cast to the output schema.
+
+        Raises RuntimeError for a second one, ValueError for a missing column, Arrow's error for an impossible cast.
+        """
+        if self._data is not None:
+            raise RuntimeError("Only one data batch may be emitted per call")
+        schema = self.output_schema
+        if batch.schema is not schema and not batch.schema.equals(schema):
+            batch = _methods_project(batch, schema)
+        self._data = AnnotatedBatch(batch, encode_metadata(metadata) if metadata else None)
+        self.batches.append(self._data)
+
+    def emit_arrays(self, arrays: Sequence[pa.Array[Any]], metadata: dict[str, str] | None = None) -> None:
+        """Emit a batch of these arrays, in the order of the output schema."""
+        self.emit(pa.RecordBatch.from_arrays(list(arrays), schema=self.output_schema), metadata)
+
+    def emit_pydict(self, data: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
+        """Emit a batch of columns of Python values."""
+        self.emit(pa.RecordBatch.from_pydict(data, schema=self.output_schema), metadata)
+
+    def finish(self) -> None:
+        """End a producer's stream after this turn; RuntimeError on an exchange."""
+        if not self._producer_mode:
+            raise RuntimeError(
+                "finish() is not allowed on exchange streams; exchange streams must emit exactly one data batch per call"
+            )
+        self.finished = True
+
+    def client_log(self, level: Level, message: str, **extra: object) -> None:
+        """Send a message to the caller's `on_log`, in order with the data."""
+        self.emit_client_log_message(Message(level, message, **extra))
+
+    def emit_client_log_message(self, msg: Message) -> None:
+        """Send a ready message."""
+        metadata = _log_metadata_bytes(msg, server_id=self._server_id)
+        self.batches.append(AnnotatedBatch(empty_batch(self.output_schema), pa.KeyValueMetadata(metadata)))
+
+    def validate(self) -> None:
+        """Raise RuntimeError when no data batch was emitted."""
+        if self._data is None:
+            raise RuntimeError("No data batch was emitted")
+
+    def merge_data_metadata(self, metadata: pa.KeyValueMetadata) -> None:
+        """Add metadata to the emitted batch; RuntimeError when there is none."""
+        data = self.data_batch
+        data.custom_metadata = merge_metadata(data.custom_metadata, metadata)
+
+    @property
+    def data_batch(self) -> AnnotatedBatch:
+        """The emitted data batch; RuntimeError when there is none."""
+        if self._data is None:
+            raise RuntimeError("No data batch was emitted")
+        return self._data
+
+    @property
+    def total_data_bytes(self) -> int:
+        """Bytes of data of this turn and of earlier ones of the same response."""
+        return self._prior_data_bytes + (0 if self._data is None else self._data.batch.get_total_buffer_size())
+
+
+def _methods_project(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    missing = [name for name in schema.names if name not in batch.schema.names]
+    if missing:
+        raise ValueError(
+            "emitted batch is missing column(s) required by output_schema: "
+            f"batch has {batch.schema.names}, output_schema needs {schema.names}"
+        )
+    batch = batch.select(schema.names)
+    return batch if batch.schema.equals(schema) else batch.cast(schema)
+
+
+# ---- metadata helpers
+
+
+def encode_metadata(metadata: Mapping[str, str]) -> pa.KeyValueMetadata:
+    """Return custom metadata of these strings."""
+    return pa.KeyValueMetadata({key.encode(): value.encode() for key, value in metadata.items()})
+
+
+def merge_metadata(
+    *metadata_dicts: pa.KeyValueMetadata | Mapping[bytes, bytes] | Mapping[str, str] | None,
+) -> pa.KeyValueMetadata | None:
+    """Merge metadata, later ones win; None when nothing is left."""
+    found: dict[bytes, bytes] = {}
+    for metadata in metadata_dicts:
+        for key, value in (metadata or {}).items():
+            name = key if isinstance(key, bytes) else key.encode()
+            found[name] = value if isinstance(value, bytes) else value.encode()
+    return pa.KeyValueMetadata(found) if found else None
+
+
+def strip_keys(metadata: pa.KeyValueMetadata | None, *keys: bytes) -> pa.KeyValueMetadata | None:
+    """Return the metadata without these keys; None when nothing is left."""
+    return merge_metadata({key: value for key, value in (metadata or {}).items() if key not in keys})
+
+
+# ---- the contract's hash: sha256 over canonical JSON of names and type tokens
+
+
+class UnsupportedArrowTypeError(TypeError):
+    """An Arrow type without a portable token."""
+
+
+_METHODS_PLAIN_TOKENS = {
+    **{str(t): str(t) for t in (pa.null(), pa.bool_(), pa.binary(), pa.large_binary(), pa.date64())},
+    **{str(t): str(t) for t in (pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.month_day_nano_interval())},
+    **{str(t): str(t) for t in (pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64())},
+    "halffloat": "float16",
+    "float": "float32",
+    "double": "float64",
+    "string": "utf8",
+    "large_string": "large_utf8",
+    "string_view": "utf8_view",
+    "binary_view": "binary_view",
+    "date32[day]": "date32",
+    "date64[ms]": "date64",
+    "month_day_nano_interval": "interval_month_day_nano",
+    "month_interval": "interval_months",
+    "day_time_interval": "interval_day_time",
+}
+
+
+def type_token(dtype: pa.DataType) -> str:
+    """Return the canonical text of an Arrow type, the same in every language (wire.md section 9.4)."""
+    if isinstance(dtype, pa.BaseExtensionType):
+        return f"extension({dtype.extension_name})<{type_token(dtype.storage_type)}>"
+    plain = _METHODS_PLAIN_TOKENS.get(str(dtype))
+    if plain is not None:
+        return plain
+    is_ = pa.types
+    if is_.is_dictionary(dtype):
+        ordered = ",ordered" if dtype.ordered else ""
+        return f"dictionary<index:{type_token(dtype.index_type)},value:{type_token(dtype.value_type)}>{ordered}"
+    if is_.is_fixed_size_binary(dtype):
+        return f"fixed_size_binary({dtype.byte_width})"
+    if is_.is_decimal128(dtype) or is_.is_decimal256(dtype):
+        return f"decimal{dtype.bit_width}({dtype.precision},{dtype.scale})"
+    if is_.is_time(dtype) or is_.is_duration(dtype):
+        name = "duration" if is_.is_duration(dtype) else f"time{dtype.bit_width}"
+        return f"{name}({dtype.unit})"
+    if is_.is_timestamp(dtype):
+        return f"timestamp({dtype.unit}{f',tz={dtype.tz}' if dtype.tz else ''})"
+    return _methods_nested_token(dtype)
+
+
+def _methods_nested_token(dtype: pa.DataType) -> str:
+    is_ = pa.types
+    lists = {
+        "list": is_.is_list,
+        "large_list": is_.is_large_list,
+        "list_view": is_.is_list_view,
+        "large_list_view": is_.is_large_list_view,
+    }
+    for name, test in lists.items():
+        if test(dtype):
+            return f"{name}<{_methods_child('item', dtype.value_field)}>"
+    if is_.is_fixed_size_list(dtype):
+        return f"fixed_size_list({dtype.list_size})<{_methods_child('item', dtype.value_field)}>"
+    if is_.is_map(dtype):
+        key, item = _methods_child("key", dtype.key_field), _methods_child("value", dtype.item_field)
+        return f"map<{key},{item}>{',keys_sorted' if dtype.keys_sorted else ''}"
+    children = [dtype.field(i) for i in range(dtype.num_fields)]
+    if is_.is_struct(dtype):
+        return f"struct<{','.join(_methods_child(field.name, field) for field in children)}>"
+    if is_.is_union(dtype):
+        codes = zip(dtype.type_codes, children, strict=True)
+        members = ",".join(f"{code}={_methods_child(field.name, field)}" for code, field in codes)
+        return f"{dtype.mode}_union<{members}>"
+    if is_.is_run_end_encoded(dtype):
+        return f"run_end_encoded<run_ends:{type_token(dtype.run_end_type)},values:{type_token(dtype.value_type)}>"
+    raise UnsupportedArrowTypeError(f"Arrow type {dtype} has no portable token")
+
+
+def _methods_child(name: str, field: pa.Field[Any]) -> str:
+    return f"{name}{'?' if field.nullable else ''}:{type_token(field.type)}"
+
+
+def field_token(field: pa.Field[Any]) -> dict[str, object]:
+    """Return the canonical object of a field."""
+    return {"name": field.name, "nullable": field.nullable, "type": type_token(field.type)}
+
+
+def schema_tokens(schema: pa.Schema) -> list[dict[str, object]]:
+    """Return the canonical objects of a schema, in order."""
+    return [field_token(field) for field in schema]
+
+
+def canonical_json(value: Any) -> bytes:
+    """Return RFC 8785 JSON of strings, booleans, lists and objects (no numbers occur)."""
+    import json
+
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+
+
+def protocol_description(protocol_name: str, methods: Mapping[str, RpcMethodInfo]) -> dict[str, Any]:
+    """Return what the hash is computed over."""
+    described = []
+    for name, info in sorted(methods.items()):
+        method: dict[str, Any] = {
+            "name": name,
+            "type": info.method_type.value,
+            "has_return": info.has_return,
+            "has_header": info.header_type is not None,
+            "params": schema_tokens(info.params_schema),
+        }
+        if info.has_return:
+            method["result"] = schema_tokens(info.result_schema)
+        if info.header_type is not None:
+            method["header"] = schema_tokens(info.header_type.ARROW_SCHEMA)
+        described.append(method)
+    return {"protocol": protocol_name, "methods": described}
+
+
+def compute_protocol_hash(protocol_name: str, methods: Mapping[str, RpcMethodInfo]) -> str:
+    """Return the SHA-256 of a contract as 64 hex digits; equal in every language and for every copy of this file."""
+    import hashlib
+
+    return hashlib.sha256(HASH_DOMAIN + canonical_json(protocol_description(protocol_name, methods))).hexdigest()
+
+
+# ==== 9. WIRE =========================================================================================================
+# Uses: 1, 2, 3, 4, 5, 7, 8. A call becomes bytes and bytes become a call (wire.md sections 3 to 7); no socket, thread
+# or clock in here. What never changes about a method is compiled once into its plan.
+#
+#   request   one stream, one batch: a column per parameter, one row; metadata says which method of which protocol
+#   reply     one stream: log batches, then one result or error batch
+#   stream    request; then [header stream]; then an input and an output stream, turn by turn (wire.md section 8)
+#
+# A batch in a reply is (first line that applies):
+#   rows > 0 or no metadata          data
+#   log_level and log_message        error (EXCEPTION) or log
+#   location / shm_offset            pointer to a batch that is elsewhere
+#   anything else                    data (void result, zero-row output)
+
+_WIRE_DATA, _WIRE_LOG, _WIRE_ERROR, _WIRE_EXTERNAL, _WIRE_SHM = "data", "log", "error", "external", "shm"
+
+
+class _WirePlan:
+    """One method, compiled at first use: converters, constants and the learned layouts of its messages."""
+
+    __slots__ = (
+        "decode_result",
+        "decoders",
+        "doing",
+        "encode_result",
+        "encoders",
+        "info",
+        "metadata",
+        "name",
+        "names",
+        "nullable",
+        "protocol",
+        "result_nullable",
+        "types",
+        "version",
+    )
+
+    def __init__(self, info: RpcMethodInfo, protocol: str, version: str | None, *, raw: bool = False) -> None:
+        """`raw` leaves values as pyarrow takes and gives them, for callers that know only the schema."""
+        self.info = info
+        self.name = info.name
+        self.protocol = protocol
+        self.version = version
+        self.names = info.param_names
+        self.types = tuple(field.type for field in info.params_schema)
+        self.nullable = tuple(field.nullable for field in info.params_schema)
+        hints = [None if raw else info.param_types[name] for name in self.names]
+        self.encoders = tuple(None if raw else _types_encoder(hint, top=True) for hint in hints)
+        self.decoders = tuple(None if raw else _types_decoder(hint, top=True) for hint in hints)
+        converts = info.has_return and not raw
+        self.encode_result = _types_encoder(info.result_type, top=True) if converts else None
+        self.decode_result = _types_decoder(info.result_type, top=True) if converts else None
+        self.result_nullable = info.has_return and info.result_schema.field(0).nullable
+        self.metadata = _wire_request_metadata(info.name, protocol, version)
+        self.doing = f"{'unary call to' if info.method_type is MethodType.UNARY else 'stream init for'} '{info.name}'"
+
+    @property
+    def is_stream(self) -> bool:
+        return self.info.method_type is MethodType.STREAM
+
+
+def _wire_request_metadata(method: str, protocol: str | None, version: str | None) -> _IpcMetadata:
+    metadata = {RPC_METHOD_KEY: method.encode(), REQUEST_VERSION_KEY: REQUEST_VERSION}
+    if protocol is not None:
+        metadata[PROTOCOL_KEY] = protocol.encode()
+    if version is not None:
+        metadata[PROTOCOL_VERSION_KEY] = version.encode()
+    return metadata
+
+
+# ---- a call becomes bytes
+
+
+def _wire_bind(plan: _WirePlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Arguments in declaration order, defaults filled in; RpcArgumentError before any byte is written (API.md 9)."""
+    names = plan.names
+    if len(args) > len(names):
+        raise RpcArgumentError(f"{plan.name}() takes {len(names)} argument(s) but {len(args)} were given")
+    values = list(args)
+    used = 0
+    for name in names[len(args) :]:
+        if name in kwargs:
+            values.append(kwargs[name])
+            used += 1
+        elif name in plan.info.param_defaults:
+            values.append(plan.info.param_defaults[name])
+        else:
+            raise RpcArgumentError(f"{plan.name}() missing required argument: '{name}'")
+    if used != len(kwargs):
+        raise _wire_unknown_argument(plan, args, kwargs)
+    for i, value in enumerate(values):
+        if value is None and not plan.nullable[i]:
+            raise RpcArgumentError(f"{plan.name}() parameter '{names[i]}' is not optional but got None")
+    return values
+
+
+def _wire_unknown_argument(plan: _WirePlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RpcArgumentError:
+    twice = [name for name in plan.names[: len(args)] if name in kwargs]
+    if twice:
+        return RpcArgumentError(f"{plan.name}() got multiple values for argument '{twice[0]}'")
+    unknown = next(name for name in kwargs if name not in plan.names)
+    return RpcArgumentError(
+        f"{plan.name}() got an unexpected argument '{unknown}'. Parameters: {', '.join(plan.names) or '(none)'}"
+    )
+
+
+def _wire_request_batch(plan: _WirePlan, values: list[Any]) -> pa.RecordBatch:
+    if not values:
+        return empty_batch(EMPTY_SCHEMA)
+    arrays = []
+    for i, value in enumerate(values):
+        try:
+            arrays.append(_types_cell(value, plan.encoders[i], plan.types[i]))
+        except Exception as exc:
+            raise RpcArgumentError(f"{plan.name}() parameter '{plan.names[i]}': {exception_str(exc)}") from exc
+    return pa.RecordBatch.from_arrays(arrays, schema=plan.info.params_schema)
+
+
+def _wire_request(plan: _WirePlan, values: list[Any], extra: Mapping[bytes, bytes] | None = None) -> list[_IpcPiece]:
+    """The complete request stream."""
+    batch = _wire_request_batch(plan, values)
+    if _LOG_WIRE_REQUEST.isEnabledFor(logging.DEBUG):
+        _LOG_WIRE_REQUEST.debug(
+            "Write request: method=%s, schema=%s, kwargs={%s}, metadata=%s",
+            plan.name,
+            _log_schema(batch.schema),
+            _log_kwargs(dict(zip(plan.names, values, strict=True))),
+            _log_metadata(plan.metadata),
+        )
+    writer = _IpcWriter(batch.schema)
+    writer.write(batch, {**plan.metadata, **extra} if extra else plan.metadata)
+    writer.close()
+    return writer.take()
+
+
+def _wire_result_batch(plan: _WirePlan, value: Any) -> pa.RecordBatch:
+    """The result batch of a unary method; a value that does not fit raises what the caller shall see."""
+    if not plan.info.has_return:
+        return empty_batch(EMPTY_SCHEMA)
+    if value is None and not plan.result_nullable:
+        raise TypeError(f"{plan.name}() expected a non-None return value but got None")
+    schema = plan.info.result_schema
+    return pa.RecordBatch.from_arrays([_types_cell(value, plan.encode_result, schema.field(0).type)], schema=schema)
+
+
+def _wire_error(exc: BaseException, server_id: str, request_id: str, tracebacks: bool) -> _IpcMetadata:
+    """Metadata of the zero-row batch that carries an exception (wire.md section 6)."""
+    message = Message.from_exception(exc, include_traceback=tracebacks)
+    return _log_metadata_bytes(message, server_id=server_id, request_id=request_id)
+
+
+# ---- bytes become a call: the checks of wire.md section 7, in its order
+
+
+def _wire_read_request(source: _IpcSource, validation: IpcValidation) -> tuple[pa.RecordBatch, _IpcMetadata] | None:
+    """Steps 1 and 2: read the first batch, drain to the end. None: a stream without a batch."""
+    reader = _IpcReader(source, validation)
+    item = reader.read()
+    reader.drain()
+    if item is None:
+        return None
+    return item[0], item[1] or {}
+
+
+def _wire_method_name(metadata: _IpcMetadata) -> str:
+    """Steps 3 to 6."""
+    method = metadata.get(RPC_METHOD_KEY)
+    if method is None:
+        raise RpcError(
+            "ProtocolError",
+            "Missing 'vgi_rpc.method' in the request batch's custom metadata. Each request names its method there.",
+        )
+    version = metadata.get(REQUEST_VERSION_KEY)
+    if version is None:
+        raise VersionError(
+            "Missing 'vgi_rpc.request_version' in the request batch's custom metadata. "
+            f"This server speaks version {REQUEST_VERSION!r}."
+        )
+    if version != REQUEST_VERSION:
+        raise VersionError(
+            f"Unsupported request version {version!r}, expected {REQUEST_VERSION!r}. "
+            "Use a client and a server of the same wire generation."
+        )
+    try:
+        return method.decode()
+    except UnicodeDecodeError as exc:
+        raise RpcError("ProtocolError", f"Invalid 'vgi_rpc.method' {method!r}: not UTF-8") from exc
+
+
+def _wire_check_rows(batch: pa.RecordBatch) -> None:
+    """Step 8. A request that points elsewhere has no row of its own and says so here."""
+    if batch.num_columns and batch.num_rows != 1:
+        raise RpcError(
+            "ProtocolError", f"Expected 1 row in request batch, got {batch.num_rows}. Each parameter is one column."
+        )
+
+
+def _wire_protocol_name(metadata: _IpcMetadata) -> str | None:
+    """Step 11, first half: the routing key; None when it is absent."""
+    key = metadata.get(PROTOCOL_KEY)
+    if key is None:
+        return None
+    try:
+        name = key.decode()
+    except UnicodeDecodeError as exc:
+        raise ProtocolNotSpecifiedError(f"'vgi_rpc.protocol' {key!r} is not UTF-8") from exc
+    if not name:
+        raise ProtocolNotSpecifiedError("'vgi_rpc.protocol' is empty; each request names the protocol it calls")
+    try:
+        return validate_protocol_name(name, allow_reserved=True)
+    except ValueError as exc:
+        raise ProtocolNotSupportedError(str(exc)) from exc
+
+
+def _wire_check_version(protocol: str, required: str | None, metadata: _IpcMetadata) -> None:
+    """Step 13 (wire.md section 7.3): major and minor must match when the protocol declares a version."""
+    if required is None:
+        return
+    raw = metadata.get(PROTOCOL_VERSION_KEY)
+    declared, direction = "<not declared>", None
+    want = parse_version(required)
+    if raw is not None:
+        try:
+            declared = raw.decode()
+            got = parse_version(declared)
+        except UnicodeDecodeError:
+            declared = "<undecodable bytes>"
+        except ValueError:
+            pass
+        else:
+            if got[:2] == want[:2]:
+                return
+            if got > want:
+                direction = (
+                    f"server is too old; upgrade the VGI worker to a version supporting protocol_version {declared}."
+                )
+    direction = direction or (
+        f"client is too old; upgrade the VGI extension/client to a version supporting protocol_version {required}."
+    )
+    raise ProtocolVersionError(
+        f"VGI client/worker protocol_version mismatch for protocol '{protocol}'.\n"
+        f"  Client: {declared}\n  Server: {required}\n  Direction: {direction}",
+        protocol=protocol,
+        client_version="" if raw is None else declared,
+        server_version=required,
+    )
+
+
+def _wire_arguments(plan: _WirePlan, batch: pa.RecordBatch) -> dict[str, Any]:
+    """Steps 14 to 18: the request row as keyword arguments."""
+    schema = plan.info.params_schema
+    fits = batch.schema.equals(schema)
+    if not fits:
+        undeclared = [name for name in batch.schema.names if name not in plan.names]
+        if undeclared:
+            raise TypeError(
+                f"Request carries parameter(s) this protocol does not declare: {', '.join(undeclared)}. "
+                f"{plan.name}() declares: {', '.join(plan.names) or '(none)'}"
+            )
+    found = dict(zip(batch.schema.names, batch.columns, strict=True))
+    kwargs = {}
+    for name, decode in zip(plan.names, plan.decoders, strict=True):
+        if name in found:
+            value = found[name][0].as_py()
+            kwargs[name] = value if decode is None or value is None else decode(value)
+    if not fits:
+        _wire_check_schema(plan, batch.schema)
+    for name, nullable in zip(plan.names, plan.nullable, strict=True):
+        if kwargs[name] is None:
+            if name in plan.info.param_defaults:
+                kwargs[name] = plan.info.param_defaults[name]
+            elif not nullable:
+                raise TypeError(f"{plan.name}() parameter '{name}' is not optional but got None")
+    return kwargs
+
+
+def _wire_check_schema(plan: _WirePlan, got: pa.Schema) -> None:
+    """Steps 16 and 17. Field and schema metadata do not count."""
+    missing = [n for n in plan.names if n not in got.names and n not in plan.info.param_defaults]
+    if missing:
+        raise TypeError(f"{plan.name}() missing required argument(s): {', '.join(map(repr, missing))}")
+    want = plan.info.params_schema
+    if len(got) != len(want):
+        raise TypeError(f"{plan.name}() parameter schema expected {len(want)} fields, got {len(got)}")
+    for i, (w, g) in enumerate(zip(want, got, strict=True)):
+        if w.name != g.name:
+            raise TypeError(f"{plan.name}() parameter schema field {i} expected name '{w.name}', got '{g.name}'")
+        if w.type != g.type:
+            raise TypeError(
+                f"{plan.name}() parameter '{w.name}' expected Arrow type {w.type}"
+                f" but the request batch carried {g.type}"
+            )
+        if w.nullable != g.nullable:
+            raise TypeError(
+                f"{plan.name}() parameter '{w.name}' expected nullable={w.nullable},"
+                f" but the request batch carried nullable={g.nullable}"
+            )
+
+
+# ---- a reply, read by the caller
+
+
+class _WireReply(NamedTuple):
+    """How a unary call ended: a batch, or what to raise once the connection is back in step."""
+
+    batch: pa.RecordBatch | None
+    metadata: _IpcMetadata | None
+    error: Exception | None
+
+
+class _WireLogs:
+    """Delivers log batches to `on_log`. If that raises, reading goes on, and the exception waits in `failure`."""
+
+    __slots__ = ("failure", "on_log")
+
+    def __init__(self, on_log: Callable[[Message], None] | None) -> None:
+        self.on_log = on_log
+        self.failure: Exception | None = None
+
+    def deliver(self, metadata: _IpcMetadata) -> None:
+        if self.on_log is None or self.failure is not None:
+            return
+        message = _log_from_wire(metadata)
+        if isinstance(message, RpcError):
+            return
+        try:
+            self.on_log(message)
+        except Exception as exc:
+            self.failure = exc
+
+
+def _wire_read_reply(
+    source: _IpcSource, validation: IpcValidation, on_log: Callable[[Message], None] | None
+) -> _WireReply:
+    """Read a reply to its end; the first result or error counts, what follows it is dropped (wire.md section 4)."""
+    reader = _IpcReader(source, validation)
+    logs = _WireLogs(on_log)
+    item = _wire_read_data(reader, logs)
+    reader.drain()
+    if isinstance(item, RpcError):
+        return _WireReply(None, None, logs.failure or item)
+    batch, metadata = item or (None, None)
+    return _WireReply(batch, metadata, logs.failure)
+
+
+def _wire_read_data(
+    reader: _IpcReader, logs: _WireLogs
+) -> tuple[pa.RecordBatch, _IpcMetadata | None] | RpcError | None:
+    """Deliver logs until a data batch, an error or the end of the stream."""
+    while (item := reader.read()) is not None:
+        kind = _wire_classify(*item)
+        if kind is _WIRE_LOG:
+            logs.deliver(item[1] or {})
+        elif kind is _WIRE_ERROR:
+            return _wire_remote_error(item[1] or {})
+        else:
+            return item
+    return None
+
+
+def _wire_classify(batch: pa.RecordBatch, metadata: _IpcMetadata | None) -> str:
+    kind = _WIRE_DATA
+    if metadata and batch.num_rows == 0:
+        level = metadata.get(LOG_LEVEL_KEY)
+        if level is not None:
+            if LOG_MESSAGE_KEY in metadata:
+                kind = _WIRE_ERROR if level == b"EXCEPTION" else _WIRE_LOG
+        elif LOCATION_KEY in metadata:
+            kind = _WIRE_EXTERNAL
+        elif SHM_OFFSET_KEY in metadata:
+            kind = _WIRE_SHM
+    if _LOG_WIRE_BATCH.isEnabledFor(logging.DEBUG):
+        shown = "no metadata" if not metadata else ("zero-row" if batch.num_rows == 0 else "rows with metadata")
+        _LOG_WIRE_BATCH.debug("Classify batch: rows=%d, %s -> %s", batch.num_rows, shown, kind)
+    return kind
+
+
+def _wire_remote_error(metadata: _IpcMetadata) -> RpcError:
+    error = _log_from_wire(metadata)
+    return error if isinstance(error, RpcError) else RpcError("EXCEPTION", error.message)
+
+
+def _wire_value(plan: _WirePlan, reply: _WireReply) -> Any:
+    """The Python value of a reply; raises what the far side raised."""
+    if reply.error is not None:
+        raise reply.error
+    if reply.batch is None:
+        raise RpcError(
+            "ProtocolError",
+            f"{plan.name}() response stream ended without a result batch. "
+            "The method was interrupted on the server, or the server speaks another protocol.",
+        )
+    if not plan.info.has_return:
+        return None
+    _wire_refuse_pointer(plan.name, reply.batch, reply.metadata)
+    if reply.batch.num_rows == 0 or "result" not in reply.batch.schema.names:
+        raise RpcError(
+            "ProtocolError",
+            f"{plan.name}() was answered with {reply.batch.num_rows} row(s) of {_log_schema(reply.batch.schema)};"
+            " expected one row with a column 'result'",
+        )
+    try:
+        value = reply.batch.column("result")[0].as_py()
+        value = value if value is None or plan.decode_result is None else plan.decode_result(value)
+    except Exception as exc:
+        raise RpcError(type(exc).__name__, f"{plan.name}() result: {exception_str(exc)}") from exc
+    if value is None and not plan.result_nullable:
+        raise RpcError("TypeError", f"{plan.name}() expected a non-None return value but got None")
+    return value
+
+
+def _wire_refuse_pointer(name: str, batch: pa.RecordBatch, metadata: _IpcMetadata | None) -> None:
+    """A batch that is elsewhere must fail loudly, never be taken for an empty one."""
+    kind = _wire_classify(batch, metadata)
+    if kind is _WIRE_EXTERNAL:
+        raise RpcError(
+            "ProtocolError",
+            f"{name}(): the batch is in external storage and no store is configured here; pass external_location=",
+        )
+    if kind is _WIRE_SHM:
+        raise RpcError(
+            "ProtocolError", f"{name}(): the batch is in a shared memory segment that this connection does not have"
+        )
+
+
+# ==== 10. TRANSPORTS ==================================================================================================
+# Uses: 1, 2, 3, 5. Moving the bytes, and the laws of a connection (DESIGN.md section 4); no method names in here.
+#
+#   1 ends cleanly or is poisoned   `busy` is set when a conversation begins and cleared only by `leave`, after the last
+#                                   byte of the answer. Whatever else happens ends in `fail`, which poisons.
+#   2 one conversation at a time    an RLock; a thread inside a callback, or with its own stream open, is refused
+#   3 one process                   the pid at connect is remembered
+#   4 stdio is private              the protocol has its own descriptors; 0 reads nothing, 1 is stderr
+#   5 a death certificate           a transport may `explain` a loss: who died, how, its last words
+#   6 one deadline                  checked before each system call that may block, from `enter` to `leave`
+#
+# A channel's descriptors are closed only by a thread that holds its lock, so that no one reads a recycled number.
+
+_TRANSPORT_CHUNK = 65_536
+_TRANSPORT_MAX_IO = 1 << 30  # sockets fail above 2^31, macOS pipes lose the tail (wire.md section 13)
+_TRANSPORT_MAX_PIECES = 1024  # IOV_MAX
+_TRANSPORT_ATOMIC = 4096  # a pipe or socket that polls writable takes this much without blocking
+_TRANSPORT_CLOSE_WAIT = 5.0  # seconds close() waits for a call of another thread to notice
+
+
+class RpcTransport(Protocol):
+    """Anything with a reader, a writer and close(); those with `fileno()` run on their descriptors."""
+
+    @property
+    def reader(self) -> io.IOBase:
+        """Bytes from the peer."""
+        ...
+
+    @property
+    def writer(self) -> io.IOBase:
+        """Bytes to the peer."""
+        ...
+
+    def close(self) -> None:
+        """End the connection; idempotent."""
+        ...
+
+
+class Channel(_IpcSource):
+    """One connection: two descriptors, what has been read ahead, and the state that keeps it in step."""
+
+    __slots__ = (
+        "__weakref__",
+        "_owned",
+        "_polls",
+        "abort",
+        "broken",
+        "busy",
+        "deadline",
+        "explain",
+        "idle",
+        "inp",
+        "lock",
+        "out",
+        "pid",
+        "sent",
+        "stream",
+        "stream_thread",
+        "timeout",
+    )
+
+    def __init__(self, inp: int, out: int, abort: Callable[[], None], limits: IpcLimits = IpcLimits()) -> None:  # noqa: B008
+        super().__init__(b"", limits)
+        self.inp = inp
+        self.out = out
+        self.abort = abort  # ends the transport at once: kills, shuts down, closes the descriptors
+        self.explain: Callable[[ConnectionLostError], ConnectionLostError] | None = None
+        self.lock = threading.RLock()
+        self.idle = threading.Condition(self.lock)
+        self._owned: Callable[[], bool] = getattr(self.lock, "_is_owned")  # noqa: B009 (missing from typeshed)
+        self.pid = os.getpid()
+        self.broken: str | None = None
+        self.busy: str | None = None
+        self.sent: _Sent = "no"
+        self.deadline: float | None = None
+        self.timeout: float | None = None
+        self.stream: object | None = None
+        self.stream_thread = 0
+        self._polls: dict[int, select.poll] = {}
+
+    # -- conversations
+
+    def check(self, stream: object | None = None) -> None:
+        """Refuse a call that can never succeed here; to be called before `enter`, outside its try block."""
+        if self.pid != os.getpid():
+            raise WrongProcessError(f"this connection was made in process {self.pid}; connect again")
+        if self._owned():
+            raise RpcError("ProtocolError", f"a call from inside {self.busy or 'a callback'}, on the same connection")
+        if self.stream is not None and self.stream is not stream and self.stream_thread == threading.get_ident():
+            raise RpcError(
+                "ProtocolError",
+                "a stream is open on this connection; close it first, or use another connection",
+                sent="no",
+            )
+
+    def enter(self, doing: str, timeout: float | None = None, stream: object | None = None) -> None:
+        """Begin a conversation: wait for other threads, then own the channel until `leave` or `fail`."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if not self.lock.acquire(timeout=-1 if timeout is None else max(timeout, 0.0)):
+            raise DeadlineExceededError(f"{doing}: another call held the connection for {timeout} s", sent="no")
+        if self.stream is not stream:
+            self._wait_for_stream(doing, deadline, stream)
+        if self.busy is not None:  # an exception struck between a conversation's end and its bookkeeping
+            self.poison(f"{self.busy} did not end cleanly")
+        if self.broken is not None:
+            raise self.lost()
+        self.deadline = deadline
+        self.timeout = timeout
+        self.sent = "no"
+        self.busy = doing
+
+    def leave(self) -> None:
+        """End a conversation whose last byte has been read."""
+        self.busy = None
+        self.lock.release()
+
+    def fail(self, exc: BaseException) -> BaseException:
+        """Account for an exception between `enter` and `leave`; returns what to raise."""
+        if not self._owned():
+            return exc
+        try:
+            if self.busy is None:
+                return exc
+            doing, self.busy = self.busy, None
+            if isinstance(exc, Exception):
+                exc = self._explained(_errors_translate(exc, doing, self.sent))
+                self.poison(str(exc))
+            else:
+                self.poison(f"{doing} was interrupted by {type(exc).__name__}")
+            return exc
+        finally:
+            self.lock.release()
+
+    def lost(self) -> ConnectionLostError:
+        """Return the error of a connection that is no longer usable."""
+        return ConnectionLostError(f"this connection is closed; connect again. Reason: {self.broken}", sent="no")
+
+    def poison(self, reason: str) -> None:
+        """Law 1: nobody may use this connection any more. The first reason stays. The caller owns the lock."""
+        if self.broken is None:
+            self.broken = reason
+        self.busy = None
+        self.buf, self.pos = b"", 0
+        self.end_stream()
+        self.abort()
+
+    def begin_stream(self, stream: object) -> None:
+        """Keep the channel for `stream` between its turns; to be called within a conversation."""
+        self.stream = stream
+        self.stream_thread = threading.get_ident()
+
+    def end_stream(self) -> None:
+        """Let other calls in again; to be called by the owner of the lock."""
+        self.stream = None
+        self.idle.notify_all()
+
+    def shut(self, wake: Callable[[], None]) -> bool:
+        """Mark the channel closed and take its lock, waking a call of another thread; False if it did not yield."""
+        if self.broken is None:
+            self.broken = "it was closed"
+        if self.lock.acquire(blocking=False):
+            return True
+        wake()
+        return self.lock.acquire(timeout=_TRANSPORT_CLOSE_WAIT)
+
+    # -- bytes
+
+    def at_end(self) -> bool:
+        """Wait until the peer sends something; True when it has gone instead."""
+        if self.pos < len(self.buf):
+            return False
+        try:
+            self.more(1)
+        except EOFError:
+            return True
+        return False
+
+    def gone(self) -> bool:
+        """Whether an idle connection has lost its peer: nothing may arrive now but the end."""
+        if self.broken is not None:
+            return True
+        poll = select.poll()
+        poll.register(self.inp, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def more(self, missing: int) -> None:
+        """Read once."""
+        if self.deadline is not None:
+            self._wait(self.inp, select.POLLIN)
+        data = os.read(self.inp, _TRANSPORT_CHUNK)
+        if not data:
+            raise EOFError("the peer closed the connection")
+        self.buf = data if self.pos == len(self.buf) else self.buf[self.pos :] + data
+        self.pos = 0
+
+    def take_large(self, size: int, head: int) -> pa.Buffer:
+        """Read straight into one buffer whose body is 64-byte aligned."""
+        shift = -head % 64
+        target = _transport_allocate(shift + size)
+        view = memoryview(target).cast("B")
+        at = shift + len(self.buf) - self.pos
+        view[shift:at] = memoryview(self.buf)[self.pos :]
+        self.buf, self.pos = b"", 0
+        while at < len(view):
+            at += self.read_into(view[at : at + _TRANSPORT_MAX_IO])
+        return target.slice(shift)
+
+    def read_into(self, view: memoryview) -> int:
+        """Read once into `view`."""
+        if self.deadline is not None:
+            self._wait(self.inp, select.POLLIN)
+        got = os.readv(self.inp, [view])
+        if not got:
+            raise EOFError("the peer closed the connection in the middle of a message")
+        return got
+
+    def send(self, pieces: Sequence[_IpcPiece]) -> None:
+        """Write whole messages: small ones in one piece, large ones without joining them."""
+        if sum(map(len, pieces)) <= _IPC_LARGE:
+            self.write(b"".join(pieces))
+        else:
+            self.write_views([memoryview(piece).cast("B") for piece in pieces if len(piece)])
+
+    def write(self, data: bytes) -> None:
+        """Write once; the rest, if any, the long way."""
+        if self.deadline is not None:
+            if len(data) > _TRANSPORT_ATOMIC:
+                return self.write_views([memoryview(data)])
+            self._wait(self.out, select.POLLOUT)
+        before, self.sent = self.sent, "maybe"
+        try:
+            done = os.write(self.out, data)
+        except BrokenPipeError:  # not a byte of it was taken
+            self.sent = before
+            raise
+        if done != len(data):
+            self.write_views([memoryview(data)[done:]])
+        return None
+
+    def write_views(self, views: list[memoryview]) -> None:
+        """Gathered write of any size. With a deadline the descriptor is non-blocking for as long as this takes."""
+        self.sent = "maybe"
+        if self.deadline is None:
+            return self._write_views(views)
+        os.set_blocking(self.out, False)
+        try:
+            self._write_views(views)
+        finally:
+            os.set_blocking(self.out, True)
+
+    def _write_views(self, views: list[memoryview]) -> None:
+        at = 0
+        while at < len(views):
+            some, size = [], 0
+            for view in views[at : at + _TRANSPORT_MAX_PIECES]:
+                some.append(view[: _TRANSPORT_MAX_IO - size])
+                size += len(some[-1])
+                if size >= _TRANSPORT_MAX_IO:
+                    break
+            if self.deadline is not None:
+                self._wait(self.out, select.POLLOUT)
+            try:
+                done = os.writev(self.out, some)
+            except BlockingIOError:
+                continue
+            while done and done >= len(views[at]):
+                done -= len(views[at])
+                at += 1
+            if done:
+                views[at] = views[at][done:]
+
+    def _wait(self, fd: int, event: int) -> None:
+        """Wait for a descriptor until the deadline."""
+        deadline = self.deadline
+        if deadline is None:
+            return
+        poll = self._polls.get(event)
+        if poll is None:
+            poll = self._polls[event] = select.poll()
+            poll.register(fd, event)
+        left = deadline - time.monotonic()
+        if left <= 0 or not poll.poll(left * 1000 + 1):
+            raise DeadlineExceededError(
+                f"{self.busy} did not finish within its timeout of {self.timeout} s;"
+                " the connection is closed, because the answer may still come",
+                sent=self.sent,
+            )
+
+    def _wait_for_stream(self, doing: str, deadline: float | None, stream: object | None) -> None:
+        """Queue behind another thread's stream. A session whose stream is over never comes here to wait."""
+        while self.stream is not None and self.stream is not stream and self.broken is None:
+            left = None if deadline is None else deadline - time.monotonic()
+            if (left is not None and left <= 0) or not self.idle.wait(left):
+                raise DeadlineExceededError(f"{doing}: a stream held the connection until the deadline", sent="no")
+
+    def _explained(self, error: RpcError) -> RpcError:
+        if self.explain is None or not isinstance(error, ConnectionLostError):
+            return error
+        explained = self.explain(error)
+        explained.__cause__ = error.__cause__
+        return explained
+
+
+class _FileChannel(Channel):
+    """The slower path for objects without usable descriptors: TLS sockets and the user's own streams."""
+
+    __slots__ = ("_read", "_settimeout", "_writer")
+
+    def __init__(
+        self,
+        reader: Any,
+        writer: Any,
+        abort: Callable[[], None],
+        settimeout: Callable[[float | None], None] | None = None,
+        limits: IpcLimits = IpcLimits(),  # noqa: B008
+    ) -> None:
+        super().__init__(-1, -1, abort, limits)
+        read1 = getattr(reader, "read1", None)
+        self._read: Callable[[int], bytes] = reader.read if read1 is None else lambda _: read1(_TRANSPORT_CHUNK)
+        self._writer = writer
+        self._settimeout = settimeout
+
+    def more(self, missing: int) -> None:
+        self._arm()
+        data = self._read(missing)
+        if not data:
+            raise EOFError("the peer closed the connection")
+        self.buf = self.buf[self.pos :] + bytes(data)
+        self.pos = 0
+
+    def read_into(self, view: memoryview) -> int:
+        self.more(min(len(view), _TRANSPORT_CHUNK))
+        got = min(len(self.buf), len(view))
+        view[:got] = self.buf[:got]
+        self.pos = got
+        return got
+
+    def take_large(self, size: int, head: int) -> pa.Buffer:
+        while len(self.buf) - self.pos < 1:
+            self.more(1)
+        return super().take_large(size, head)
+
+    def write(self, data: bytes) -> None:
+        self.write_views([memoryview(data)])
+
+    def write_views(self, views: list[memoryview]) -> None:
+        self.sent = "maybe"
+        for view in views:
+            while view:
+                self._arm()
+                done = self._writer.write(view[:_TRANSPORT_MAX_IO])
+                view = view[done if isinstance(done, int) else len(view) :]
+        flush = getattr(self._writer, "flush", None)
+        if flush is not None:
+            flush()
+
+    def _arm(self) -> None:
+        if self._settimeout is not None:
+            left = None if self.deadline is None else max(self.deadline - time.monotonic(), 0.001)
+            self._settimeout(left)
+
+
+def _transport_allocate(size: int) -> pa.Buffer:
+    """Memory for one message. Above 64 MiB it is only reserved, and becomes real as bytes arrive."""
+    if size <= _IPC_EAGER:
+        return pa.allocate_buffer(size)
+    import mmap
+
+    return pa.py_buffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+
+
+# -- pipes
+
+
+class PipeTransport:
+    """A transport over two streams; with `fileno()` on both it runs on the descriptors (DESIGN.md section 7)."""
+
+    def __init__(self, reader: io.IOBase, writer: io.IOBase) -> None:
+        self._reader = reader
+        self._writer = writer
+        self.channel = _transport_over(reader, writer, self._abort)
+
+    @property
+    def reader(self) -> io.IOBase:
+        """Bytes from the peer."""
+        return self._reader
+
+    @property
+    def writer(self) -> io.IOBase:
+        """Bytes to the peer."""
+        return self._writer
+
+    def close(self) -> None:
+        """Close both ends; the peer sees the end of its input. Idempotent."""
+        if self.channel.shut(lambda: None):
+            try:
+                self._abort()
+            finally:
+                self.channel.lock.release()
+
+    def _abort(self) -> None:
+        for stream in (self._writer, self._reader):
+            with contextlib.suppress(OSError, ValueError):
+                stream.close()
+
+
+def make_pipe_pair() -> tuple[PipeTransport, PipeTransport]:
+    """Return two connected transports, (client, server), over a pair of pipes."""
+    server_in, client_out = os.pipe()
+    client_in, server_out = os.pipe()
+    if _LOG_WIRE_TRANSPORT.isEnabledFor(logging.DEBUG):
+        _LOG_WIRE_TRANSPORT.debug(
+            "make_pipe_pair: c2s=(%d,%d), s2c=(%d,%d)", server_in, client_out, client_in, server_out
+        )
+    client = PipeTransport(os.fdopen(client_in, "rb"), os.fdopen(client_out, "wb", buffering=0))
+    server = PipeTransport(os.fdopen(server_in, "rb"), os.fdopen(server_out, "wb", buffering=0))
+    return client, server
+
+
+def _transport_over(reader: Any, writer: Any, abort: Callable[[], None]) -> Channel:
+    try:
+        return Channel(reader.fileno(), writer.fileno(), abort)
+    except (AttributeError, OSError, ValueError):  # io.UnsupportedOperation is an OSError and a ValueError
+        return _FileChannel(reader, writer, abort)
+
+
+# Channels of foreign transport objects: the state that keeps a connection in step must outlive one RpcConnection.
+_TRANSPORT_CHANNELS: weakref.WeakKeyDictionary[Any, Channel] = weakref.WeakKeyDictionary()
+
+
+def _transport_channel(transport: Any) -> Channel:
+    """Return the channel of a transport, ours or anyone's."""
+    channel = getattr(transport, "channel", None)
+    if isinstance(channel, Channel):
+        return channel
+    try:
+        known = _TRANSPORT_CHANNELS.get(transport)
+    except TypeError:
+        known = None
+    if known is not None:
+        return known
+    if not all(hasattr(transport, name) for name in ("reader", "writer", "close")):
+        raise TypeError(f"expected a transport (reader, writer, close), got {type(transport).__name__}")
+    channel = _transport_over(transport.reader, transport.writer, transport.close)
+    with contextlib.suppress(TypeError):
+        _TRANSPORT_CHANNELS[transport] = channel
+    return channel
+
+
+def _transport_stdio() -> PipeTransport:
+    """Law 4: private duplicates for the protocol; descriptor 0 reads nothing, descriptor 1 becomes stderr."""
+    for stream, name in ((0, "stdin"), (1, "stdout")):
+        if os.isatty(stream):
+            print(
+                f"warning: {name} is a terminal; a worker speaks Arrow IPC there, started by connect() or --cmd",
+                file=sys.stderr,
+            )
+    inp, out = os.dup(0), os.dup(1)
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    try:
+        os.dup2(2, 1)
+    except OSError:  # started without a stderr
+        os.dup2(null, 1)
+    os.close(null)
+    return PipeTransport(os.fdopen(inp, "rb"), os.fdopen(out, "wb", buffering=0))
+
+
+# -- subprocess
+
+
+class StderrMode(enum.Enum):
+    """Where a worker's stderr goes."""
+
+    INHERIT = "inherit"  # to our stderr
+    PIPE = "pipe"  # line by line to a logger, at INFO
+    DEVNULL = "devnull"
+
+
+class SubprocessTransport:
+    """Starts `cmd` and talks over its stdin and stdout. Raises the operating system's own error if it cannot start."""
+
+    def __init__(
+        self,
+        cmd: Sequence[str],
+        *,
+        stderr: StderrMode = StderrMode.INHERIT,
+        stderr_logger: logging.Logger | None = None,
+    ) -> None:
+        import subprocess
+
+        if isinstance(cmd, str):
+            raise TypeError(f"cmd must be a list of arguments such as {cmd.split()!r}, got a str")
+        self._cmd = list(cmd)
+        self._started = time.monotonic()
+        try:
+            self.proc: subprocess.Popen[bytes] = subprocess.Popen(
+                self._cmd,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL if stderr is StderrMode.DEVNULL else subprocess.PIPE,
+                bufsize=0,
+            )
+        except OSError as exc:
+            exc.add_note(f"could not start the worker {self._cmd!r}; cmd is a list: the program, then its arguments")
+            raise
+        assert self.proc.stdin is not None and self.proc.stdout is not None
+        self._tee = _TransportTee(self.proc.stderr, stderr, stderr_logger) if self.proc.stderr is not None else None
+        _transport_widen(self.proc.stdin.fileno())
+        _transport_widen(self.proc.stdout.fileno())
+        self.channel = Channel(self.proc.stdout.fileno(), self.proc.stdin.fileno(), self._abort)
+        self.channel.explain = self._explain
+        if _LOG_WIRE_TRANSPORT.isEnabledFor(logging.DEBUG):
+            _LOG_WIRE_TRANSPORT.debug("SubprocessTransport spawned: pid=%d, cmd=%r", self.proc.pid, self._cmd)
+
+    @property
+    def reader(self) -> io.IOBase:
+        """The worker's stdout."""
+        return cast(io.IOBase, self.proc.stdout)
+
+    @property
+    def writer(self) -> io.IOBase:
+        """The worker's stdin."""
+        return cast(io.IOBase, self.proc.stdin)
+
+    def close(self) -> None:
+        """End the worker's input, wait up to 10 s for it to finish, then kill it. Idempotent."""
+        if self.channel.pid != os.getpid():
+            return
+        busy = self.channel.stream is not None
+        if not self.channel.shut(self.proc.kill):
+            return
+        try:
+            self._close_pipe(self.proc.stdin)
+            if busy:  # nobody reads the rest of the stream; do not let the worker wait for that
+                self._close_pipe(self.proc.stdout)
+            self._reap(10.0)
+            self._close_pipe(self.proc.stdout)
+        finally:
+            self.channel.lock.release()
+        if _LOG_WIRE_TRANSPORT.isEnabledFor(logging.DEBUG):
+            _LOG_WIRE_TRANSPORT.debug("SubprocessTransport closed: pid=%d, rc=%s", self.proc.pid, self.proc.returncode)
+
+    def _abort(self) -> None:
+        """Kill the worker and let go of it."""
+        if self.channel.pid != os.getpid():
+            return
+        self._close_pipe(self.proc.stdin)
+        self._close_pipe(self.proc.stdout)
+        if self.proc.poll() is None:
+            self.proc.kill()
+        self._reap(5.0)
+
+    def _reap(self, timeout: float) -> None:
+        import subprocess
+
+        try:
+            self.proc.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.proc.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # unkillable: in uninterruptible I/O
+                self.proc.wait(5.0)
+        if self._tee is not None:
+            self._tee.close()
+
+    @staticmethod
+    def _close_pipe(pipe: Any) -> None:
+        with contextlib.suppress(OSError):
+            pipe.close()
+
+    def _explain(self, error: ConnectionLostError) -> ConnectionLostError:
+        """Law 5. A worker that has closed its output is given a second to finish dying."""
+        import subprocess
+
+        try:
+            self.proc.wait(1.0)
+        except subprocess.TimeoutExpired:
+            return error
+        if self._tee is not None:
+            self._tee.close()
+        lifetime = time.monotonic() - self._started
+        status = _transport_exit_text(self.proc.returncode)
+        return WorkerDiedError(
+            f"{error.error_message}: worker {self.proc.pid} {status} after {lifetime:.1f} s",
+            sent=error.sent,
+            command=tuple(self._cmd),
+            pid=self.proc.pid,
+            returncode=self.proc.returncode,
+            lifetime=lifetime,
+            stderr_tail=tuple(self._tee.tail) if self._tee is not None else (),
+        )
+
+
+class _TransportTee:
+    """Passes a worker's stderr on from a thread of its own and keeps the last lines for the death certificate."""
+
+    LINES, LINE_BYTES = 20, 2000
+
+    def __init__(self, pipe: Any, mode: StderrMode, logger: logging.Logger | None) -> None:
+        self.tail: collections.deque[str] = collections.deque(maxlen=self.LINES)
+        self._pipe = pipe
+        self._logger = None
+        if mode is StderrMode.PIPE:
+            self._logger = logger or logging.getLogger("vgi_rpc.subprocess.stderr")
+        self._stop, self._wake = os.pipe()
+        self._thread = threading.Thread(target=self._run, name="vgi_rpc-stderr", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Pass on what is left and end the thread; a grandchild may still hold the pipe, so do not wait for its end."""
+        wake, self._wake = self._wake, -1
+        if wake >= 0:
+            os.close(wake)
+        self._thread.join(5.0)
+
+    def _run(self) -> None:
+        poll = select.poll()
+        poll.register(self._pipe, select.POLLIN)
+        poll.register(self._stop, select.POLLIN)
+        rest = b""
+        stopping = False
+        while True:
+            ready = dict(poll.poll(0 if stopping else None))
+            data = os.read(self._pipe.fileno(), _TRANSPORT_CHUNK) if self._pipe.fileno() in ready else b""
+            if not data and (stopping or self._pipe.fileno() in ready):
+                break
+            stopping = stopping or self._stop in ready
+            if self._logger is None:
+                with contextlib.suppress(OSError):
+                    os.write(2, data)
+            *lines, rest = (rest + data).split(b"\n")
+            self._keep(lines)
+            rest = rest[-self.LINE_BYTES :]
+        self._keep([rest])
+        self._pipe.close()
+        os.close(self._stop)
+
+    def _keep(self, lines: list[bytes]) -> None:
+        for line in lines:
+            text = line[: self.LINE_BYTES].decode(errors="replace").rstrip()
+            if text:
+                self.tail.append(text)
+                if self._logger is not None:
+                    self._logger.info("%s", text)
+
+
+def _transport_exit_text(returncode: int) -> str:
+    if returncode >= 0:
+        return f"exited with status {returncode}"
+    try:
+        return f"was killed by {signal.Signals(-returncode).name}"
+    except ValueError:
+        return f"was killed by signal {-returncode}"
+
+
+def _transport_widen(fd: int) -> None:
+    """A wider pipe needs fewer wake-ups for large batches (+15 %); the kernel may refuse (pages per user)."""
+    import fcntl
+
+    with contextlib.suppress(OSError, AttributeError):
+        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, 1 << 20)
+
+
+# -- sockets
+
+
+class _SocketTransport:
+    """A transport over a connected stream socket, with or without TLS."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._reader: io.IOBase | None = None
+        self._writer: io.IOBase | None = None
+        if type(sock) is socket.socket:
+            sock.settimeout(None)
+            self.channel = Channel(sock.fileno(), sock.fileno(), self._abort)
+        else:
+            self.channel = _FileChannel(self.reader, self.writer, self._abort, sock.settimeout)
+
+    @property
+    def reader(self) -> io.IOBase:
+        """Bytes from the peer."""
+        if self._reader is None:
+            self._reader = self._sock.makefile("rb")
+        return self._reader
+
+    @property
+    def writer(self) -> io.IOBase:
+        """Bytes to the peer."""
+        if self._writer is None:
+            self._writer = self._sock.makefile("wb", buffering=0)
+        return self._writer
+
+    def close(self) -> None:
+        """Close the socket; a call of another thread fails. Idempotent."""
+        if self.channel.shut(self._wake):
+            try:
+                self._abort()
+            finally:
+                self.channel.lock.release()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def _abort(self) -> None:
+        if self.channel.pid == os.getpid():  # the peer must not lose the parent's connection because a child ended
+            self._wake()
+        for stream in (self._reader, self._writer, self._sock):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+
+
+class UnixTransport(_SocketTransport):
+    """A transport over a connected Unix socket."""
+
+
+class TcpTransport(_SocketTransport):
+    """A transport over a connected TCP socket; sets TCP_NODELAY."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        super().__init__(sock)
+
+
+def make_unix_pair() -> tuple[UnixTransport, UnixTransport]:
+    """Return two connected transports, (client, server), over a pair of Unix sockets."""
+    client, server = socket.socketpair()
+    return UnixTransport(client), UnixTransport(server)
+
+
+def make_tcp_pair() -> tuple[TcpTransport, TcpTransport]:
+    """Return two connected transports, (client, server), over the loopback interface."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname(), timeout=5.0)
+        server, _ = listener.accept()
+    return TcpTransport(client), TcpTransport(server)
+
+
+class _TransportAcceptor:
+    """Accepts connections and hands each to `handle`, in turn or in threads of their own (wire.md section 13)."""
+
+    POLL = 0.5  # seconds; closing a socket does not wake accept() on Linux
+    FIRST_CLIENT = 60.0  # seconds of grace before the first client
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        handle: Callable[[socket.socket], None],
+        *,
+        threaded: bool = False,
+        max_connections: int | None = None,
+        idle_timeout: float | None = None,
+    ) -> None:
+        self._listener = listener
+        self._handle = handle
+        self._threaded = threaded
+        self._slots = threading.BoundedSemaphore(max_connections) if max_connections is not None else None
+        self._idle_timeout = idle_timeout
+        self._lock = threading.Lock()
+        self._active = 0
+        self._expires = None if idle_timeout is None else time.monotonic() + max(idle_timeout, self.FIRST_CLIENT)
+
+    def run(self) -> None:
+        """Serve until the idle timeout; KeyboardInterrupt and the like pass through."""
+        self._listener.setblocking(False)
+        poll = select.poll()
+        poll.register(self._listener, select.POLLIN)
+        while not self._expired():
+            if self._slots is not None and not self._slots.acquire(timeout=self.POLL):
+                continue
+            sock = self._accept() if poll.poll(self.POLL * 1000) else None
+            if sock is None:
+                self._free_slot()
+            elif self._threaded:
+                self._start(sock)
+            else:
+                self._serve(sock)
+
+    def _accept(self) -> socket.socket | None:
+        try:
+            sock, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return None
+        except OSError:  # EMFILE, ENFILE, ENOBUFS, ENOMEM: no room now
+            _LOG_RPC.warning("accept failed; trying again", exc_info=True)
+            time.sleep(0.05)
+            return None
+        sock.setblocking(True)
+        return sock
+
+    def _start(self, sock: socket.socket) -> None:
+        with self._lock:
+            self._active += 1
+        try:
+            threading.Thread(target=self._serve, args=(sock,), name="vgi_rpc-connection", daemon=True).start()
+        except RuntimeError:  # no more threads
+            _LOG_RPC.warning("no thread for a new connection; closing it", exc_info=True)
+            sock.close()
+            self._done()
+
+    def _serve(self, sock: socket.socket) -> None:
+        try:
+            self._handle(sock)
+        except Exception:
+            _LOG_RPC.warning("a connection ended with an error", exc_info=True)
+        finally:
+            sock.close()
+            if self._threaded:
+                self._done()
+            else:
+                self._free_slot()
+
+    def _done(self) -> None:
+        with self._lock:
+            self._active -= 1
+            if self._active == 0 and self._idle_timeout is not None:
+                self._expires = time.monotonic() + self._idle_timeout
+        self._free_slot()
+
+    def _free_slot(self) -> None:
+        if self._slots is not None:
+            self._slots.release()
+
+    def _expired(self) -> bool:
+        with self._lock:
+            return self._active == 0 and self._expires is not None and time.monotonic() >= self._expires
+
+
+def _transport_listen_unix(path: str, backlog: int) -> socket.socket:
+    """Bind a Unix socket with mode 0600, replacing a stale one but never a live one or another kind of file."""
+    import stat
+
+    if os.path.lexists(path):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise RuntimeError(f"refusing to replace pre-existing non-socket path: {path}")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(2.0)
+            try:
+                probe.connect(path)
+            except (ConnectionRefusedError, FileNotFoundError):
+                pass
+            except BlockingIOError as exc:  # its backlog is full: alive
+                raise RuntimeError(f"another process is already listening on {path}") from exc
+            else:
+                raise RuntimeError(f"another process is already listening on {path}")
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        mask = os.umask(0o077)
+        try:
+            listener.bind(path)
+        finally:
+            os.umask(mask)
+        listener.listen(backlog)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _transport_unlink_unix(path: str, inode: int) -> None:
+    """Remove our socket file, unless another process has replaced it."""
+    with contextlib.suppress(FileNotFoundError):
+        if os.stat(path).st_ino == inode:
+            os.unlink(path)
+
+
+# ==== 11. DESCRIBE ====================================================================================================
+# Uses: 1, 2, 3, 4, 5, 8. A service tells what it offers (wire.md section 9): the protocol `vgi_rpc.Reflection.v1`, hosted
+# like any other, and the table of the older `__describe__` (appendix B). Types and nullability travel as schemas;
+# defaults, docstrings and Python types do not. The classes of the wire are dataclasses and made at first use, because
+# importing `dataclasses` would double the import time of this file.
+
+DESCRIBE_VERSION: Final = "5"
+IDEMPOTENCY_LEVELS: Final = ("unknown", "no_side_effects", "idempotent")
+STREAM_KINDS: Final = ("unknown", "producer", "exchange")
+
+
+@functools.cache
+def _describe_wire() -> types.SimpleNamespace:
+    """Make the Reflection Protocol and its dataclasses (wire.md section 9.2)."""
+    import dataclasses
+
+    def record(name: str, fields: list[tuple[Any, ...]]) -> Any:
+        made = dataclasses.make_dataclass(name, fields, bases=(ArrowSerializableDataclass,), frozen=True)
+        made.__module__ = __name__
+        return made
+
+    summary = record(
+        "ProtocolSummary",
+        [
+            ("protocol", str),
+            ("protocol_version", str),
+            ("protocol_hash", str),
+            ("deprecated", bool),
+            ("deprecation_message", str),
+            ("features", list[str]),
+        ],
+    )
+    hosted = record(
+        "ProtocolList",
+        [("server_id", str), ("server_version", str), ("request_version", str), ("protocols", list[summary])],
+    )
+    method = record(
+        "MethodInfo",
+        [
+            ("name", str),
+            ("method_type", str),
+            ("has_return", bool),
+            ("has_header", bool),
+            ("stream_kind", str),
+            ("params_schema_ipc", bytes),
+            ("result_schema_ipc", bytes),
+            ("header_schema_ipc", bytes),
+            ("idempotency", str, "unknown"),
+            ("deprecated", bool, False),
+            ("deprecation_message", str, ""),
+        ],
+    )
+    service = record(
+        "WireServiceDescription",
+        [
+            ("protocol", str),
+            ("protocol_version", str),
+            ("protocol_hash", str),
+            ("deprecated", bool),
+            ("deprecation_message", str),
+            ("features", list[str]),
+            ("methods", list[method]),
+        ],
+    )
+    return types.SimpleNamespace(
+        ProtocolSummary=summary,
+        ProtocolList=hosted,
+        MethodInfo=method,
+        WireServiceDescription=service,
+        Reflection=_describe_protocol_class(hosted, service),
+    )
+
+
+def _describe_protocol_class(hosted: type, service: type) -> type:
+    class Reflection(Protocol):
+        """What a server hosts (wire.md section 9.1)."""
+
+        protocol_name: ClassVar[str] = REFLECTION_PROTOCOL_NAME
+
+        def list_protocols(self) -> Any:
+            """List the hosted protocols, application protocols first."""
+            ...
+
+        def describe(self, protocol: str) -> Any:
+            """Describe one of them."""
+            ...
+
+    Reflection.list_protocols.__annotations__["return"] = hosted
+    Reflection.describe.__annotations__["return"] = service
+    return Reflection
+
+
+class ReflectionImpl:
+    """Answers Reflection for a server: anything with `bindings`, `server_id` and `server_version`."""
+
+    def __init__(self, server: Any) -> None:
+        self._server = server
+
+    def list_protocols(self) -> Any:
+        """List the hosted protocols, application protocols in the order of their registration."""
+        wire = _describe_wire()
+        bindings = self._server.bindings.values()
+        ordered = sorted(bindings, key=lambda binding: binding.name.startswith(RESERVED_PROTOCOL_PREFIX))
+        return wire.ProtocolList(
+            server_id=self._server.server_id,
+            server_version=self._server.server_version,
+            request_version=REQUEST_VERSION.decode(),
+            protocols=[
+                wire.ProtocolSummary(binding.name, binding.version or "", binding.protocol_hash, False, "", [])
+                for binding in ordered
+            ],
+        )
+
+    def describe(self, protocol: str) -> Any:
+        """Describe one protocol; ProtocolNotSupportedError for an unknown name."""
+        wire = _describe_wire()
+        binding = self._server.bindings.get(protocol)
+        if binding is None:
+            raise ProtocolNotSupportedError(
+                f"Protocol '{protocol}' is not hosted here. Available: {sorted(self._server.bindings)}"
+            )
+        methods = [_describe_method(info) for _, info in sorted(binding.methods.items())]
+        return wire.WireServiceDescription(
+            binding.name, binding.version or "", binding.protocol_hash, False, "", [], methods
+        )
+
+
+def _describe_method(info: RpcMethodInfo) -> Any:
+    kind = "unknown" if info.is_exchange is None else ("exchange" if info.is_exchange else "producer")
+    return _describe_wire().MethodInfo(
+        name=info.name,
+        method_type=info.method_type.value,
+        has_return=info.has_return,
+        has_header=info.header_type is not None,
+        stream_kind=kind if info.method_type is MethodType.STREAM else "",
+        params_schema_ipc=_ipc_schema_message(info.params_schema),
+        result_schema_ipc=_ipc_schema_message(info.result_schema) if info.has_return else b"",
+        header_schema_ipc=_ipc_schema_message(info.header_type.ARROW_SCHEMA) if info.header_type is not None else b"",
+    )
+
+
+_DESCRIBE_LEGACY_SCHEMA = pa.schema(
+    [
+        ("name", pa.utf8()),
+        ("method_type", pa.utf8()),
+        ("has_return", pa.bool_()),
+        ("params_schema_ipc", pa.binary()),
+        ("result_schema_ipc", pa.binary()),
+        ("has_header", pa.bool_()),
+        ("header_schema_ipc", pa.binary()),
+        ("is_exchange", pa.bool_()),
+    ]
+)
+
+
+def _describe_legacy_batch(server: Any) -> tuple[pa.RecordBatch, dict[bytes, bytes]]:
+    """The v4 table of the primary protocol and its metadata (wire.md appendix B)."""
+    rows = [
+        {
+            "name": name,
+            "method_type": info.method_type.value,
+            "has_return": info.has_return,
+            "params_schema_ipc": _ipc_schema_message(info.params_schema),
+            "result_schema_ipc": _ipc_schema_message(info.result_schema),
+            "has_header": info.header_type is not None,
+            "header_schema_ipc": None if info.header_type is None else _ipc_schema_message(info.header_type.ARROW_SCHEMA),
+            "is_exchange": info.is_exchange,
+        }
+        for name, info in sorted(server.methods.items())
+    ]
+    metadata = {
+        LEGACY_PROTOCOL_NAME_KEY: server.protocol_name.encode(),
+        REQUEST_VERSION_KEY: REQUEST_VERSION,
+        LEGACY_DESCRIBE_VERSION_KEY: b"4",
+        LEGACY_PROTOCOL_HASH_KEY: server.protocol_hash.encode(),
+        SERVER_ID_KEY: server.server_id.encode(),
+    }
+    if server.protocol_version is not None:
+        metadata[PROTOCOL_VERSION_KEY] = server.protocol_version.encode()
+    return pa.RecordBatch.from_pylist(rows, schema=_DESCRIBE_LEGACY_SCHEMA), metadata
+
+
+# ---- what a client sees
+
+
+class HostedProtocol(NamedTuple):
+    """One protocol that a server hosts."""
+
+    name: str
+    version: str
+    hash: str
+    deprecated: bool = False
+    deprecation_message: str = ""
+    features: tuple[str, ...] = ()
+
+
+class MethodDescription(NamedTuple):
+    """One method as the wire describes it: no docstring, defaults or Python types."""
+
+    name: str
+    method_type: MethodType
+    has_return: bool
+    params_schema: pa.Schema
+    result_schema: pa.Schema
+    has_header: bool = False
+    header_schema: pa.Schema | None = None
+    is_exchange: bool | None = None
+
+
+class ServiceDescription(NamedTuple):
+    """A protocol as the wire describes it; str() is a readable summary."""
+
+    protocol_name: str
+    request_version: str
+    describe_version: str
+    protocol_hash: str
+    server_id: str
+    methods: Mapping[str, MethodDescription]
+    protocol_version: str = ""
+
+    def __str__(self) -> str:
+        version = f" {self.protocol_version}" if self.protocol_version else ""
+        lines = [f"RPC Service: {self.protocol_name}{version}", f"  server: {self.server_id}"]
+        for name, method in self.methods.items():
+            parameters = _log_schema(method.params_schema) if len(method.params_schema) else "()"
+            if method.method_type is MethodType.STREAM:
+                kind = {True: "exchange", False: "producer", None: "stream"}[method.is_exchange]
+                header = f", header {_log_schema(method.header_schema)}" if method.header_schema is not None else ""
+                lines.append(f"  {name}{parameters} -> {kind}{header}")
+            else:
+                result = str(method.result_schema.field(0).type) if method.has_return else "None"
+                lines.append(f"  {name}{parameters} -> {result}")
+        return "\n".join(lines)
+
+
+class ReflectionNotSupportedError(RpcError):
+    """The server does not describe itself; it needs `enable_describe=True` (`--describe`)."""
+
+    @classmethod
+    def from_rpc_error(cls, error: RpcError) -> ReflectionNotSupportedError:
+        """Return the error with all its fields kept."""
+        found = cls(
+            error.error_type,
+            f"{error.error_message} (the server does not describe itself; start it with --describe,"
+            " or construct it with enable_describe=True)",
+            error.remote_traceback,
+            request_id=error.request_id,
+            error_code=error.error_code,
+            error_kind=error.error_kind,
+            error_details=error.error_details,
+        )
+        return found
+
+
+def _describe_hosted(hosted: Any) -> list[HostedProtocol]:
+    return [
+        HostedProtocol(
+            p.protocol, p.protocol_version, p.protocol_hash, p.deprecated, p.deprecation_message, tuple(p.features)
+        )
+        for p in hosted.protocols
+    ]
+
+
+def _describe_view(service: Any, hosted: Any) -> ServiceDescription:
+    methods = {method.name: _describe_method_view(method) for method in service.methods}
+    return ServiceDescription(
+        protocol_name=service.protocol,
+        request_version=hosted.request_version,
+        describe_version=DESCRIBE_VERSION,
+        protocol_hash=service.protocol_hash,
+        server_id=hosted.server_id,
+        methods=types.MappingProxyType(methods),
+        protocol_version=service.protocol_version,
+    )
+
+
+def _describe_method_view(method: Any) -> MethodDescription:
+    return MethodDescription(
+        name=method.name,
+        method_type=MethodType(method.method_type),
+        has_return=method.has_return,
+        params_schema=_describe_schema(method.params_schema_ipc),
+        result_schema=_describe_schema(method.result_schema_ipc),
+        has_header=method.has_header,
+        header_schema=_describe_schema(method.header_schema_ipc) if method.has_header else None,
+        is_exchange={"exchange": True, "producer": False}.get(method.stream_kind),
+    )
+
+
+def _describe_schema(message: bytes) -> pa.Schema:
+    return ipc.read_schema(pa.py_buffer(message)) if message else EMPTY_SCHEMA
+
+
+# ==== 12. SERVER ======================================================================================================
+# Uses: 1, 2, 3, 4, 5, 7, 8, 9, 10, 11. Requests become method calls (runtime.md sections 1, 3, 5, 6).
+#
+#   RpcServer           what is hosted; shared by all connections and threads, sealed after construction
+#   _ServerConnection   one peer: reads a request, resolves it, dispatches it, answers; one call at a time
+#   _ServerCall         one dispatched call: identity, counters, outcome; what the access record is made of
+#
+# A request that is refused before dispatch is answered, and the connection stays in step: the input stream of a known
+# stream method is drained, that of an unknown one is swallowed when it comes (wire.md section 8.6). Bytes that are
+# not Arrow are answered once, and end the connection.
+
+
+class ProtocolBinding:
+    """One hosted protocol and the object that implements it."""
+
+    __slots__ = ("_plans", "ctx_methods", "impl", "methods", "name", "protocol", "protocol_hash", "version")
+
+    def __init__(self, protocol: type, impl: object, *, allow_reserved: bool = False) -> None:
+        self.version = _methods_protocol_version(protocol)
+        self.methods = rpc_methods(protocol)
+        self.ctx_methods = _server_check_implementation(protocol, self.methods, impl)
+        try:
+            self.name = validate_protocol_name(_methods_protocol_name(protocol), allow_reserved=allow_reserved)
+        except ValueError as exc:
+            raise ValueError(f"{protocol.__name__}: {exc}") from exc
+        self.protocol = protocol
+        self.impl = impl
+        self.protocol_hash = compute_protocol_hash(self.name, self.methods)
+        self._plans: dict[str, _WirePlan] = {}
+
+    def plan(self, method: str) -> _WirePlan:
+        """Return the compiled method; MethodNotImplementedError when the protocol has none of that name."""
+        plan = self._plans.get(method)
+        if plan is None:
+            info = self.methods.get(method)
+            if info is None:
+                raise MethodNotImplementedError(
+                    f"Protocol '{self.name}' has no method '{method}'. Available: {sorted(self.methods)}"
+                )
+            plan = self._plans[method] = _WirePlan(info, self.name, self.version)
+        return plan
+
+
+class RpcServer:
+    """Hosts one or more Protocols (API.md section 2.2).
+
+    Args:
+        protocol: the primary Protocol class; `implementation` is the object whose methods are called.
+        extra_protocols: further (Protocol, implementation) pairs, each reached by its own name.
+        server_id: goes into log and error batches; 12 random hex digits by default.
+        server_version: free text for the access log and for reflection.
+        enable_describe: host `vgi_rpc.Reflection.v1` and answer the older `__describe__`.
+        ipc_validation: how thoroughly incoming batches are checked; None reads VGI_RPC_IPC_VALIDATION.
+        include_tracebacks: False leaves remote tracebacks out of every error.
+        accept_unrouted: let old clients that send no routing key reach the only application protocol.
+        limits: what a peer may claim before memory is allocated for it.
+
+    Raises:
+        TypeError: the implementation does not fit; one error lists every problem.
+        ValueError: a malformed or duplicate protocol name, or a malformed version.
+    """
+
+    def __init__(
+        self,
+        protocol: type,
+        implementation: object,
+        *,
+        extra_protocols: Sequence[tuple[type, object]] = (),
+        server_id: str | None = None,
+        server_version: str = "",
+        enable_describe: bool = False,
+        ipc_validation: IpcValidation | None = None,
+        include_tracebacks: bool = True,
+        accept_unrouted: bool = False,
+        limits: IpcLimits = IpcLimits(),  # noqa: B008 (immutable)
+    ) -> None:
+        self.server_id = server_id or f"{int.from_bytes(os.urandom(6), 'big'):012x}"
+        self.server_version = server_version
+        self.describe_enabled = enable_describe
+        self.ipc_validation = ipc_validation or IpcValidation.from_env()
+        self.include_tracebacks = include_tracebacks
+        self.accept_unrouted = accept_unrouted
+        self.limits = limits
+        self._hooks: tuple[DispatchHook, ...] = ()
+        self.dispatch_hook: DispatchHook | None = None
+        self.transport_kind: TransportKind | None = None
+        self.transport_capabilities: frozenset[str] = frozenset()
+        self._bindings: dict[str, ProtocolBinding] = {}
+        for proto, impl in ((protocol, implementation), *extra_protocols):
+            self._bind(ProtocolBinding(proto, impl))
+        self._application = tuple(self._bindings.values())
+        self._primary = self._application[0]
+        if enable_describe:
+            self._bind(ProtocolBinding(_describe_wire().Reflection, ReflectionImpl(self), allow_reserved=True))
+        self.bindings: Mapping[str, ProtocolBinding] = types.MappingProxyType(self._bindings)
+        self._start_lock = threading.Lock()
+        self._started: set[tuple[TransportKind, frozenset[str]]] = set()
+        _LOG_RPC.info(
+            "RpcServer created for %s (server_id=%s, methods=%d)",
+            protocol.__name__,
+            self.server_id,
+            len(self.methods),
+            extra={"server_id": self.server_id, "protocol": self.protocol_name, "method_count": len(self.methods)},
+        )
+
+    @property
+    def methods(self) -> Mapping[str, RpcMethodInfo]:
+        """The primary protocol's methods."""
+        return self._primary.methods
+
+    @property
+    def implementation(self) -> object:
+        """The primary protocol's implementation."""
+        return self._primary.impl
+
+    @property
+    def protocol_name(self) -> str:
+        """The primary protocol's name on the wire."""
+        return self._primary.name
+
+    @property
+    def protocol_version(self) -> str | None:
+        """The primary protocol's declared version."""
+        return self._primary.version
+
+    @property
+    def protocol_hash(self) -> str:
+        """SHA-256 of the primary protocol's contract, as 64 hex digits (wire.md section 9.4)."""
+        return self._primary.protocol_hash
+
+    @property
+    def ctx_methods(self) -> frozenset[str]:
+        """Methods of the primary protocol whose implementation takes `ctx`."""
+        return self._primary.ctx_methods
+
+    def add_dispatch_hook(self, hook: DispatchHook) -> None:
+        """Tell `hook` of every dispatched call; hooks added later start later and end earlier."""
+        self._hooks = (*self._hooks, hook)
+        self.dispatch_hook = _CtxHooks(self._hooks)
+
+    def serve(
+        self,
+        transport: RpcTransport,
+        *,
+        auth: AuthContext | None = None,
+        transport_metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Answer calls until the peer has gone; `auth` and `transport_metadata` apply to every call of this peer."""
+        connection = self._connection(transport, auth, transport_metadata)
+        token = _ctx_auth.set(connection.auth)
+        try:
+            connection.run()
+        finally:
+            _ctx_auth.reset(token)
+
+    def serve_one(self, transport: RpcTransport) -> None:
+        """Answer exactly one call; EOFError when the peer has gone instead."""
+        connection = self._connection(transport, None, None)
+        if connection.channel.at_end():
+            raise EOFError("the peer closed the connection")
+        connection.serve_one()
+
+    def _bind(self, binding: ProtocolBinding) -> None:
+        other = self._bindings.get(binding.name)
+        if other is not None:
+            raise ValueError(
+                f"Two protocols are hosted under the same name '{binding.name}': {other.protocol.__name__} and "
+                f"{binding.protocol.__name__}. Give one of them another protocol_name."
+            )
+        for name, known in self._bindings.items():
+            shared = sorted(set(known.methods) & set(binding.methods))
+            if shared:
+                _LOG_RPC.warning("protocols %s and %s both have method(s) %s", name, binding.name, shared)
+        self._bindings[binding.name] = binding
+
+    def _connection(
+        self, transport: RpcTransport, auth: AuthContext | None, metadata: Mapping[str, Any] | None
+    ) -> _ServerConnection:
+        kind = TransportKind.PIPE
+        if isinstance(transport, UnixTransport):
+            kind = TransportKind.UNIX
+        elif isinstance(transport, TcpTransport):
+            kind = TransportKind.TCP
+        self._start(kind, frozenset())
+        channel = _transport_channel(transport)
+        channel.limits = self.limits
+        return _ServerConnection(self, channel, kind, auth or AuthContext.anonymous(), metadata or {})
+
+    def _start(self, kind: TransportKind, capabilities: frozenset[str]) -> None:
+        """Call `on_serve_start` of each distinct implementation, once per kind and capabilities (runtime.md 1.1)."""
+        with self._start_lock:
+            if (kind, capabilities) in self._started:
+                return
+            self.transport_kind = kind
+            self.transport_capabilities = capabilities
+            for impl in {id(b.impl): b.impl for b in self._bindings.values()}.values():
+                hook = getattr(impl, "on_serve_start", None)
+                if callable(hook):
+                    try:
+                        hook(kind)
+                    except BaseException:
+                        _LOG_RPC.exception("on_serve_start hook raised; aborting serve")
+                        raise
+            self._started.add((kind, capabilities))
+
+    def _route(self, metadata: _IpcMetadata) -> ProtocolBinding:
+        """Step 11 of wire.md section 7."""
+        name = _wire_protocol_name(metadata)
+        if name is None:
+            if self.accept_unrouted and len(self._application) == 1:
+                return self._primary
+            raise ProtocolNotSpecifiedError(
+                "Missing 'vgi_rpc.protocol' in the request batch's custom metadata. "
+                f"Each request names the protocol it calls; hosted here: {sorted(self._bindings)}"
+            )
+        binding = self._bindings.get(name)
+        if binding is None:
+            raise ProtocolNotSupportedError(
+                f"Protocol '{name}' is not hosted here. Available: {sorted(self._bindings)}"
+                + ("" if self.describe_enabled or name != REFLECTION_PROTOCOL_NAME else _SERVER_DESCRIBE_HINT)
+            )
+        return binding
+
+
+_SERVER_DESCRIBE_HINT = ". To describe itself the server needs enable_describe=True (--describe)"
+
+
+class _ServerHangUp(Exception):
+    """The peer's bytes make no sense; it has been told, and the connection ends."""
+
+
+class _ServerCall:
+    """One dispatched call, from its validated request to its access record (runtime.md sections 5 and 6)."""
+
+    __slots__ = (
+        "_hook",
+        "_request_id",
+        "_token",
+        "binding",
+        "cancelled",
+        "connection",
+        "error",
+        "observed",
+        "plan",
+        "request",
+        "started",
+        "stats",
+        "stream_id",
+    )
+
+    def __init__(
+        self, connection: _ServerConnection, binding: ProtocolBinding, plan: _WirePlan, request: pa.RecordBatch
+    ) -> None:
+        self.connection = connection
+        self.binding = binding
+        self.plan = plan
+        self.request = request
+        self.error: BaseException | None = None
+        self.cancelled = False
+        self.stream_id = ""
+        self._request_id = ""
+        self._hook = connection.server.dispatch_hook
+        self._token: Any = None
+        # Nothing is counted, timed or formatted when nobody listens.
+        self.observed = self._hook is not None or _LOG_ACCESS.isEnabledFor(logging.INFO)
+        self.stats = CallStatistics()
+        self.started = 0.0
+
+    @property
+    def request_id(self) -> str:
+        if not self._request_id:
+            self._request_id = _ctx_request_id()
+        return self._request_id
+
+    def start(self, kwargs: dict[str, Any]) -> None:
+        """Begin counting and tell the hook."""
+        if not self.observed:
+            return
+        self.started = time.monotonic()
+        self.stats.record_input(self.request)
+        if self._hook is not None:
+            connection = self.connection
+            self._token = self._hook.on_dispatch_start(
+                self.plan.info, connection.auth, connection.transport_metadata, kwargs
+            )
+
+    def sent(self, batch: pa.RecordBatch) -> None:
+        if self.observed:
+            self.stats.record_output(batch)
+
+    def received(self, batch: pa.RecordBatch) -> None:
+        if self.observed:
+            self.stats.record_input(batch)
+
+    def fail(self, exc: BaseException) -> _IpcMetadata:
+        """Note and log the failure; returns the metadata of the batch that tells the caller."""
+        self.error = exc
+        server = self.connection.server
+        _server_log_failure(self, exc)
+        return _wire_error(exc, server.server_id, self.request_id, server.include_tracebacks)
+
+    def finish(self) -> None:
+        """Tell the hook and write the access record; never fails."""
+        if not self.observed:
+            return
+        if self._hook is not None:
+            self._hook.on_dispatch_end(self._token, self.plan.info, self.error, stats=self.stats)
+        if _LOG_ACCESS.isEnabledFor(logging.INFO):
+            try:
+                _server_access_record(self)
+            except Exception:
+                _LOG_RPC.debug("could not write an access record", exc_info=True)
+
+
+class _ServerConnection:
+    """One peer of a server: reads a request, answers it, again."""
+
+    __slots__ = ("_swallow", "auth", "channel", "kind", "server", "transport_metadata")
+
+    def __init__(
+        self,
+        server: RpcServer,
+        channel: Channel,
+        kind: TransportKind,
+        auth: AuthContext,
+        transport_metadata: Mapping[str, Any],
+    ) -> None:
+        self.server = server
+        self.channel = channel
+        self.kind = kind
+        self.auth = auth
+        self.transport_metadata = transport_metadata
+        self._swallow = False  # an unknown method may have been a stream, whose input comes next
+
+    def run(self) -> None:
+        """Answer calls until the peer has gone or has sent something that makes no sense."""
+        channel = self.channel
+        try:
+            while not channel.at_end():
+                self.serve_one()
+        except _ServerHangUp:
+            pass
+        except (EOFError, ConnectionError):
+            _LOG_RPC.debug("the peer went away", exc_info=True)
+
+    def serve_one(self) -> None:
+        """Read one request and answer it."""
+        try:
+            request = _wire_read_request(self.channel, self.server.ipc_validation)
+        except (EOFError, ConnectionError):
+            raise
+        except Exception as exc:
+            self._hang_up(exc)
+        batch, metadata = request or (empty_batch(EMPTY_SCHEMA), {})
+        swallow, self._swallow = self._swallow, False
+        if swallow and RPC_METHOD_KEY not in metadata:
+            return
+        if _LOG_WIRE_REQUEST.isEnabledFor(logging.DEBUG):
+            _LOG_WIRE_REQUEST.debug("Read request batch: %s, metadata=%s", _log_batch(batch), _log_metadata(metadata))
+        self._answer(batch, metadata)
+
+    def _answer(self, batch: pa.RecordBatch, metadata: _IpcMetadata) -> None:
+        """The pipeline of wire.md section 7, steps 3 to 19."""
+        plan = None
+        try:
+            name = _wire_method_name(metadata)
+            _wire_check_rows(batch)
+            if name.startswith("__") and name.endswith("__"):
+                return self._answer_builtin(name)
+            binding = self.server._route(metadata)
+            plan = binding.plan(name)
+            _wire_check_version(binding.name, binding.version, metadata)
+            kwargs = _wire_arguments(plan, batch)
+        except Exception as exc:
+            return self._refuse(exc, plan, RPC_METHOD_KEY in metadata)
+        if _LOG_WIRE_REQUEST.isEnabledFor(logging.DEBUG):
+            _LOG_WIRE_REQUEST.debug("Parsed request: method=%s, kwargs={%s}", name, _log_kwargs(kwargs))
+        call = _ServerCall(self, binding, plan, batch)
+        budget = _server_budget(metadata)
+        method = getattr(binding.impl, name)
+        call.start(kwargs)
+        try:
+            if plan.is_stream:
+                _ServerStream(call, budget).run(method, kwargs)
+            else:
+                self._unary(call, method, kwargs, budget)
+        finally:
+            call.finish()
+
+    def _unary(
+        self, call: _ServerCall, method: Callable[..., Any], kwargs: dict[str, Any], budget: float | None
+    ) -> None:
+        reply = _ServerReply(call)
+        if call.plan.name in call.binding.ctx_methods:
+            kwargs["ctx"] = self.context(call, reply.log, budget)
+        try:
+            value = method(**kwargs)
+            batch, metadata = _wire_result_batch(call.plan, value), None
+        except BaseException as exc:
+            batch, metadata = empty_batch(reply.schema), call.fail(exc)
+        reply.end(batch, metadata)
+        if call.error is not None and not isinstance(call.error, Exception):
+            raise call.error  # SystemExit, KeyboardInterrupt: answered and recorded, and still obeyed
+
+    def context(
+        self, call: _ServerCall, emit: Callable[[Message], None], budget: float | None, *, request_id: bool = True
+    ) -> CallContext:
+        """Build what a method sees as `ctx`."""
+        return CallContext(
+            self.auth,
+            emit,
+            self.transport_metadata,
+            server_id=self.server.server_id,
+            method_name=call.plan.name,
+            protocol_name=call.binding.name,
+            kind=self.kind,
+            implementation=call.binding.impl,
+            deadline=None if budget is None else time.monotonic() + budget,
+            request_id=call.request_id if request_id else "",
+        )
+
+    def _answer_builtin(self, name: str) -> None:
+        """Steps 9 and 10, and the older `__describe__` (DESIGN.md section 7)."""
+        server = self.server
+        if name == TRANSPORT_OPTIONS_METHOD_NAME:
+            metadata = {
+                TRANSPORT_SHM_KEY: b"false",
+                REQUEST_VERSION_KEY: REQUEST_VERSION,
+                SERVER_ID_KEY: server.server_id.encode(),
+            }
+            return self._send_stream(empty_batch(EMPTY_SCHEMA), metadata)
+        if name == LEGACY_DESCRIBE_METHOD_NAME and server.describe_enabled:
+            return self._send_stream(*_describe_legacy_batch(server))
+        hint = ""
+        if name == LEGACY_DESCRIBE_METHOD_NAME:
+            hint = f" Describing is the protocol '{REFLECTION_PROTOCOL_NAME}'{_SERVER_DESCRIBE_HINT}."
+        raise MethodNotImplementedError(f"No built-in method '{name}'.{hint}")
+
+    def _refuse(self, exc: Exception, plan: _WirePlan | None, named: bool) -> None:
+        """Answer a request that was not dispatched, and keep the connection in step."""
+        server = self.server
+        stream = plan is not None and plan.is_stream
+        schema = plan.info.result_schema if plan is not None and not stream else EMPTY_SCHEMA
+        _LOG_RPC.info("Refused a request: %s: %s", type(exc).__name__, exception_str(exc))
+        metadata = _wire_error(exc, server.server_id, _ctx_request_id(), server.include_tracebacks)
+        self._send_stream(empty_batch(schema), metadata)
+        if stream:
+            self.drain()
+        self._swallow = plan is None and named
+
+    def drain(self) -> None:
+        """Read an input stream that nobody wants to its end."""
+        try:
+            _IpcReader(self.channel, IpcValidation.NONE).drain()
+        except (EOFError, ConnectionError):
+            raise
+        except Exception as exc:
+            raise _ServerHangUp from exc
+
+    def _hang_up(self, exc: Exception) -> typing.NoReturn:
+        """Tell the peer that its bytes make no sense (best effort), and end the connection."""
+        server = self.server
+        _LOG_RPC.warning("Ending a connection: %s: %s", type(exc).__name__, exception_str(exc))
+        metadata = _wire_error(exc, server.server_id, _ctx_request_id(), server.include_tracebacks)
+        with contextlib.suppress(OSError):
+            self._send_stream(empty_batch(EMPTY_SCHEMA), metadata)
+        raise _ServerHangUp from exc
+
+    def _send_stream(self, batch: pa.RecordBatch, metadata: _IpcMetadata) -> None:
+        writer = _IpcWriter(batch.schema)
+        writer.write(batch, metadata)
+        writer.close()
+        self.channel.send(writer.take())
+
+
+class _ServerReply:
+    """The reply stream of a unary call. Logs are written while the method runs, from any of its threads."""
+
+    __slots__ = ("_call", "_ended", "_lock", "_writer", "schema")
+
+    def __init__(self, call: _ServerCall) -> None:
+        self.schema = call.plan.info.result_schema
+        self._call = call
+        self._writer = _IpcWriter(self.schema)
+        self._lock = threading.Lock()
+        self._ended = False
+
+    def log(self, message: Message) -> None:
+        call = self._call
+        batch = empty_batch(self.schema)
+        metadata = _log_metadata_bytes(message, server_id=call.connection.server.server_id, request_id=call.request_id)
+        with self._lock:
+            if self._ended:
+                raise RuntimeError(f"{call.plan.name}() has ended; its caller can no longer be sent messages")
+            self._writer.write(batch, metadata)
+            call.sent(batch)
+            call.connection.channel.send(self._writer.take())
+
+    def end(self, batch: pa.RecordBatch, metadata: _IpcMetadata | None) -> None:
+        call = self._call
+        call.sent(batch)
+        with self._lock:
+            self._ended = True
+            self._writer.write(batch, metadata)
+            self._writer.close()
+        if _LOG_WIRE_RESPONSE.isEnabledFor(logging.DEBUG):
+            what = "result" if metadata is None else "error"
+            _LOG_WIRE_RESPONSE.debug("Write %s batch: %s, route=inline", what, _log_batch(batch))
+        call.connection.channel.send(self._writer.take())
+
+
+class _ServerStream:
+    """One stream call: init, header, turns, end (wire.md section 8)."""
+
+    __slots__ = ("_budget", "_call", "_channel", "_connection", "_logs", "_out", "_stream")
+
+    def __init__(self, call: _ServerCall, budget: float | None) -> None:
+        import uuid
+
+        call.stream_id = uuid.uuid4().hex if call.observed else ""
+        self._call = call
+        self._budget = budget
+        self._connection = call.connection
+        self._channel = call.connection.channel
+        self._logs: list[_IpcMetadata] = []  # of init: they travel in the header stream, else in front of the output
+        self._stream: Stream[Any, Any]
+        self._out: _IpcWriter
+
+    def run(self, method: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+        """Serve the whole stream; afterwards the connection is in step."""
+        call = self._call
+        if _LOG_WIRE_STREAM.isEnabledFor(logging.DEBUG):
+            _LOG_WIRE_STREAM.debug("Stream init: method=%s", call.plan.name)
+        if call.plan.name in call.binding.ctx_methods:
+            kwargs["ctx"] = self._connection.context(call, self._log_init, self._budget)
+        try:
+            self._stream = _server_check_stream(call.plan, method(**kwargs))
+            header = None if self._stream.header is None else _types_row_batch(self._stream.header)
+        except BaseException as exc:
+            self._send_whole(EMPTY_SCHEMA, empty_batch(EMPTY_SCHEMA), call.fail(exc))
+            self._connection.drain()
+            return self._obey(exc)
+        if header is not None:
+            self._send_whole(header.schema, header, None)
+        self._turns()
+
+    def _turns(self) -> None:
+        call, channel = self._call, self._channel
+        self._out = _IpcWriter(self._stream.output_schema)
+        self._write_logs(self._out)
+        try:
+            reader = _IpcReader(channel, self._connection.server.ipc_validation)
+            failure = self._loop(reader)
+            self._out.close()
+            channel.send(self._out.take())
+            reader.drain()
+        except (EOFError, ConnectionError):
+            raise  # the caller vanished: the record says ok, the connection ends quietly
+        except Exception as exc:  # the caller's bytes; what the application raised was caught in _loop
+            self._out.write(empty_batch(self._out.schema), call.fail(exc))
+            self._out.close()
+            with contextlib.suppress(OSError):
+                channel.send(self._out.take())
+            raise _ServerHangUp from exc
+        self._obey(failure)
+
+    def _loop(self, reader: _IpcReader) -> BaseException | None:
+        """Turn by turn until someone ends it; returns what an application raised."""
+        call, channel = self._call, self._channel
+        ticks = len(self._stream.input_schema) == 0
+        while (item := reader.read()) is not None:
+            batch, metadata = item
+            if metadata is not None and CANCEL_KEY in metadata:
+                self._cancel()
+                return None
+            if not ticks:
+                call.received(batch)
+            try:
+                finished = self._turn(batch, metadata)
+            except BaseException as exc:
+                empty = empty_batch(self._stream.output_schema)
+                self._out.write(empty, call.fail(exc))
+                call.sent(empty)
+                return exc
+            if finished:
+                return None
+            channel.send(self._out.take())
+        return None
+
+    def _turn(self, batch: pa.RecordBatch, metadata: _IpcMetadata | None) -> bool:
+        """One input batch -> what the application emits for it; True when it was the last."""
+        _wire_refuse_pointer(self._call.plan.name, batch, metadata)
+        stream = self._stream
+        server_id = self._connection.server.server_id
+        out = OutputCollector(stream.output_schema, server_id=server_id, producer_mode=len(stream.input_schema) == 0)
+        ctx = self._connection.context(self._call, out.emit_client_log_message, self._budget)
+        if batch.schema is not stream.input_schema and not batch.schema.equals(stream.input_schema):
+            batch = _server_reconcile(batch, stream.input_schema)
+        stream.state.process(AnnotatedBatch(batch, _ipc_key_values(metadata)), out, ctx)
+        if not out.finished:
+            out.validate()
+        if _LOG_WIRE_RESPONSE.isEnabledFor(logging.DEBUG):
+            _LOG_WIRE_RESPONSE.debug("Flush collector: batches=%d, route_config=inline", len(out.batches))
+        for item in out.batches:
+            self._out.write(item.batch, item.custom_metadata)
+            self._call.sent(item.batch)
+        return out.finished
+
+    def _cancel(self) -> None:
+        call = self._call
+        call.cancelled = True
+        if _LOG_WIRE_STREAM.isEnabledFor(logging.DEBUG):
+            _LOG_WIRE_STREAM.debug("Stream cancel received: method=%s", call.plan.name)
+        try:
+            self._stream.state.on_cancel(self._connection.context(call, self._log_init, self._budget))
+        except Exception:
+            _LOG_RPC.debug("on_cancel of %s raised", call.plan.name, exc_info=True)
+        self._write_logs(self._out)
+
+    def _log_init(self, message: Message) -> None:
+        call = self._call
+        server_id = self._connection.server.server_id
+        self._logs.append(_log_metadata_bytes(message, server_id=server_id, request_id=call.request_id))
+
+    def _write_logs(self, writer: _IpcWriter) -> None:
+        empty = empty_batch(writer.schema)
+        for metadata in self._logs:
+            writer.write(empty, metadata)
+            self._call.sent(empty)
+        self._logs.clear()
+
+    def _send_whole(self, schema: pa.Schema, batch: pa.RecordBatch, metadata: _IpcMetadata | None) -> None:
+        """A stream of its own: the logs so far, then one batch."""
+        writer = _IpcWriter(schema)
+        self._write_logs(writer)
+        writer.write(batch, metadata)
+        self._call.sent(batch)
+        writer.close()
+        self._channel.send(writer.take())
+
+    @staticmethod
+    def _obey(exc: BaseException | None) -> None:
+        if exc is not None and not isinstance(exc, Exception):
+            raise exc
+
+
+def _server_check_stream(plan: _WirePlan, value: Any) -> Stream[Any, Any]:
+    """What a stream method returned must be a Stream, with schemas, and with the header it declares."""
+    name = plan.name
+    if not isinstance(value, Stream):
+        raise TypeError(f"{name}() must return a Stream, got {type(value).__name__}")
+    for field in ("output_schema", "input_schema"):
+        schema = getattr(value, field)
+        if not isinstance(schema, pa.Schema):
+            raise TypeError(f"{name}() returned a Stream whose {field} is {type(schema).__name__}, not pa.Schema")
+    declared = plan.info.header_type
+    if declared is None:
+        if value.header is not None:
+            raise TypeError(f"{name}() returned a header, but its annotation declares none: Stream[S, Header]")
+    elif not isinstance(value.header, declared):
+        raise TypeError(f"{name}() declares a header of type {declared.__name__}, got {type(value.header).__name__}")
+    return value
+
+
+def _server_reconcile(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """Fit an input batch to the declared schema: reorder, cast, or refuse (wire.md section 8.2)."""
+    got = batch.schema
+    refusal = f"Input schema mismatch: expected {_log_schema(schema)}, got {_log_schema(got)}"
+    if len(set(got.names)) != len(got) or set(got.names) != set(schema.names):
+        raise TypeError(refusal)
+    if got.names != schema.names:
+        batch = batch.select(schema.names)
+    try:
+        return batch if batch.schema.equals(schema) else batch.cast(schema)
+    except (pa.ArrowException, ValueError, TypeError) as exc:
+        raise TypeError(refusal) from exc
+
+
+def _server_budget(metadata: _IpcMetadata) -> float | None:
+    """Seconds the caller is still willing to wait; anything but 16 digits is ignored like an unknown key."""
+    raw = metadata.get(DEADLINE_KEY)
+    if raw is None or len(raw) != 16 or not raw.isdigit():
+        return None
+    return int(raw) / 1e6
+
+
+def _server_check_implementation(protocol: type, methods: Mapping[str, RpcMethodInfo], impl: object) -> frozenset[str]:
+    """Check that `impl` can serve `protocol`, all problems in one TypeError; returns the methods that take `ctx`."""
+    problems: list[str] = []
+    ctx_methods = set()
+    for name, info in methods.items():
+        attribute = getattr(impl, name, None)
+        if attribute is None:
+            hints = ", ".join(f"{p}: {_server_hint_name(info.param_types[p])}" for p in info.param_names)
+            problems.append(f"missing method {name}({hints})")
+        elif not callable(attribute):
+            problems.append(f"'{name}' exists but is not callable")
+        else:
+            found, wants_ctx = _server_check_signature(protocol, info, attribute)
+            problems += found
+            if wants_ctx:
+                ctx_methods.add(name)
+    if problems:
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        raise TypeError(f"{type(impl).__name__} does not implement {protocol.__name__}:\n{lines}")
+    return frozenset(ctx_methods)
+
+
+def _server_check_signature(protocol: type, info: RpcMethodInfo, method: Callable[..., Any]) -> tuple[list[str], bool]:
+    import inspect
+
+    try:
+        parameters = inspect.signature(method).parameters
+    except (TypeError, ValueError):  # a C callable without a signature: called as declared
+        return [], False
+    keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    usable = {name for name, p in parameters.items() if p.kind in keyword}
+    problems = [f"'{info.name}()' missing parameter '{p}'" for p in info.param_names if p not in usable]
+    for name, parameter in parameters.items():
+        required = parameter.default is inspect.Parameter.empty and parameter.kind not in (
+            inspect.Parameter.VAR_POSITIONAL,
+            inspect.Parameter.VAR_KEYWORD,
+        )
+        if required and name != "ctx" and name not in info.param_names:
+            problems.append(f"'{info.name}()' has required parameter '{name}' not defined in {protocol.__name__}")
+    return problems, "ctx" in usable
+
+
+def _server_hint_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
+def _server_log_failure(call: _ServerCall, exc: BaseException) -> None:
+    """One line about a failed method, at the level its code deserves (runtime.md section 1.3)."""
+    level, with_traceback = _log_level_of(exc)
+    if not _LOG_RPC.isEnabledFor(level):
+        return
+    code, kind = error_code_of(exc), error_kind_of(exc)
+    extra = {
+        "server_id": call.connection.server.server_id,
+        "method": call.plan.name,
+        "error_type": type(exc).__name__,
+        "error_code": str(code),
+        "request_id": call.request_id,
+    }
+    if kind:
+        extra["error_kind"] = kind
+    where = f"{call.binding.name}.{call.plan.name}"
+    text = exception_str(exc)
+    if not with_traceback:
+        text = f"{code}{f' ({kind})' if kind else ''} {type(exc).__name__}: {text}"
+    _LOG_RPC.log(level, "Error in %s: %s", where, text, exc_info=exc if with_traceback else None, extra=extra)
+
+
+def _server_access_record(call: _ServerCall) -> None:
+    """Write one record of a dispatched call: who, what, how long, how much; never a value (runtime.md section 6)."""
+    connection, plan, error, stats = call.connection, call.plan, call.error, call.stats
+    server, auth = connection.server, connection.auth
+    status = "ok" if error is None else "error"
+    extra: dict[str, Any] = {
+        "server_id": server.server_id,
+        "protocol": call.binding.name,
+        "protocol_hash": call.binding.protocol_hash,
+        "method": plan.name,
+        "method_type": plan.info.method_type.value,
+        "principal": auth.principal or "",
+        "auth_domain": auth.domain or "",
+        "authenticated": auth.authenticated,
+        "remote_addr": str(connection.transport_metadata.get("remote_addr", "")),
+        "duration_ms": round((time.monotonic() - call.started) * 1000, 2),
+        "status": status,
+        "error_type": "" if error is None else type(error).__name__,
+        "request_id": call.request_id,
+        "request_fields": [{"name": field.name, "type": str(field.type)} for field in call.request.schema],
+        "request_rows": call.request.num_rows if call.request.num_columns else 0,
+        "input_batches": stats.input_batches,
+        "output_batches": stats.output_batches,
+        "input_rows": stats.input_rows,
+        "output_rows": stats.output_rows,
+        "input_bytes": stats.input_bytes,
+        "output_bytes": stats.output_bytes,
+    }
+    if error is not None:
+        extra["error_message"] = exception_str(error) or type(error).__name__
+        extra["error_code"] = str(error_code_of(error))
+    if call.cancelled:
+        extra["cancelled"] = True
+    if server.server_version:
+        extra["server_version"] = server.server_version
+    if call.stream_id:
+        extra["stream_id"] = call.stream_id
+    if auth.authenticated and auth.claims:
+        extra["claims"] = apply_claim_redaction(auth.claims)
+    _LOG_ACCESS.info("%s.%s %s", call.binding.name, plan.name, status, extra=extra)
+
+
+# ==== 13. CLIENT ======================================================================================================
+# Uses: 1, 2, 3, 4, 5, 7, 8, 9, 10, 11. The typed proxy (runtime.md section 4).
+#
+#   proxy.add(1.0, b=2.0)
+#     _ClientMethod.__call__   binds the arguments by the Protocol's signature
+#     _client_unary            enter the channel, write the request, read the reply to its end, leave
+#     _wire_value              the Python value, or the error the far side raised
+#
+# Every conversation has the form  check; try: enter ... leave; except BaseException: raise channel.fail(exc).
+# Errors of the far side are raised after `leave`: they do not cost the connection. Things that act on a connection
+# are functions that take the proxy, because the proxy is typed as the user's Protocol.
+
+
+
+
+class _ClientOptions(NamedTuple):
+    on_log: Callable[[Message], None] | None = None
+    validation: IpcValidation = IpcValidation.FULL
+    timeout: float | None = None
+
+
+class _ClientLink:
+    """The connection behind a proxy; `reopen` replaces it when it is lost before anything was sent."""
+
+    __slots__ = ("channel", "reopen", "transport")
+
+    def __init__(self, transport: Any, reopen: Callable[[], Any] | None = None) -> None:
+        self.transport = transport
+        self.channel = _transport_channel(transport)
+        self.reopen = reopen
+
+    def reconnect(self, lost: Channel) -> None:
+        """Replace a lost connection; of several threads the first does it."""
+        assert self.reopen is not None
+        with lost.lock:
+            if self.channel is lost:
+                self.transport.close()
+                self.transport = self.reopen()
+                self.channel = _transport_channel(self.transport)
+
+
+class RpcProxy:
+    """Calls a Protocol's methods over a transport; what `connect` and the like return, typed as the Protocol.
+
+    A shared proxy is safe: calls from several threads queue. A missing, unknown or ill-typed argument raises
+    RpcArgumentError before anything is sent; whatever goes wrong later is an RpcError (API.md section 2.3).
+    """
+
+    def __init__(
+        self,
+        protocol: type,
+        transport: RpcTransport,
+        on_log: Callable[[Message], None] | None = None,
+        *,
+        ipc_validation: IpcValidation = IpcValidation.FULL,
+    ) -> None:
+        self._bind(protocol, _ClientLink(transport), _ClientOptions(on_log, ipc_validation))
+
+    def _bind(self, protocol: type, link: _ClientLink, options: _ClientOptions) -> None:
+        self._protocol = protocol
+        self._protocol_name = _methods_protocol_name(protocol)
+        self._protocol_version = _methods_protocol_version(protocol)
+        self._methods = rpc_methods(protocol)
+        self._link = link
+        self._options = options
+
+    @property
+    def _transport(self) -> Any:
+        return self._link.transport
+
+    def __getattr__(self, name: str) -> Any:
+        methods = self.__dict__.get("_methods", {})
+        info = methods.get(name)
+        if info is None:
+            raise AttributeError(
+                f"{self.__dict__.get('_protocol_name', type(self).__name__)} has no RPC method '{name}'."
+                f" Available: {', '.join(sorted(methods))}"
+            )
+        method = _ClientMethod(self, _client_plan(self._protocol, info, self._protocol_name, self._protocol_version))
+        self.__dict__[name] = method
+        return method
+
+    def __dir__(self) -> list[str]:
+        return sorted([*super().__dir__(), *self._methods])
+
+    def __repr__(self) -> str:
+        return f"<RpcProxy of {self._protocol_name} over {type(self._link.transport).__name__}>"
+
+
+_RpcProxy = RpcProxy  # the reference's spelling, imported by programs written for it
+
+
+class _ClientMethod:
+    # No docstring: an instance shows the method's own.
+    def __init__(self, proxy: RpcProxy, plan: _WirePlan) -> None:
+        self.__name__ = plan.name
+        self.__doc__ = plan.info.doc
+        self._proxy = proxy
+        self._plan = plan
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        plan, proxy = self._plan, self._proxy
+        values = _wire_bind(plan, args, kwargs)
+        link = proxy._link
+        call = _client_open if plan.is_stream else _client_unary
+        if link.reopen is None:
+            return call(link.channel, plan, values, proxy._options)
+        return _client_retry(link, call, plan, values, proxy._options)
+
+    def __repr__(self) -> str:
+        return f"<RPC method {self._plan.protocol}.{self._plan.name}>"
+
+
+# Plans are shared by all proxies of a Protocol: what was compiled or learned once is learned.
+_CLIENT_PLANS: weakref.WeakKeyDictionary[type, dict[str, _WirePlan]] = weakref.WeakKeyDictionary()
+
+
+def _client_plan(protocol: type, info: RpcMethodInfo, name: str, version: str | None) -> _WirePlan:
+    plans = _CLIENT_PLANS.setdefault(protocol, {})
+    plan = plans.get(info.name)
+    if plan is None:
+        plan = plans[info.name] = _WirePlan(info, name, version)
+    return plan
+
+
+def _client_unary(channel: Channel, plan: _WirePlan, values: list[Any], options: _ClientOptions) -> Any:
+    """One call: one write, and reading to the end of the reply."""
+    if _LOG_WIRE_REQUEST.isEnabledFor(logging.DEBUG):
+        _LOG_WIRE_REQUEST.debug("Unary call: method=%s", plan.name)
+    return _wire_value(plan, _client_converse(channel, plan, values, options))
+
+
+def _client_converse(channel: Channel, plan: _WirePlan, values: list[Any], options: _ClientOptions) -> _WireReply:
+    timeout = options.timeout
+    request = _wire_request(plan, values, None if timeout is None else _client_budget(timeout))
+    channel.check()
+    try:
+        channel.enter(plan.doing, timeout)
+        channel.send(request)
+        reply = _wire_read_reply(channel, options.validation, options.on_log)
+        channel.leave()
+    except BaseException as exc:
+        raise channel.fail(exc)  # noqa: B904 (fail sets the cause)
+    if _LOG_WIRE_RESPONSE.isEnabledFor(logging.DEBUG):
+        _LOG_WIRE_RESPONSE.debug("Read unary response: method=%s, result_type=%s", plan.name, plan.info.result_type)
+    return reply
+
+
+def _client_budget(timeout: float) -> dict[bytes, bytes]:
+    """The remaining time on the wire: microseconds, 16 digits (DESIGN.md section 7)."""
+    return {DEADLINE_KEY: b"%016d" % max(int(timeout * 1e6), 0)}
+
+
+def _client_retry(
+    link: _ClientLink,
+    call: Callable[[Channel, _WirePlan, list[Any], _ClientOptions], _T],
+    plan: _WirePlan,
+    values: list[Any],
+    options: _ClientOptions,
+) -> _T:
+    """`connect(..., reconnect=True)`: one new connection, and only for what was never sent."""
+    channel = link.channel
+    if channel.pid == os.getpid() and channel.stream is None and channel.gone():
+        link.reconnect(channel)
+        channel = link.channel
+    try:
+        return call(channel, plan, values, options)
+    except ConnectionLostError as exc:
+        if exc.sent != "no":
+            raise
+    link.reconnect(channel)
+    return call(link.channel, plan, values, options)
+
+
+class RpcConnection(Generic[_P]):
+    """A context manager over any transport: entering gives the typed proxy, leaving closes the transport."""
+
+    def __init__(
+        self,
+        protocol: TypeForm[_P],
+        transport: RpcTransport,
+        on_log: Callable[[Message], None] | None = None,
+        *,
+        ipc_validation: IpcValidation = IpcValidation.FULL,
+        timeout: float | None = None,
+    ) -> None:
+        options = _ClientOptions(on_log, ipc_validation, _client_check_timeout(timeout))
+        self._proxy = _client_proxy(cast(type, protocol), _ClientLink(transport), options)
+
+    def __enter__(self) -> _P:
+        if _LOG_WIRE_TRANSPORT.isEnabledFor(logging.DEBUG):
+            _LOG_WIRE_TRANSPORT.debug("RpcConnection open: protocol=%s", self._proxy._protocol_name)
+        return cast(_P, self._proxy)
+
+    def __exit__(self, *exc: object) -> None:
+        if _LOG_WIRE_TRANSPORT.isEnabledFor(logging.DEBUG):
+            _LOG_WIRE_TRANSPORT.debug("RpcConnection close: protocol=%s", self._proxy._protocol_name)
+        self._proxy._link.transport.close()
+
+
+def _client_proxy(protocol: type, link: _ClientLink, options: _ClientOptions) -> RpcProxy:
+    proxy = RpcProxy.__new__(RpcProxy)
+    proxy._bind(protocol, link, options)
+    return proxy
+
+
+def _client_check_timeout(timeout: float | None) -> float | None:
+    if timeout is not None and not 0 < timeout < 1e9:
+        raise ValueError(f"timeout must be a positive number of seconds or None, got {timeout}")
+    return timeout
+
+
+_UNSET: Any = object()
+
+
+def with_options(proxy: _T, *, timeout: float | None = _UNSET, on_log: Callable[[Message], None] | None = _UNSET) -> _T:
+    """Return a proxy on the same connection with other defaults; what is not given stays as it is.
+
+    Args:
+        timeout: seconds for a whole call, and for each turn of a stream; None waits for ever. Expiry raises
+            DeadlineExceededError and closes the connection, because the late answer would be taken for the next one.
+        on_log: receives the Messages that methods send while they run.
+    """
+    old = _client_expect_proxy(proxy)
+    options = old._options
+    if timeout is not _UNSET:
+        options = options._replace(timeout=_client_check_timeout(timeout))
+    if on_log is not _UNSET:
+        options = options._replace(on_log=on_log)
+    return cast(_T, _client_proxy(old._protocol, old._link, options))
+
+
+def ping(proxy: object, *, timeout: float | None = None) -> float:
+    """Return the seconds of one round trip. Every server answers it, whatever it hosts (wire.md section 10)."""
+    link, options = _client_target(proxy)
+    timeout = _client_check_timeout(timeout) if timeout is not None else options.timeout
+    writer = _IpcWriter(EMPTY_SCHEMA)
+    writer.write(empty_batch(EMPTY_SCHEMA), _wire_request_metadata(TRANSPORT_OPTIONS_METHOD_NAME, None, None))
+    writer.close()
+    channel = link.channel
+    began = time.monotonic()
+    channel.check()
+    try:
+        channel.enter("ping", timeout)
+        channel.send(writer.take())
+        _wire_read_reply(channel, options.validation, None)  # an error is an answer too
+        channel.leave()
+    except BaseException as exc:
+        raise channel.fail(exc)  # noqa: B904
+    return time.monotonic() - began
+
+
+def list_protocols(target: object) -> list[HostedProtocol]:
+    """List what a server hosts, application protocols first; `target` is a proxy or a transport.
+
+    Raises ReflectionNotSupportedError when the server does not describe itself (wire.md section 9).
+    """
+    return _describe_hosted(_client_reflect(target, "list_protocols"))
+
+
+def describe_protocol(target: object, name: str) -> ServiceDescription:
+    """Describe one hosted protocol; an unknown name is an RpcError of kind `protocol_not_supported`."""
+    hosted = _client_reflect(target, "list_protocols")
+    return _describe_view(_client_reflect(target, "describe", name), hosted)
+
+
+def introspect(
+    transport: RpcTransport, ipc_validation: IpcValidation = IpcValidation.FULL, protocol: str | None = None
+) -> ServiceDescription:
+    """Describe the primary protocol of a server, or the named one; ValueError when it hosts none."""
+    options = _ClientOptions(None, ipc_validation)
+    hosted = _client_reflect(transport, "list_protocols", options=options)
+    if protocol is None:
+        names = [p.name for p in _describe_hosted(hosted) if not p.name.startswith(RESERVED_PROTOCOL_PREFIX)]
+        if not names:
+            raise ValueError("the server hosts no application protocol")
+        protocol = names[0]
+    return _describe_view(_client_reflect(transport, "describe", protocol, options=options), hosted)
+
+
+def _client_reflect(target: object, method: str, *args: Any, options: _ClientOptions | None = None) -> Any:
+    link, found = _client_target(target)
+    reflection = _describe_wire().Reflection
+    plan = _client_plan(reflection, rpc_methods(reflection)[method], REFLECTION_PROTOCOL_NAME, None)
+    try:
+        return _client_unary(link.channel, plan, list(args), options or found)
+    except ReflectionNotSupportedError:
+        raise
+    except RpcError as exc:
+        if method == "list_protocols" and exc.error_kind in _CLIENT_NOT_HOSTED:
+            raise ReflectionNotSupportedError.from_rpc_error(exc) from exc
+        raise
+
+
+_CLIENT_NOT_HOSTED = ("protocol_not_supported", "method_not_implemented")
+
+
+def _client_target(target: object) -> tuple[_ClientLink, _ClientOptions]:
+    if isinstance(target, RpcProxy):
+        return target._link, target._options
+    try:
+        return _ClientLink(target), _ClientOptions()
+    except TypeError:
+        raise TypeError(f"expected a proxy or a transport, got {type(target).__name__}") from None
+
+
+def _client_expect_proxy(proxy: object) -> RpcProxy:
+    if not isinstance(proxy, RpcProxy):
+        raise TypeError(f"expected a proxy, got {type(proxy).__name__}")
+    return proxy
+
+
+def _client_call_described(
+    target: object, protocol: str, version: str, method: MethodDescription, values: list[Any], options: _ClientOptions
+) -> pa.RecordBatch | StreamSession:
+    """Call a method of which only the description is known; values and batches as pyarrow has them."""
+    info = RpcMethodInfo(
+        name=method.name,
+        params_schema=method.params_schema,
+        result_schema=method.result_schema,
+        result_type=None,
+        method_type=method.method_type,
+        has_return=method.has_return,
+        doc=None,
+        is_exchange=method.is_exchange,
+        protocol_name=protocol,
+    )
+    plan = _WirePlan(info, protocol, version or None, raw=True)
+    link, _ = _client_target(target)
+    if plan.is_stream:
+        return _client_open(link.channel, plan, values, options, header=method.has_header)
+    reply = _client_converse(link.channel, plan, values, options)
+    if reply.error is not None:
+        raise reply.error
+    if reply.batch is None:
+        _wire_value(plan, reply)
+    assert reply.batch is not None
+    return reply.batch
+
+
+# ---- streams
+
+
+class StreamSession:
+    """A stream as its caller sees it (API.md section 2.5): iterate or tick a producer, exchange with an exchange.
+
+    The connection belongs to the session until it ends; close it, or use it in a `with` block. A server error ends
+    the session and leaves the connection usable. Producers also speak the Arrow PyCapsule interface, so
+    `polars.DataFrame(session)` and a DuckDB query over it work; they can be scanned once.
+    """
+
+    def __init__(self, channel: Channel, plan: _WirePlan, options: _ClientOptions) -> None:
+        self.header: object | None = None
+        self._channel = channel
+        self._plan = plan
+        self._options = options
+        self._token = object()  # what the channel remembers, so that it does not keep a dropped session alive
+        self._logs = _WireLogs(options.on_log)
+        self._writer: _IpcWriter | None = None
+        self._reader: _IpcReader | None = None
+        self._first: AnnotatedBatch | None = None  # read ahead by `schema`
+        self._exported = False
+        self._closed = False
+
+    def tick(
+        self, custom_metadata: pa.KeyValueMetadata | None = None, *, timeout: float | None = _UNSET
+    ) -> AnnotatedBatch:
+        """Ask a producer for its next batch; StopIteration at its end. `timeout` in seconds for this turn."""
+        if self._first is not None and custom_metadata is None:
+            first, self._first = self._first, None
+            return first
+        if _LOG_WIRE_STREAM.isEnabledFor(logging.DEBUG):
+            _LOG_WIRE_STREAM.debug("Stream tick: method=%s", self._plan.name)
+        item = self._turn("stream tick", empty_batch(EMPTY_SCHEMA), custom_metadata, timeout)
+        if item is None:
+            raise StopIteration
+        return item
+
+    def exchange(self, input: AnnotatedBatch, *, timeout: float | None = _UNSET) -> AnnotatedBatch:
+        """Send one batch and return the one that answers it. All inputs of a session have one schema."""
+        if _LOG_WIRE_STREAM.isEnabledFor(logging.DEBUG):
+            _LOG_WIRE_STREAM.debug("Stream exchange: sending input: method=%s", self._plan.name)
+        item = self._turn("stream exchange", input.batch, input.custom_metadata, timeout)
+        if item is None:
+            raise RpcError("ProtocolError", f"{self._plan.name}(): the server ended the stream without an answer")
+        return item
+
+    def __iter__(self) -> Iterator[AnnotatedBatch]:
+        while True:
+            if self._closed and self._first is None:
+                return
+            try:
+                yield self.tick()
+            except StopIteration:
+                return
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, exc: object, traceback: object) -> None:
+        self._end("stream close", raise_unseen=kind is None)
+
+    def close(self) -> None:
+        """End the input and read what the server still sends, so that the connection can be used again. Idempotent.
+
+        An error of a stream that was never read is raised here; the connection is in step nevertheless.
+        """
+        self._end("stream close", raise_unseen=True)
+
+    def cancel(self) -> None:
+        """Tell the server to stop (its `on_cancel` runs) and read to the end; never raises for a lost connection."""
+        with contextlib.suppress(ConnectionLostError):
+            self._end("stream cancel", cancel=True)
+
+    def typed_header(self, header_type: type[_T]) -> _T:
+        """Return the header, checked to be a `header_type`; TypeError otherwise."""
+        if self.header is None:
+            raise TypeError(f"Stream has no header (expected {header_type.__name__})")
+        if not isinstance(self.header, header_type):
+            raise TypeError(f"Header type mismatch: expected {header_type.__name__}, got {type(self.header).__name__}")
+        return self.header
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The producer's output schema; reads, and keeps for later, the first batch."""
+        if self._plan.info.is_exchange:
+            raise RpcError("ProtocolError", f"{self._plan.name}() is an exchange: its output needs an input", sent="no")
+        if self._reader is None:
+            with contextlib.suppress(StopIteration):
+                self._first = self.tick()
+        assert self._reader is not None
+        return self._reader.schema
+
+    def to_reader(self) -> pa.RecordBatchReader:
+        """Return the rest of a producer as a reader; a session can be exported once."""
+        schema = self.schema
+        if self._exported:
+            raise RpcError("ProtocolError", "this stream has been consumed; call the method again", sent="no")
+        self._exported = True
+        return pa.RecordBatchReader.from_batches(schema, (item.batch for item in self))
+
+    def read_all(self) -> pa.Table:
+        """Return the rest of a producer as a table."""
+        return self.to_reader().read_all()
+
+    def __arrow_c_stream__(self, requested_schema: object | None = None) -> object:
+        return self.to_reader().__arrow_c_stream__(requested_schema)
+
+    def __arrow_c_schema__(self) -> object:
+        return self.schema.__arrow_c_schema__()
+
+    def __del__(self) -> None:
+        if getattr(self, "_closed", True) or self._channel.broken is not None or self._channel.pid != os.getpid():
+            return
+        import warnings
+
+        warnings.warn(f"stream of {self._plan.name}() was not closed", ResourceWarning, source=self, stacklevel=2)
+        self._options = self._options._replace(timeout=5.0)
+        with contextlib.suppress(Exception):
+            self._end("stream close")
+
+    # -- below here: turns
+
+    def _turn(
+        self,
+        doing: str,
+        batch: pa.RecordBatch,
+        metadata: pa.KeyValueMetadata | None,
+        timeout: float | None,
+    ) -> AnnotatedBatch | None:
+        """Write one batch, read until one answers. None: the stream has ended."""
+        if self._closed:
+            raise RpcError("ProtocolError", "Stream has been closed or cancelled", sent="no")
+        channel = self._channel
+        pieces = self._pieces(batch, metadata)
+        channel.check(self._token)
+        try:
+            channel.enter(doing, self._options.timeout if timeout is _UNSET else timeout, self._token)
+            channel.send(pieces)
+            item = self._read()
+            if item is None or isinstance(item, RpcError) or self._logs.failure is not None:
+                self._finish()
+            channel.leave()
+        except BaseException as exc:
+            self._closed = self._closed or channel.broken is not None
+            error = channel.fail(exc)
+            self._closed = self._closed or channel.broken is not None
+            raise error  # noqa: B904
+        if self._logs.failure is not None:
+            raise self._logs.failure
+        if isinstance(item, RpcError):
+            raise item
+        if item is None:
+            return None
+        if item[1]:
+            _wire_refuse_pointer(self._plan.name, *item)
+        return AnnotatedBatch(item[0], _ipc_key_values(item[1]))
+
+    def _pieces(self, batch: pa.RecordBatch, metadata: pa.KeyValueMetadata | None) -> list[_IpcPiece]:
+        writer = self._writer
+        if writer is None:
+            writer = self._writer = _IpcWriter(batch.schema)
+        elif batch.schema is not writer.schema and not batch.schema.equals(writer.schema):
+            raise RpcArgumentError(
+                f"{self._plan.name}(): all inputs of a stream have one schema: it began with"
+                f" {_log_schema(writer.schema)}, now {_log_schema(batch.schema)}"
+            )
+        try:
+            writer.write(batch, metadata)
+        except (pa.ArrowException, ValueError, TypeError) as exc:
+            raise RpcArgumentError(f"{self._plan.name}(): the input batch cannot be written: {exc}") from exc
+        return writer.take()
+
+    def _read(self) -> tuple[pa.RecordBatch, _IpcMetadata | None] | RpcError | None:
+        if self._reader is None:
+            self._reader = _IpcReader(self._channel, self._options.validation)
+        item = _wire_read_data(self._reader, self._logs)
+        if _LOG_WIRE_STREAM.isEnabledFor(logging.DEBUG):
+            shown = _log_batch(item[0]) if isinstance(item, tuple) else item
+            _LOG_WIRE_STREAM.debug("Stream read output: %s", shown)
+        return item
+
+    def _finish(self, cancel: bool = False) -> RpcError | None:
+        """Within a conversation: end the input, read the output to its end. Returns an error that came last."""
+        channel, writer = self._channel, self._writer
+        if writer is None:
+            writer = self._writer = _IpcWriter(EMPTY_SCHEMA)
+        if cancel:
+            writer.write(empty_batch(writer.schema), {CANCEL_KEY: b"1"})
+        writer.close()
+        channel.send(writer.take())
+        error = None
+        if self._reader is None:
+            self._reader = _IpcReader(channel, self._options.validation)
+        for _ in range(_CLIENT_MAX_DRAIN):
+            if self._reader.ended or (item := _wire_read_data(self._reader, self._logs)) is None:
+                break
+            if isinstance(item, RpcError):
+                error = item
+                self._reader.drain()
+        else:
+            raise EOFError(f"gave up after {_CLIENT_MAX_DRAIN} batches that nobody wanted")
+        self._closed = True
+        channel.end_stream()
+        return error
+
+    def _end(self, doing: str, *, cancel: bool = False, raise_unseen: bool = False) -> None:
+        if self._closed:
+            return
+        if _LOG_WIRE_STREAM.isEnabledFor(logging.DEBUG):
+            _LOG_WIRE_STREAM.debug("%s: method=%s", doing.capitalize(), self._plan.name)
+        channel = self._channel
+        unread = self._reader is None
+        channel.check(self._token)
+        try:
+            channel.enter(doing, self._options.timeout, self._token)
+            error = self._finish(cancel)
+            channel.leave()
+        except BaseException as exc:
+            self._closed = True
+            raise channel.fail(exc)  # noqa: B904
+        if error is not None and unread and raise_unseen:
+            raise error
+        if self._logs.failure is not None:
+            raise self._logs.failure
+
+
+_CLIENT_MAX_DRAIN = 10_000  # data batches that close() reads and drops (runtime.md section 4.2)
+
+
+def _client_open(
+    channel: Channel, plan: _WirePlan, values: list[Any], options: _ClientOptions, *, header: bool | None = None
+) -> StreamSession:
+    """Write the request of a stream; the session holds the connection from here on."""
+    timeout = options.timeout
+    request = _wire_request(plan, values, None if timeout is None else _client_budget(timeout))
+    session = StreamSession(channel, plan, options)
+    expects_header = plan.info.header_type is not None if header is None else header
+    item: Any = None
+    channel.check()
+    try:
+        channel.enter(plan.doing, timeout)
+        channel.send(request)
+        channel.begin_stream(session._token)
+        if expects_header:
+            item = _client_read_header(session)
+        channel.leave()
+    except BaseException as exc:
+        session._closed = True
+        raise channel.fail(exc)  # noqa: B904
+    if expects_header:
+        _client_take_header(session, item)
+    return session
+
+
+def _client_read_header(session: StreamSession) -> Any:
+    """Read the header stream. When the init failed there is no output stream, but the input still has to follow."""
+    channel = session._channel
+    reader = _IpcReader(channel, session._options.validation)
+    item = _wire_read_data(reader, session._logs)
+    reader.drain()
+    if not isinstance(item, tuple):
+        writer = _IpcWriter(EMPTY_SCHEMA)
+        writer.close()
+        channel.send(writer.take())
+        session._closed = True
+        channel.end_stream()
+    return item
+
+
+def _client_take_header(session: StreamSession, item: Any) -> None:
+    if session._logs.failure is not None:
+        failure = session._logs.failure
+        session._end("stream close")
+        raise failure
+    name = session._plan.name
+    if isinstance(item, RpcError):
+        raise item
+    if item is None:
+        raise RpcError("ProtocolError", f"{name}() stream header ended without a batch")
+    batch, metadata = item
+    header_type = session._plan.info.header_type
+    try:
+        _wire_refuse_pointer(name, batch, metadata)
+        session.header = batch if header_type is None else header_type.deserialize_from_batch(batch)
+    except Exception as exc:
+        session._end("stream close")
+        if isinstance(exc, RpcError):
+            raise
+        raise RpcError(type(exc).__name__, f"{name}() header: {exception_str(exc)}") from exc
+
+
+# ==== 14. POOL ========================================================================================================
+# Uses: 2, 3, 4, 10, 13. Idle workers kept warm (runtime.md section 9). A worker is idle or lent to exactly one block.
+# It comes back only if its connection is in step: alive, not poisoned, no stream left open. Everything else is
+# discarded, so that a borrower never meets what the previous one left behind.
+
+
+class PoolMetrics(NamedTuple):
+    """Counters since the pool was made, and two gauges."""
+
+    borrows: int
+    spawns: int
+    reuses: int
+    returns: int
+    discards: int
+    evictions_idle: int
+    evictions_max: int
+    idle: int
+    active: int
+
+
+class _PoolWorker(NamedTuple):
+    key: tuple[str, ...]
+    transport: SubprocessTransport
+    since: float  # monotonic; when it became idle
+
+
+class WorkerPool:
+    """Keeps idle subprocess workers, by command, and lends them out; the most recently used first.
+
+    Args:
+        max_idle: idle workers kept in all; a further one evicts the one that has been idle longest. 0 keeps none.
+        idle_timeout: seconds after which an idle worker is ended.
+        stderr, stderr_logger: where the workers' stderr goes, as in `connect`.
+
+    Borrowing never waits: there is no limit on active workers. Safe to share between threads.
+    """
+
+    def __init__(
+        self,
+        max_idle: int = 4,
+        idle_timeout: float = 60.0,
+        stderr: StderrMode = StderrMode.INHERIT,
+        stderr_logger: logging.Logger | None = None,
+    ) -> None:
+        if max_idle < 0:
+            raise ValueError(f"max_idle must be non-negative, got {max_idle}")
+        if idle_timeout <= 0:
+            raise ValueError(f"idle_timeout must be positive, got {idle_timeout}")
+        import atexit
+
+        self._max_idle = max_idle
+        self._idle_timeout = idle_timeout
+        self._stderr = stderr
+        self._stderr_logger = stderr_logger
+        self._lock = threading.Lock()
+        self._idle: list[_PoolWorker] = []  # oldest first
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._active = 0
+        self._closed = threading.Event()
+        self._pid = os.getpid()
+        self._reaper: threading.Thread | None = None
+        atexit.register(self.close)
+
+    @contextlib.contextmanager
+    def connect(
+        self,
+        protocol: TypeForm[_P],
+        cmd: Sequence[str],
+        *,
+        on_log: Callable[[Message], None] | None = None,
+        ipc_validation: IpcValidation = IpcValidation.FULL,
+        timeout: float | None = None,
+    ) -> Iterator[_P]:
+        """Borrow a worker, or start one; it is given back when the block ends. RuntimeError once the pool is closed."""
+        options = _ClientOptions(on_log, ipc_validation, _client_check_timeout(timeout))
+        key = tuple(cmd)
+        transport = self._borrow(key)
+        try:
+            yield cast(_P, _client_proxy(cast(type, protocol), _ClientLink(transport), options))
+        finally:
+            self._give_back(key, transport)
+
+    @property
+    def idle_count(self) -> int:
+        """Workers waiting to be borrowed."""
+        return len(self._idle)
+
+    @property
+    def active_count(self) -> int:
+        """Workers lent out."""
+        return self._active
+
+    @property
+    def metrics(self) -> PoolMetrics:
+        """A consistent snapshot."""
+        with self._lock:
+            counts = {name: self._counts[name] for name in PoolMetrics._fields[:-2]}
+            return PoolMetrics(**counts, idle=len(self._idle), active=self._active)
+
+    def close(self) -> None:
+        """End the idle workers. Borrowed ones go on and are ended when they come back. Idempotent."""
+        import atexit
+
+        if self._pid != os.getpid():
+            return
+        with self._lock:
+            self._closed.set()
+            idle, self._idle = self._idle, []
+            self._counts["discards"] += len(idle)
+            active, reaper = self._active, self._reaper
+        atexit.unregister(self.close)
+        if active:
+            _LOG_POOL.warning("closing a pool with %d worker(s) lent out", active)
+        for worker in idle:
+            worker.transport.close()
+        if reaper is not None:
+            reaper.join(5.0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _borrow(self, key: tuple[str, ...]) -> SubprocessTransport:
+        if self._pid != os.getpid():
+            raise WrongProcessError(f"this pool was made in process {self._pid}; make another one here")
+        with self._lock:
+            if self._closed.is_set():
+                raise RuntimeError("WorkerPool is closed")
+            self._counts["borrows"] += 1
+            self._active += 1
+            found, dead = self._take_idle(key)
+            self._counts["discards"] += len(dead)
+            self._counts["reuses" if found else "spawns"] += 1
+        for worker in dead:
+            _LOG_POOL.warning("idle worker died: pid=%d, exit_code=%s", worker.proc.pid, worker.proc.returncode)
+            worker.close()
+        if found is not None:
+            return found
+        try:
+            return SubprocessTransport(key, stderr=self._stderr, stderr_logger=self._stderr_logger)
+        except BaseException:
+            with self._lock:
+                self._active -= 1
+                self._counts["spawns"] -= 1
+            raise
+
+    def _take_idle(self, key: tuple[str, ...]) -> tuple[SubprocessTransport | None, list[SubprocessTransport]]:
+        """Pop the youngest idle worker of a command, and dead ones on the way to it."""
+        dead = []
+        for at in range(len(self._idle) - 1, -1, -1):
+            if self._idle[at].key == key:
+                transport = self._idle.pop(at).transport
+                if not transport.channel.gone():
+                    return transport, dead
+                dead.append(transport)
+        return None, dead
+
+    def _give_back(self, key: tuple[str, ...], transport: SubprocessTransport) -> None:
+        evicted: SubprocessTransport | None = None
+        usable = self._usable(transport)
+        with self._lock:
+            self._active -= 1
+            usable = usable and not self._closed.is_set()
+            self._counts["returns" if usable else "discards"] += 1
+            if usable:
+                self._idle.append(_PoolWorker(key, transport, time.monotonic()))
+                if len(self._idle) > self._max_idle:
+                    self._counts["evictions_max"] += 1
+                    evicted = self._idle.pop(0).transport
+                if self._idle and self._reaper is None:
+                    self._reaper = threading.Thread(target=self._reap, name="vgi_rpc-pool", daemon=True)
+                    self._reaper.start()
+        if not usable:
+            transport.close()
+        if evicted is not None:
+            evicted.close()
+
+    @staticmethod
+    def _usable(transport: SubprocessTransport) -> bool:
+        channel, pid = transport.channel, transport.proc.pid
+        if channel.stream is not None:
+            _LOG_POOL.warning("Discarding worker with abandoned stream: pid=%d", pid)
+        elif channel.broken is not None or channel.busy is not None:
+            _LOG_POOL.warning(
+                "Worker died during use: pid=%d, exit_code=%s (%s)", pid, transport.proc.poll(), channel.broken
+            )
+        elif transport.proc.poll() is not None or channel.gone():
+            _LOG_POOL.warning("Worker died during use: pid=%d, exit_code=%s", pid, transport.proc.poll())
+        else:
+            return True
+        return False
+
+    def _reap(self) -> None:
+        """Ends workers that have been idle for too long, until the pool is closed."""
+        while not self._closed.wait(min(self._idle_timeout, 5.0)):
+            limit = time.monotonic() - self._idle_timeout
+            with self._lock:
+                old = [worker for worker in self._idle if worker.since <= limit]
+                self._idle = [worker for worker in self._idle if worker.since > limit]
+                self._counts["evictions_idle"] += len(old)
+            for worker in old:
+                worker.transport.close()
+
+
+# ==== 15. FRONT DOOR ==================================================================================================
+# Uses: 2, 3, 4, 7, 8, 10, 12, 13. Ways in: connect to a service, or serve one (API.md sections 2.2, 2.3, 8.2). The
+# only room, with the command line, that knows every transport.
+#
+#   connect, unix_connect, tcp_connect                a client of a service elsewhere
+#   serve_pipe, serve_unix_pipe, serve_tcp_pipe       client and server in this process, for tests and embedding
+#   serve_stdio, serve_unix, serve_tcp, run_server    a server, until its input ends or it is told to stop
+
+
+@contextlib.contextmanager
+def connect(
+    protocol: TypeForm[_P],
+    cmd: Sequence[str],
+    *,
+    on_log: Callable[[Message], None] | None = None,
+    stderr: StderrMode = StderrMode.INHERIT,
+    stderr_logger: logging.Logger | None = None,
+    ipc_validation: IpcValidation = IpcValidation.FULL,
+    timeout: float | None = None,
+    reconnect: bool = False,
+) -> Iterator[_P]:
+    """Start a worker process and talk over its stdin and stdout; leaving the block ends it.
+
+    Args:
+        cmd: the program and its arguments, for example `[sys.executable, "worker.py"]`.
+        on_log: receives the Messages that methods send while they run.
+        timeout: seconds for each call and each turn of a stream; None waits for ever.
+        reconnect: start the worker again when it is gone, and repeat only what was never sent.
+
+    Raises the operating system's own error when the worker cannot be started.
+    """
+
+    def spawn() -> SubprocessTransport:
+        return SubprocessTransport(cmd, stderr=stderr, stderr_logger=stderr_logger)
+
+    with _door_client(protocol, spawn, _ClientOptions(on_log, ipc_validation, timeout), reconnect) as proxy:
+        yield proxy
+
+
+@contextlib.contextmanager
+def unix_connect(
+    protocol: TypeForm[_P],
+    path: str,
+    *,
+    on_log: Callable[[Message], None] | None = None,
+    ipc_validation: IpcValidation = IpcValidation.FULL,
+    timeout: float | None = None,
+    reconnect: bool = False,
+) -> Iterator[_P]:
+    """Connect to a server on a Unix socket; `timeout` and `reconnect` as in `connect`, also for connecting."""
+
+    def dial() -> UnixTransport:
+        return _door_dial_unix(path, timeout)
+
+    with _door_client(protocol, dial, _ClientOptions(on_log, ipc_validation, timeout), reconnect) as proxy:
+        yield proxy
+
+
+@contextlib.contextmanager
+def tcp_connect(
+    protocol: TypeForm[_P],
+    host: str,
+    port: int,
+    *,
+    connect_timeout: float | None = 5.0,
+    tls_context: ssl.SSLContext | None = None,
+    server_hostname: str | None = None,
+    on_log: Callable[[Message], None] | None = None,
+    ipc_validation: IpcValidation = IpcValidation.FULL,
+    timeout: float | None = None,
+    reconnect: bool = False,
+) -> Iterator[_P]:
+    """Connect to a server over TCP, through TLS when a context is given.
+
+    Args:
+        connect_timeout: seconds for connecting and the TLS handshake; TimeoutError when they take longer.
+        server_hostname: the name the certificate must carry; `host` by default.
+    """
+    if connect_timeout is not None and connect_timeout <= 0:
+        raise ValueError(f"connect_timeout must be positive or None, got {connect_timeout}")
+
+    def dial() -> TcpTransport:
+        return _door_dial_tcp(host, port, connect_timeout, tls_context, server_hostname)
+
+    with _door_client(protocol, dial, _ClientOptions(on_log, ipc_validation, timeout), reconnect) as proxy:
+        yield proxy
+
+
+@contextlib.contextmanager
+def _door_client(protocol: Any, dial: Callable[[], Any], options: _ClientOptions, reconnect: bool) -> Iterator[Any]:
+    _client_check_timeout(options.timeout)
+    link = _ClientLink(dial(), dial if reconnect else None)
+    try:
+        yield _client_proxy(protocol, link, options)
+    finally:
+        link.transport.close()
+
+
+def _door_dial_unix(path: str, timeout: float | None) -> UnixTransport:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(timeout)
+        sock.connect(path)
+    except OSError as exc:
+        sock.close()
+        exc.add_note(f"no server answers on {path}; start one with --unix {path}")
+        raise
+    return UnixTransport(sock)
+
+
+def _door_dial_tcp(
+    host: str,
+    port: int,
+    timeout: float | None,
+    tls_context: ssl.SSLContext | None = None,
+    server_hostname: str | None = None,
+) -> TcpTransport:
+    try:
+        sock = socket.create_connection((host, port), timeout=timeout)
+    except OSError as exc:
+        exc.add_note(f"no server answers on {host}:{port}")
+        raise
+    try:
+        if tls_context is not None:
+            sock = tls_context.wrap_socket(sock, server_hostname=server_hostname or host)
+        return TcpTransport(sock)
+    except BaseException:
+        sock.close()
+        raise
+
+
+# ---- client and server in one process
+
+
+@contextlib.contextmanager
+def serve_pipe(
+    protocol: TypeForm[_P],
+    implementation: object,
+    *,
+    on_log: Callable[[Message], None] | None = None,
+    ipc_validation: IpcValidation | None = None,
+    timeout: float | None = None,
+) -> Iterator[_P]:
+    """Serve `implementation` from a thread of this process, over pipes, and yield the proxy.
+
+    The bytes are those of a subprocess, so what passes here passes there.
+    """
+    with _door_in_process(protocol, implementation, make_pipe_pair(), on_log, ipc_validation, timeout) as proxy:
+        yield proxy
+
+
+@contextlib.contextmanager
+def _door_serve_unix_pipe(
+    protocol: Any,
+    implementation: object,
+    *,
+    on_log: Callable[[Message], None] | None = None,
+    ipc_validation: IpcValidation | None = None,
+    timeout: float | None = None,
+) -> Iterator[Any]:
+    with _door_in_process(protocol, implementation, make_unix_pair(), on_log, ipc_validation, timeout) as proxy:
+        yield proxy
+
+
+@contextlib.contextmanager
+def serve_tcp_pipe(
+    protocol: TypeForm[_P],
+    implementation: object,
+    *,
+    on_log: Callable[[Message], None] | None = None,
+    ipc_validation: IpcValidation | None = None,
+    timeout: float | None = None,
+) -> Iterator[_P]:
+    """Like `serve_pipe`, over a TCP connection on the loopback interface."""
+    with _door_in_process(protocol, implementation, make_tcp_pair(), on_log, ipc_validation, timeout) as proxy:
+        yield proxy
+
+
+@contextlib.contextmanager
+def _door_in_process(
+    protocol: Any,
+    implementation: object,
+    pair: tuple[Any, Any],
+    on_log: Callable[[Message], None] | None,
+    ipc_validation: IpcValidation | None,
+    timeout: float | None,
+) -> Iterator[Any]:
+    client, served = pair
+    try:
+        server = RpcServer(protocol, implementation, ipc_validation=ipc_validation)
+        options = _ClientOptions(on_log, server.ipc_validation, _client_check_timeout(timeout))
+        proxy = _client_proxy(protocol, _ClientLink(client), options)
+    except BaseException:
+        client.close()
+        served.close()
+        raise
+    thread = threading.Thread(target=_door_serve, args=(server, served), name="vgi_rpc-server", daemon=True)
+    thread.start()
+    try:
+        yield proxy
+    finally:
+        client.close()
+        thread.join(5.0)
+
+
+def _door_serve(server: RpcServer, transport: Any) -> None:
+    """One connection, from a thread: log what ends it, and always close it."""
+    try:
+        server.serve(transport)
+    except BaseException:
+        _LOG_RPC.warning("a connection ended with an error", exc_info=True)
+    finally:
+        transport.close()
+
+
+# ---- servers
+
+
+def serve_stdio(server: RpcServer) -> None:
+    """Serve one peer on stdin and stdout, until stdin ends.
+
+    print(), C libraries and children cannot disturb it: the protocol moves to private descriptors, descriptor 1
+    becomes stderr and descriptor 0 the null device.
+    """
+    transport = _transport_stdio()
+    if _LOG_WIRE_TRANSPORT.isEnabledFor(logging.DEBUG):
+        _LOG_WIRE_TRANSPORT.debug("serve_stdio: server_id=%s", server.server_id)
+    try:
+        server.serve(transport)
+    finally:
+        transport.close()
+
+
+@overload
+def serve_unix(
+    server: RpcServer,
+    path: str,
+    *,
+    threaded: bool = False,
+    max_connections: int | None = None,
+    idle_timeout: float | None = None,
+    on_bound: Callable[[str], None] | None = None,
+) -> None: ...
+
+
+@overload
+def serve_unix(server: TypeForm[_P], path: object, **options: Any) -> contextlib.AbstractContextManager[_P]: ...
+
+
+def serve_unix(
+    server: Any,
+    path: Any,
+    *,
+    threaded: bool = False,
+    max_connections: int | None = None,
+    idle_timeout: float | None = None,
+    on_bound: Callable[[str], None] | None = None,
+    **options: Any,
+) -> Any:
+    """Serve on a Unix socket of mode 0600, replacing a stale one; blocks.
+
+    Args:
+        threaded: a daemon thread per connection; otherwise one connection after the other.
+        max_connections: further clients wait in the backlog (threaded only).
+        idle_timeout: return this many seconds after the last connection has ended (threaded only).
+        on_bound: called with the path once it accepts connections.
+
+    Raises:
+        RuntimeError: the path is not a socket, or another process listens there.
+        ValueError: `idle_timeout` without `threaded`, `max_connections` below 1.
+
+    `serve_unix(Protocol, implementation)` is `serve_unix_pipe(Protocol, implementation)` (API.md section 9.1).
+    """
+    if not isinstance(server, RpcServer):
+        return _door_serve_unix_pipe(server, path, **options)
+    _door_check_serving(threaded, max_connections, idle_timeout)
+    listener = _transport_listen_unix(path, 128 if threaded else 16)
+    inode = os.stat(path).st_ino
+    if _LOG_WIRE_TRANSPORT.isEnabledFor(logging.DEBUG):
+        _LOG_WIRE_TRANSPORT.debug("serve_unix: server_id=%s, path=%s", server.server_id, path)
+
+    def handle(sock: socket.socket) -> None:
+        server.serve(UnixTransport(sock))
+
+    try:
+        if on_bound is not None:
+            on_bound(path)
+        _TransportAcceptor(
+            listener, handle, threaded=threaded, max_connections=max_connections, idle_timeout=idle_timeout
+        ).run()
+    finally:
+        listener.close()
+        _transport_unlink_unix(path, inode)
+    return None
+
+
+@overload
+def serve_unix_pipe(
+    protocol: RpcServer,
+    implementation: str,
+    *,
+    threaded: bool = False,
+    max_connections: int | None = None,
+    idle_timeout: float | None = None,
+    on_bound: Callable[[str], None] | None = None,
+) -> None: ...
+
+
+@overload
+def serve_unix_pipe(
+    protocol: TypeForm[_P],
+    implementation: object,
+    *,
+    on_log: Callable[[Message], None] | None = None,
+    ipc_validation: IpcValidation | None = None,
+    timeout: float | None = None,
+) -> contextlib.AbstractContextManager[_P]: ...
+
+
+def serve_unix_pipe(protocol: Any, implementation: Any, **options: Any) -> Any:
+    """Like `serve_pipe`, over a pair of Unix sockets.
+
+    `serve_unix_pipe(server, path)` is `serve_unix(server, path)` (API.md section 9.1).
+    """
+    if isinstance(protocol, RpcServer):
+        return serve_unix(protocol, implementation, **options)
+    return _door_serve_unix_pipe(protocol, implementation, **options)
+
+
+def serve_tcp(
+    server: RpcServer,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    *,
+    threaded: bool = False,
+    max_connections: int | None = None,
+    idle_timeout: float | None = None,
+    on_bound: Callable[[str, int], None] | None = None,
+    tls_context: ssl.SSLContext | None = None,
+    tls_handshake_timeout: float = 5.0,
+) -> None:
+    """Serve on a TCP port, 0 for any; options as in `serve_unix`; blocks. Plain bytes unless a TLS context is given."""
+    _door_check_serving(threaded, max_connections, idle_timeout)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, port), family=family, backlog=128 if threaded else 16) as listener:
+        bound = listener.getsockname()[1]
+        if _LOG_WIRE_TRANSPORT.isEnabledFor(logging.DEBUG):
+            _LOG_WIRE_TRANSPORT.debug("serve_tcp: server_id=%s, address=%s:%d", server.server_id, host, bound)
+
+        def handle(sock: socket.socket) -> None:
+            if tls_context is not None:
+                sock.settimeout(tls_handshake_timeout)
+                sock = tls_context.wrap_socket(sock, server_side=True)
+            transport = TcpTransport(sock)
+            try:
+                server.serve(transport)
+            finally:
+                transport.close()
+
+        if on_bound is not None:
+            on_bound(host, bound)
+        _TransportAcceptor(
+            listener, handle, threaded=threaded, max_connections=max_connections, idle_timeout=idle_timeout
+        ).run()
+
+
+def _door_check_serving(threaded: bool, max_connections: int | None, idle_timeout: float | None) -> None:
+    if idle_timeout is not None and not threaded:
+        raise ValueError("idle_timeout requires threaded=True")
+    if max_connections is not None and max_connections < 1:
+        raise ValueError(f"max_connections must be at least 1, got {max_connections}")
+
+
+def run_server(protocol_or_server: type | RpcServer, implementation: object | None = None) -> None:
+    """Be a worker: parse the command line (`--help` lists the flags) and serve, on stdio by default.
+
+    Args:
+        protocol_or_server: a Protocol class with its `implementation`, or a ready RpcServer without.
+
+    Example:
+        if __name__ == "__main__":
+            run_server(Calc, CalcImpl())
+    """
+    if isinstance(protocol_or_server, RpcServer):
+        if implementation is not None:
+            raise TypeError("implementation must be None when passing an RpcServer")
+    elif not isinstance(protocol_or_server, type):
+        raise TypeError(f"Expected a Protocol class or RpcServer, got {type(protocol_or_server).__name__}")
+    elif implementation is None:
+        raise TypeError("implementation is required when passing a Protocol class")
+    _door_run(protocol_or_server, implementation, sys.argv[1:])
+
+
+def _door_run(
+    protocol_or_server: type | RpcServer,
+    implementation: object | None,
+    argv: Sequence[str],
+    *,
+    describe: bool = False,
+    prog: str | None = None,
+) -> None:
+    """Parse a worker's flags and serve."""
+    options = _door_parser(prog).parse_args(argv)
+    if isinstance(protocol_or_server, RpcServer):
+        server = protocol_or_server
+    else:
+        server = RpcServer(protocol_or_server, implementation, enable_describe=describe or options.describe)
+    close_log = _door_access_log(options, server)
+    try:
+        _door_serve_options(server, options)
+    finally:
+        close_log()
+
+
+def _door_serve_options(server: RpcServer, options: Any) -> None:
+    if options.http:
+        raise SystemExit("--http needs the http extra, which this version does not have yet")
+    sockets: dict[str, Any] = {
+        "threaded": options.threaded,
+        "max_connections": options.max_connections or None,
+        "idle_timeout": options.idle_timeout or None,
+    }
+    if options.unix:
+        path = os.path.abspath(options.unix)
+        serve_unix(server, path, on_bound=lambda p: print(f"UNIX:{p}", flush=True), **sockets)
+    elif options.tcp:
+        host, port = _door_host_port(options.tcp)
+        serve_tcp(server, host, port, on_bound=lambda h, p: print(f"TCP:{h}:{p}", flush=True), **sockets)
+    else:
+        serve_stdio(server)
+
+
+def _door_host_port(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not port.isdecimal() or int(port) > 65_535:
+        raise SystemExit(f"--tcp expects [HOST:]PORT, got {text!r}")
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def _door_parser(prog: str | None = None) -> Any:
+    """The flags of a worker (runtime.md section 10); the environment gives defaults."""
+    import argparse
+
+    def env(name: str, default: Any, convert: Callable[[str], Any]) -> Any:
+        raw = os.environ.get(f"VGI_RPC_{name}")
+        if not raw:
+            return default
+        try:
+            return convert(raw)
+        except ValueError:
+            raise SystemExit(f"VGI_RPC_{name}={raw!r} is not a valid {convert.__name__}") from None
+
+    parser = argparse.ArgumentParser(prog=prog, description="Serve over stdio, a Unix socket or TCP.")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--unix", metavar="PATH", help="serve on a Unix socket")
+    where.add_argument("--tcp", metavar="[HOST:]PORT", help="serve on a TCP port, 0 for any")
+    where.add_argument("--http", action="store_true", help="serve over HTTP (needs the http extra)")
+    parser.add_argument("--describe", action="store_true", help="let clients ask what the service offers")
+    parser.add_argument(
+        "--threaded", action=argparse.BooleanOptionalAction, default=True, help="sockets: a thread each"
+    )
+    parser.add_argument(
+        "--idle-timeout",
+        type=float,
+        metavar="S",
+        default=env("IDLE_TIMEOUT", 300.0, float),
+        help="sockets: exit this long after the last client; 0 never",
+    )
+    parser.add_argument(
+        "--max-connections",
+        type=int,
+        metavar="N",
+        default=env("MAX_CONNECTIONS", 64, int),
+        help="sockets: at most this many at a time; 0 unlimited",
+    )
+    parser.add_argument(
+        "--access-log", metavar="FILE", default=env("ACCESS_LOG", None, str), help="JSON lines; {pid} {server_id}"
+    )
+    for flag, kind, default, text in _DOOR_ACCESS_LOG_FLAGS:
+        name = f"ACCESS_LOG_{flag.upper().replace('-', '_')}"
+        parser.add_argument(f"--access-log-{flag}", type=kind, default=env(name, default, kind), help=text)
+    parser.add_argument("--access-log-async", action="store_true", default=env("ACCESS_LOG_ASYNC", False, _door_flag))
+    return parser
+
+
+_DOOR_ACCESS_LOG_FLAGS: tuple[tuple[str, type, Any, str], ...] = (
+    ("max-bytes", int, None, "rotate above this size"),
+    ("backup-count", int, 5, "rotated files to keep"),
+    ("when", str, None, "rotate by time: S M H D MIDNIGHT W0-W6"),
+    ("max-record-bytes", int, 1_048_576, "cut longer records"),
+    ("queue-size", int, 10_000, "records that may wait when asynchronous"),
+    ("sample", float, 1.0, "fraction of successful calls to record"),
+)
+
+
+def _door_flag(text: str) -> bool:
+    return text.strip().lower() in ("1", "true", "yes", "on")
+
+
+def _door_access_log(options: Any, server: RpcServer) -> Callable[[], None]:
+    """Open the access log of a worker; returns what closes it."""
+    if not options.access_log:
+        return lambda: None
+    if options.access_log_max_bytes is not None and options.access_log_when is not None:
+        raise SystemExit("--access-log-max-bytes and --access-log-when exclude each other")
+    if not 0.0 <= options.access_log_sample <= 1.0:
+        raise SystemExit(f"--access-log-sample must be within 0..1, got {options.access_log_sample}")
+    configure = getattr(sys.modules[__name__], "configure_access_log")  # noqa: B009 (a lazy name, room 17)
+    return cast(
+        "Callable[[], None]",
+        configure(
+            options.access_log,
+            max_bytes=options.access_log_max_bytes,
+            backup_count=options.access_log_backup_count,
+            when=options.access_log_when,
+            max_record_bytes=options.access_log_max_record_bytes,
+            asynchronous=options.access_log_async,
+            queue_size=options.access_log_queue_size,
+            sample=options.access_log_sample,
+            server_id=server.server_id,
+        ),
+    )
