@@ -69,7 +69,7 @@ import time
 import types
 import typing
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -80,6 +80,8 @@ from typing import (
     Literal,
     NamedTuple,
     Protocol,
+    Self,
+    TypeAlias,
     TypeVar,
     cast,
     overload,
@@ -89,11 +91,11 @@ import pyarrow as pa
 from pyarrow import ipc
 
 if TYPE_CHECKING:
-    import datetime
+    import inspect
     import ssl
     import subprocess
 
-    from typing_extensions import Self, TypeForm
+    from typing_extensions import TypeForm
 
 __version__ = "0.1.0"
 
@@ -246,7 +248,7 @@ class _ErrorsRecord:
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
             return NotImplemented
-        return self.to_json() == cast(_ErrorsRecord, other).to_json()
+        return self.to_json() == other.to_json()
 
     def __hash__(self) -> int:
         return hash((type(self), repr(self)))
@@ -475,14 +477,7 @@ class LocalizedMessage(_ErrorsDetail):
 
 
 ErrorDetail = (
-    ErrorInfo
-    | RetryInfo
-    | BadRequest
-    | PreconditionFailure
-    | QuotaFailure
-    | ResourceInfo
-    | Help
-    | LocalizedMessage
+    ErrorInfo | RetryInfo | BadRequest | PreconditionFailure | QuotaFailure | ResourceInfo | Help | LocalizedMessage
 )
 _ERRORS_CATALOGUE: dict[str, type[_ErrorsDetail]] = {cls.TYPE: cls for cls in typing.get_args(ErrorDetail)}
 _ERRORS_TYPE_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
@@ -503,7 +498,7 @@ def _errors_check_details(details: Iterable[ErrorDetail | Mapping[str, Any]]) ->
     """Return the objects that travel; ValueError when one breaks a rule."""
     found: dict[str, dict[str, Any]] = {}
     for detail in details:
-        obj = detail.to_json() if isinstance(detail, _ErrorsDetail) else dict(cast(Mapping[str, Any], detail))
+        obj = detail.to_json() if isinstance(detail, _ErrorsDetail) else dict(detail)
         name = obj.get("@type")
         if not isinstance(name, str) or not _ERRORS_TYPE_NAME.fullmatch(name):
             raise ValueError(f"an error detail needs a dotted '@type', got {name!r}")
@@ -1091,10 +1086,11 @@ class VgiJsonFormatter(logging.Formatter):
         return found
 
 
-_LOG_ACCESS_ALWAYS = (
+_LOG_ACCESS_ALWAYS = re.split(
+    r"\s+",
     "timestamp level logger message server_id protocol protocol_hash method method_type principal auth_domain"
-    " authenticated remote_addr duration_ms status error_type error_message error_code"
-).split()
+    " authenticated remote_addr duration_ms status error_type error_message error_code",
+)
 
 
 class VgiAccessLogFormatter(VgiJsonFormatter):
@@ -1122,10 +1118,11 @@ class VgiAccessLogFormatter(VgiJsonFormatter):
         return json.dumps({**kept, "truncated": "record_too_large"}, default=str)
 
 
-_LOG_PRIVATE = (
+_LOG_PRIVATE = re.split(
+    r"\s+",
     "password token secret key authorization email phone address birthdate gender given_name family_name middle_name"
-    " nickname preferred_username picture profile website"
-).split()
+    " nickname preferred_username picture profile website",
+)
 
 
 def redact_claims(claims: Mapping[str, object]) -> dict[str, object]:
@@ -1182,7 +1179,8 @@ def _log_metadata(metadata: Mapping[bytes, bytes] | None) -> str:
 
 def _log_batch(batch: pa.RecordBatch) -> str:
     size = batch.get_total_buffer_size()
-    return f"RecordBatch(rows={batch.num_rows}, cols={batch.num_columns}, schema={_log_schema(batch.schema)}, bytes={size})"
+    shape = f"rows={batch.num_rows}, cols={batch.num_columns}, schema={_log_schema(batch.schema)}"
+    return f"RecordBatch({shape}, bytes={size})"
 
 
 def _log_kwargs(kwargs: Mapping[str, Any]) -> str:
@@ -1322,7 +1320,7 @@ def serialize_record_batch_bytes(batch: pa.RecordBatch, custom_metadata: pa.KeyV
     """Return a batch as a complete IPC stream."""
     sink = pa.BufferOutputStream()
     serialize_record_batch(sink, batch, custom_metadata)
-    return sink.getvalue().to_pybytes()
+    return bytes(sink.getvalue())
 
 
 def deserialize_record_batch(
@@ -1526,7 +1524,7 @@ def _types_encode_struct(cls: type[ArrowSerializableDataclass], value: Any) -> A
 def _types_encode_schema(value: Any) -> bytes:
     if not isinstance(value, pa.Schema):
         raise TypeError(f"expected pa.Schema, got {type(value).__name__}")
-    return value.serialize().to_pybytes()
+    return bytes(value.serialize())
 
 
 def _types_encode_batch(value: Any) -> bytes:
@@ -1595,7 +1593,7 @@ def _types_mapping_encoder(key: Any, item: Any) -> _TypesConvert:
 
 def _types_decoder(annotation: Any, *, top: bool) -> _TypesConvert | None:
     """Compile the decoder of an annotation; it is never called with None."""
-    core, _, marker = _types_strip(annotation)
+    core = _types_strip(annotation)[0]
     if _types_is_dataclass(core):
         return functools.partial(_types_decode_dataclass, core)
     if core is pa.Schema:
@@ -1697,7 +1695,7 @@ class _TypesSchema:
 
 
 class ArrowSerializableDataclass:
-    """Mixin for dataclasses whose fields are Arrow columns; instances travel as one-row IPC streams (types.md section 5).
+    """Mixin for dataclasses whose fields are Arrow columns; an instance is a one-row IPC stream (types.md section 5).
 
     `ARROW_SCHEMA` is the class's schema. `_ARROW_FIELD_OVERRIDES` may force Arrow types by field name. Reading
     tolerates unknown columns, another order, and missing columns whose fields have defaults.
@@ -1825,7 +1823,8 @@ def _types_from_batch(cls: type[_T], batch: pa.RecordBatch) -> _T:
             f"Expected single-row RecordBatch for {cls.__name__} deserialization, got {batch.num_rows} rows"
         )
     names = batch.schema.names
-    return _types_from_mapping(cls, {name: column[0].as_py() for name, column in zip(names, batch.columns, strict=True)})
+    row = {name: column[0].as_py() for name, column in zip(names, batch.columns, strict=True)}
+    return _types_from_mapping(cls, row)
 
 
 def _types_from_mapping(cls: type[_T], row: Mapping[str, Any]) -> _T:
@@ -1834,7 +1833,8 @@ def _types_from_mapping(cls: type[_T], row: Mapping[str, Any]) -> _T:
     missing = [column.name for column in spec.columns if column.required and column.name not in row]
     if missing and row:
         raise ValueError(f"Missing fields in {cls.__name__} RecordBatch: {missing}. Found: {list(row)}")
-    values, later = {}, {}
+    values: dict[str, Any] = {}
+    later: dict[str, Any] = {}
     for column in spec.columns:
         if column.name in row:
             value = row[column.name]
@@ -1870,7 +1870,7 @@ _IPC_I64 = struct.Struct("<q").unpack_from
 _IPC_MARKER = b"\xff\xff\xff\xff"
 
 _IpcMetadata = dict[bytes, bytes]
-_IpcPiece = bytes | pa.Buffer
+_IpcPiece: TypeAlias = "bytes | pa.Buffer"
 
 
 class IpcLimits(NamedTuple):
@@ -2182,7 +2182,7 @@ _IPC_SCHEMAS_MAX_BYTES = 16_384
 
 def _ipc_schema(message: _IpcPiece, limits: IpcLimits) -> tuple[pa.Schema, bool]:
     """Decode a schema message -> (schema, whether any column or nested field is a dictionary)."""
-    key = message if isinstance(message, bytes) else message.to_pybytes()
+    key = bytes(message)
     known = _IPC_SCHEMAS.get(key)
     if known is not None:
         return known
@@ -2223,7 +2223,7 @@ def _ipc_measure_schema(meta: bytes, limits: IpcLimits) -> None:
 
 
 def _ipc_schema_message(schema: pa.Schema) -> bytes:
-    return schema.serialize().to_pybytes()
+    return bytes(schema.serialize())
 
 
 def _ipc_has_dictionaries(schema: pa.Schema) -> bool:
@@ -2295,6 +2295,8 @@ _IPC_PAD = tuple(b"\0" * (-i % 8) for i in range(8))
 _IPC_ZERO = b"\0" * 8
 _IPC_PACK_I64 = struct.Struct("<q").pack_into
 _IPC_LAYOUTS_MAX = 16  # per schema or method; what does not fit stays on the pyarrow path
+_IPC_DEADLINE = b"%016d" % 9_876_543_210_123_456  # a value to find again where the deadline will be
+_ipc_learning = os.environ.get("VGI_RPC_FAST_PATH", "1") != "0"  # the tests run once with and once without
 
 _IpcHoles = tuple[int, ...]
 _IpcRead = Callable[[bytes, int, int, _IpcHoles, _IpcHoles, int], Any]  # data, body, size, nodes, buffers, count
@@ -2377,22 +2379,32 @@ def _ipc_dictionary_id(message: bytes) -> int:
 class _IpcLayout:
     """Reads one-row streams that look like `sample`, a complete stream that pyarrow has validated."""
 
-    __slots__ = ("_exact", "_length", "_parts", "_readers", "_schema_message", "_unpack", "deadline_at")
+    __slots__ = ("_exact", "_length", "_parts", "_readers", "_rest", "_schema_message", "_unpack", "deadline_at")
 
     def __init__(self, sample: bytes, schema: pa.Schema, deadline: bytes | None = None) -> None:
         """`deadline` is the value of a metadata entry that differs from message to message (a hole more)."""
         messages = _ipc_split(sample)
+        if len(messages) < 2:
+            raise _IpcUnfamiliar("no batch")
         self._schema_message = messages[0]
-        self._parts = [_IpcPart(message, deadline) for message in messages[1:]]
-        self._readers = _ipc_column_readers(schema, messages)
-        self.deadline_at = self._parts[-1].deadline_at if self._parts else -1
-        if self.deadline_at >= 0:
-            self.deadline_at += sum(map(len, messages[:-1]))
+        self.deadline_at = -1  # where its 16 digits are
+        if deadline is not None:
+            if sample.count(deadline) != 1:
+                raise _IpcUnfamiliar("the deadline cannot be located")
+            self.deadline_at = sample.index(deadline)
         self._exact: bytes | None = None
+        self._rest = b""
         self._unpack: Callable[[bytes, int], tuple[Any, ...]] | None = None
         self._length = len(sample)
-        if self.deadline_at < 0:
-            self._learn_exact(sample, schema, messages)
+        self._parts: list[_IpcPart] = []
+        self._readers: list[_IpcColumn] = []
+        if len(schema) == 0:
+            if len(messages) != 2:
+                raise _IpcUnfamiliar("more than one batch")
+            return self._learn_exact(sample[:-8])
+        self._parts = [_IpcPart(message, None if message is not messages[-1] else deadline) for message in messages[1:]]
+        self._readers = _ipc_column_readers(schema, messages)
+        self._learn_fixed(sample, schema, messages)
 
     def match(self, data: bytes, pos: int) -> tuple[Sequence[Any], int] | None:
         """Return (the row, the position after the stream); None when it is not this layout, or not all there."""
@@ -2402,7 +2414,13 @@ class _IpcLayout:
                 end = pos + self._length
                 if not data.startswith(exact, pos) or not data.startswith(_EOS, end - 8):
                     return None
-                return (() if self._unpack is None else self._unpack(data, pos + len(exact))), end
+                at = pos + len(exact)
+                if self._rest:
+                    at += 16
+                    if not data.startswith(self._rest, at):
+                        return None
+                    at += len(self._rest)
+                return (() if self._unpack is None else self._unpack(data, at)), end
             return self._match(data, pos)
         except (_IpcUnfamiliar, struct.error, UnicodeDecodeError, IndexError):
             return None
@@ -2424,7 +2442,12 @@ class _IpcLayout:
         row = [read(data, dictionaries) for read in self._readers]
         return row, pos + 8
 
-    def _learn_exact(self, sample: bytes, schema: pa.Schema, messages: list[bytes]) -> None:
+    def _learn_exact(self, prefix: bytes) -> None:
+        """Nothing but the deadline varies in front of the body."""
+        at = self.deadline_at
+        self._exact, self._rest = (prefix, b"") if at < 0 else (prefix[:at], prefix[at + 16 :])
+
+    def _learn_fixed(self, sample: bytes, schema: pa.Schema, messages: list[bytes]) -> None:
         """Fixed-width columns without nulls leave no variable hole: compare one prefix, unpack the body."""
         codes = [_IPC_FIXED.get(str(field.type)) for field in schema]
         if len(messages) != 2 or None in codes:
@@ -2440,14 +2463,14 @@ class _IpcLayout:
                 return
             form += f"{offset - at}x{code}"
             at = offset + struct.calcsize(f"<{code}")
-        self._exact = sample[: len(messages[0]) + body]
+        self._learn_exact(sample[: len(messages[0]) + body])
         self._unpack = struct.Struct(form).unpack_from
 
 
 class _IpcPart:
     """One batch or dictionary message of a layout: the bytes between its holes, and where the holes are."""
 
-    __slots__ = ("_body_size_at", "_buffers", "_buffers_at", "_head", "_nodes", "_nodes_at", "_segments", "deadline_at")
+    __slots__ = ("_body_size_at", "_buffers", "_buffers_at", "_head", "_nodes", "_nodes_at", "_segments")
 
     def __init__(self, message: bytes, deadline: bytes | None) -> None:
         shape = _ipc_shape(message)
@@ -2456,12 +2479,8 @@ class _IpcPart:
         self._nodes = struct.Struct(f"<{2 * shape.node_count}q").unpack_from
         self._buffers = struct.Struct(f"<{2 * shape.buffer_count}q").unpack_from
         holes = [(shape.body_size, 8), (shape.nodes, 16 * shape.node_count), (shape.buffers, 16 * shape.buffer_count)]
-        self.deadline_at = -1
         if deadline is not None:
-            if message[: shape.head].count(deadline) != 1:
-                raise _IpcUnfamiliar("the deadline cannot be located")
-            self.deadline_at = message.index(deadline)
-            holes.append((self.deadline_at, len(deadline)))
+            holes.append((message.index(deadline), len(deadline)))
         self._segments = []
         at = 0
         for start, size in [*sorted(holes), (shape.head, 0)]:
@@ -2514,9 +2533,8 @@ def _ipc_root(read: _IpcRead, node: int, buffer: int, nullable: bool) -> _IpcCol
         at, length = buffers[2 * buffer], buffers[2 * buffer + 1]
         if nodes[2 * node] != 1 or at < 0 or at & 7 or length < 0 or at + length > size:
             raise _IpcUnfamiliar
-        if length or nulls:
-            if not 0 <= nulls <= nullable or length < 1 or (data[body + at] & 1) != 1 - nulls:
-                raise _IpcUnfamiliar
+        if (length or nulls) and (not 0 <= nulls <= nullable or length < 1 or (data[body + at] & 1) != 1 - nulls):
+            raise _IpcUnfamiliar
         value = read(data, body, size, nodes, buffers, 1)
         return None if nulls else value[0]
 
@@ -2541,7 +2559,7 @@ def _ipc_dictionary_column(indices: _IpcColumn, part: int) -> _IpcColumn:
 
 
 def _ipc_array_reader(dtype: pa.DataType, node: int, buffer: int) -> tuple[_IpcRead, int, int]:
-    """Compile the reader of an array whose nodes and buffers begin at these places -> (reader, next node, next buffer)."""
+    """Compile the reader of an array whose nodes and buffers begin here -> (reader, next node, next buffer)."""
     code = _IPC_FIXED.get(str(dtype))
     if code is not None:
         return _ipc_read_fixed(code, buffer), node + 1, buffer + 2
@@ -2669,7 +2687,18 @@ def _ipc_read_entries(node: int, buffer: int, keys: _IpcRead, items: _IpcRead) -
 class _IpcTemplate:
     """Writes one-row streams of a schema with constant metadata."""
 
-    __slots__ = ("_buffers", "_dictionaries", "_head", "_nodes", "_pack", "_prefix", "_shape", "_simple", "_writers")
+    __slots__ = (
+        "_buffers",
+        "_deadline_at",
+        "_dictionaries",
+        "_head",
+        "_nodes",
+        "_pack",
+        "_prefix",
+        "_shape",
+        "_simple",
+        "_writers",
+    )
 
     def __init__(self, schema: pa.Schema, metadata: _IpcMetadata | None) -> None:
         samples = [_ipc_sample(field.type) for field in schema]
@@ -2681,6 +2710,7 @@ class _IpcTemplate:
         self._shape = _ipc_shape(messages[-1])
         self._prefix = messages[0]
         self._head = messages[-1][: self._shape.head]
+        self._deadline_at = self._head.find(_IPC_DEADLINE)
         self._writers = [_ipc_column_writer(field) for field in schema]
         self._dictionaries = _ipc_dictionary_writers(schema, messages)
         self._nodes = struct.Struct(f"<{2 * self._shape.node_count}q").pack_into
@@ -2690,18 +2720,21 @@ class _IpcTemplate:
         if None not in self._simple:
             self._learn_exact(schema)
 
-    def encode(self, values: Sequence[Any]) -> bytes | None:
+    def encode(self, values: Sequence[Any], deadline: bytes = b"") -> bytes | None:
         """Return the complete stream, or None when pyarrow has to look at the values."""
         try:
-            if self._pack is not None and tuple(map(type, values)) == self._simple:
-                return self._prefix + self._pack(*values) + _EOS
-            if self._pack is not None:
+            if self._pack is None:
+                return self._encode(values, deadline)
+            if tuple(map(type, values)) != self._simple:
                 return None
-            return self._encode(values)
+            if not deadline:
+                return self._prefix + self._pack(*values) + _EOS
+            at, prefix = self._deadline_at, self._prefix
+            return b"".join((prefix[:at], deadline, prefix[at + 16 :], self._pack(*values), _EOS))
         except (_IpcUnfamiliar, struct.error, OverflowError, UnicodeEncodeError):
             return None
 
-    def _encode(self, values: Sequence[Any]) -> bytes:
+    def _encode(self, values: Sequence[Any], deadline: bytes) -> bytes:
         nodes: list[int] = []
         buffers: list[int] = []
         body: list[bytes] = []
@@ -2713,6 +2746,8 @@ class _IpcTemplate:
         _IPC_PACK_I64(head, shape.body_size, at)
         self._nodes(head, shape.nodes, *nodes)
         self._buffers(head, shape.buffers, *buffers)
+        if deadline:
+            head[self._deadline_at : self._deadline_at + 16] = deadline
         if not self._dictionaries:
             return b"".join((self._prefix, head, *body, _EOS))
         return b"".join((self._prefix, *[write(values) for write in self._dictionaries], head, *body, _EOS))
@@ -2733,8 +2768,34 @@ class _IpcTemplate:
         _IPC_PACK_I64(head, self._shape.body_size, 8 * len(codes))
         self._nodes(head, self._shape.nodes, *nodes)
         self._buffers(head, self._shape.buffers, *buffers)
+        if self._deadline_at >= 0:
+            self._deadline_at += len(self._prefix)
         self._prefix += bytes(head)
         self._pack = struct.Struct(form).pack
+
+
+def _ipc_template(schema: pa.Schema, metadata: _IpcMetadata | None) -> _IpcTemplate | None:
+    """Return a template, or None when pyarrow has to write this schema."""
+    if not _ipc_learning or len(schema) == 0:
+        return None
+    try:
+        return _IpcTemplate(schema, metadata)
+    except _IpcUnfamiliar:
+        return None
+
+
+def _ipc_learn(sample: bytes, batch: pa.RecordBatch, deadline: bytes | None = None) -> _IpcLayout | None:
+    """Learn how a stream looks that pyarrow has read; it must read the same from it, or it is not learned."""
+    if not _ipc_learning or len(sample) > _IPC_LARGE:
+        return None
+    try:
+        validate_batch(batch, IpcValidation.FULL)
+        layout = _IpcLayout(sample, batch.schema, deadline)
+        found = layout.match(sample, 0)
+        row = [column[0].as_py() for column in batch.columns]
+        return layout if found is not None and list(found[0]) == row and found[1] == len(sample) else None
+    except (_IpcUnfamiliar, IPCError, pa.ArrowException, struct.error, IndexError, ValueError):
+        return None
 
 
 _IPC_EXACT = {name: float if code in "fd" else int for name, code in _IPC_FIXED.items()}
@@ -3299,8 +3360,8 @@ class _CtxHooks:
 
 
 # ==== 8. METHODS ======================================================================================================
-# Uses: 1, 2, 3, 4, 7. A Protocol class becomes a table of methods; what a stream method returns and works with; the hash
-# that tells two contracts apart (types.md section 2, runtime.md section 3, wire.md sections 7.1 and 9.4).
+# Uses: 1, 2, 3, 4, 7. A Protocol class becomes a table of methods; what a stream method returns and works with; the
+# hash that tells two contracts apart (types.md section 2, runtime.md section 3, wire.md sections 7.1 and 9.4).
 #
 # A stream method returns a Stream: an output schema and a state. Each input batch is one turn: the state's `process`
 # sees the batch and an OutputCollector, and emits any number of messages and exactly one data batch. A producer
@@ -3446,7 +3507,9 @@ def describe_rpc(protocol: type, *, methods: Mapping[str, RpcMethodInfo] | None 
         result = str(info.result_schema.field(0).type) if info.has_return else "None"
         lines.append("")
         lines.append(f"  {name}{_log_schema(info.params_schema) if len(info.params_schema) else '()'}")
-        lines.append(f"    {info.method_type.value}" + (f" -> {result}" if info.method_type is MethodType.UNARY else ""))
+        lines.append(
+            f"    {info.method_type.value}" + (f" -> {result}" if info.method_type is MethodType.UNARY else "")
+        )
         if info.doc:
             lines.append(f"    {info.doc.strip().splitlines()[0]}")
     return "\n".join(lines)
@@ -3570,13 +3633,13 @@ class StreamState(ArrowSerializableDataclass, abc.ABC):
     def process(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
         """Answer one input batch."""
 
-    def bind_call_state(self, call_state: ArrowSerializableDataclass | None) -> None:  # noqa: B027 (optional)
+    def bind_call_state(self, call_state: ArrowSerializableDataclass | None) -> None:
         """Receive `Stream.call_state`, the immutable half of the state (HTTP)."""
 
-    def rehydrate(self, implementation: object) -> None:  # noqa: B027 (optional)
+    def rehydrate(self, implementation: object) -> None:
         """Restore transient fields after the state has travelled (HTTP)."""
 
-    def on_cancel(self, ctx: CallContext) -> None:  # noqa: B027 (optional)
+    def on_cancel(self, ctx: CallContext) -> None:
         """The caller does not want more; release resources. May log, may not emit."""
 
 
@@ -3605,7 +3668,12 @@ class ExchangeState(StreamState):
 
 
 _S = TypeVar("_S", covariant=True)
-_H = TypeVar("_H", covariant=True)
+if TYPE_CHECKING:  # `Stream[S]` alone is fine for type checkers
+    from typing_extensions import TypeVar as _TypeVarDefault
+
+    _H = _TypeVarDefault("_H", covariant=True, default=None)
+else:
+    _H = TypeVar("_H", covariant=True)
 
 
 class Stream(Generic[_S, _H]):
@@ -3640,6 +3708,7 @@ class Stream(Generic[_S, _H]):
         return Stream(reader.schema, _MethodsReaderState(reader), header=header)
 
     if TYPE_CHECKING:  # a stream as its caller sees it: a StreamSession
+
         def tick(self, custom_metadata: pa.KeyValueMetadata | None = None) -> AnnotatedBatch: ...
         def exchange(self, input: AnnotatedBatch) -> AnnotatedBatch: ...
         def typed_header(self, header_type: type[_T]) -> _T: ...
@@ -3758,7 +3827,8 @@ class OutputCollector:
         """End a producer's stream after this turn; RuntimeError on an exchange."""
         if not self._producer_mode:
             raise RuntimeError(
-                "finish() is not allowed on exchange streams; exchange streams must emit exactly one data batch per call"
+                "finish() is not allowed on exchange streams;"
+                " exchange streams must emit exactly one data batch per call"
             )
         self.finished = True
 
@@ -3975,6 +4045,9 @@ class _WirePlan:
     """One method, compiled at first use: converters, constants and the learned layouts of its messages."""
 
     __slots__ = (
+        "_deadline_template",
+        "_request_template",
+        "_result_template",
         "decode_result",
         "decoders",
         "doing",
@@ -3986,6 +4059,7 @@ class _WirePlan:
         "names",
         "nullable",
         "protocol",
+        "replies",
         "result_nullable",
         "types",
         "version",
@@ -4008,11 +4082,63 @@ class _WirePlan:
         self.decode_result = _types_decoder(info.result_type, top=True) if converts else None
         self.result_nullable = info.has_return and info.result_schema.field(0).nullable
         self.metadata = _wire_request_metadata(info.name, protocol, version)
+        self._request_template: _IpcTemplate | bytes | None = b""  # b"": not tried yet
+        self._deadline_template: _IpcTemplate | bytes | None = b""
+        self._result_template: _IpcTemplate | bytes | None = b""
+        self.replies: list[_IpcLayout] = []  # how replies of peers have looked
         self.doing = f"{'unary call to' if info.method_type is MethodType.UNARY else 'stream init for'} '{info.name}'"
 
     @property
     def is_stream(self) -> bool:
         return self.info.method_type is MethodType.STREAM
+
+    def encode_request(self, cells: list[Any], budget: bytes) -> bytes | None:
+        """The request by a template, or None: pyarrow has to write it."""
+        if budget:
+            template = self._deadline_template
+            if template == b"":
+                template = _ipc_template(self.info.params_schema, {**self.metadata, DEADLINE_KEY: _IPC_DEADLINE})
+                self._deadline_template = template
+        else:
+            template = self._request_template
+            if template == b"":
+                if _ipc_learning and not cells:
+                    template = b"".join(_wire_write_request(self, empty_batch(EMPTY_SCHEMA), None))
+                else:
+                    template = _ipc_template(self.info.params_schema, self.metadata)
+                self._request_template = template
+        if isinstance(template, _IpcTemplate):
+            return template.encode(cells, budget)
+        return template
+
+    def encode_reply(self, value: Any) -> bytes | None:
+        """The reply by a template, or None: pyarrow has to look at the value."""
+        template = self._result_template
+        if template == b"":
+            if self.info.has_return:
+                template = _ipc_template(self.info.result_schema, None)
+            else:
+                template = _wire_void_reply() if _ipc_learning else None
+            self._result_template = template
+        if not isinstance(template, _IpcTemplate):
+            return template
+        if value is not None and self.encode_result is not None:
+            value = self.encode_result(value)
+        return template.encode((value,))
+
+    def learn_reply(self, sample: bytes, batch: pa.RecordBatch) -> None:
+        """Remember how a reply looks; bounded, and never twice the same."""
+        if len(self.replies) < _IPC_LAYOUTS_MAX and not any(layout.match(sample, 0) for layout in self.replies):
+            layout = _ipc_learn(sample, batch)
+            if layout is not None:
+                self.replies.append(layout)
+
+
+def _wire_void_reply() -> bytes:
+    writer = _IpcWriter(EMPTY_SCHEMA)
+    writer.write(empty_batch(EMPTY_SCHEMA))
+    writer.close()
+    return b"".join(writer.take())
 
 
 def _wire_request_metadata(method: str, protocol: str | None, version: str | None) -> _IpcMetadata:
@@ -4060,29 +4186,55 @@ def _wire_unknown_argument(plan: _WirePlan, args: tuple[Any, ...], kwargs: dict[
     )
 
 
-def _wire_request_batch(plan: _WirePlan, values: list[Any]) -> pa.RecordBatch:
-    if not values:
+def _wire_cells(plan: _WirePlan, values: list[Any]) -> list[Any]:
+    """Convert arguments to what a template or pa.array takes."""
+    cells = []
+    for i, value in enumerate(values):
+        encode = plan.encoders[i]
+        if encode is not None and value is not None:
+            try:
+                value = encode(value)
+            except Exception as exc:
+                raise _wire_bad_argument(plan, i, exc) from exc
+        cells.append(value)
+    return cells
+
+
+def _wire_bad_argument(plan: _WirePlan, at: int, exc: Exception) -> RpcArgumentError:
+    return RpcArgumentError(f"{plan.name}() parameter '{plan.names[at]}': {exception_str(exc)}")
+
+
+def _wire_request_batch(plan: _WirePlan, cells: list[Any]) -> pa.RecordBatch:
+    if not cells:
         return empty_batch(EMPTY_SCHEMA)
     arrays = []
-    for i, value in enumerate(values):
+    for i, cell in enumerate(cells):
         try:
-            arrays.append(_types_cell(value, plan.encoders[i], plan.types[i]))
+            arrays.append(_types_cell(cell, None, plan.types[i]))
         except Exception as exc:
-            raise RpcArgumentError(f"{plan.name}() parameter '{plan.names[i]}': {exception_str(exc)}") from exc
+            raise _wire_bad_argument(plan, i, exc) from exc
     return pa.RecordBatch.from_arrays(arrays, schema=plan.info.params_schema)
 
 
-def _wire_request(plan: _WirePlan, values: list[Any], extra: Mapping[bytes, bytes] | None = None) -> list[_IpcPiece]:
-    """The complete request stream."""
-    batch = _wire_request_batch(plan, values)
+def _wire_request(plan: _WirePlan, values: list[Any], timeout: float | None = None) -> list[_IpcPiece]:
+    """The complete request stream; with a timeout it carries the remaining time (DESIGN.md section 7)."""
+    cells = _wire_cells(plan, values)
+    budget = b"" if timeout is None else b"%016d" % max(int(timeout * 1e6), 0)
     if _LOG_WIRE_REQUEST.isEnabledFor(logging.DEBUG):
         _LOG_WIRE_REQUEST.debug(
             "Write request: method=%s, schema=%s, kwargs={%s}, metadata=%s",
             plan.name,
-            _log_schema(batch.schema),
+            _log_schema(plan.info.params_schema),
             _log_kwargs(dict(zip(plan.names, values, strict=True))),
             _log_metadata(plan.metadata),
         )
+    data = plan.encode_request(cells, budget)
+    if data is not None:
+        return [data]
+    return _wire_write_request(plan, _wire_request_batch(plan, cells), {DEADLINE_KEY: budget} if budget else None)
+
+
+def _wire_write_request(plan: _WirePlan, batch: pa.RecordBatch, extra: Mapping[bytes, bytes] | None) -> list[_IpcPiece]:
     writer = _IpcWriter(batch.schema)
     writer.write(batch, {**plan.metadata, **extra} if extra else plan.metadata)
     writer.close()
@@ -4222,11 +4374,23 @@ def _wire_arguments(plan: _WirePlan, batch: pa.RecordBatch) -> dict[str, Any]:
     if not fits:
         _wire_check_schema(plan, batch.schema)
     for name, nullable in zip(plan.names, plan.nullable, strict=True):
-        if kwargs[name] is None:
-            if name in plan.info.param_defaults:
-                kwargs[name] = plan.info.param_defaults[name]
-            elif not nullable:
+        if kwargs[name] is None and not nullable:
+            # Some clients send null for what the caller left out. Where None is a value of its own, it stays None.
+            if name not in plan.info.param_defaults:
                 raise TypeError(f"{plan.name}() parameter '{name}' is not optional but got None")
+            kwargs[name] = plan.info.param_defaults[name]
+    return kwargs
+
+
+def _wire_row_arguments(plan: _WirePlan, row: Sequence[Any]) -> dict[str, Any] | None:
+    """A row that a layout has read, as keyword arguments; None: let the pyarrow path decide."""
+    kwargs = dict(zip(plan.names, row, strict=True))
+    try:
+        for name, decode in zip(plan.names, plan.decoders, strict=True):
+            if decode is not None and kwargs[name] is not None:
+                kwargs[name] = decode(kwargs[name])
+    except Exception:
+        return None
     return kwargs
 
 
@@ -4257,11 +4421,12 @@ def _wire_check_schema(plan: _WirePlan, got: pa.Schema) -> None:
 
 
 class _WireReply(NamedTuple):
-    """How a unary call ended: a batch, or what to raise once the connection is back in step."""
+    """How a unary call ended: a batch or its decoded row, or what to raise once the connection is in step again."""
 
     batch: pa.RecordBatch | None
     metadata: _IpcMetadata | None
     error: Exception | None
+    row: Sequence[Any] | None = None
 
 
 class _WireLogs:
@@ -4286,9 +4451,17 @@ class _WireLogs:
 
 
 def _wire_read_reply(
-    source: _IpcSource, validation: IpcValidation, on_log: Callable[[Message], None] | None
+    plan: _WirePlan, source: _IpcSource, validation: IpcValidation, on_log: Callable[[Message], None] | None
 ) -> _WireReply:
     """Read a reply to its end; the first result or error counts, what follows it is dropped (wire.md section 4)."""
+    if source.pos == len(source.buf):
+        source.more(8)
+    begin, data = source.pos, source.buf
+    for layout in plan.replies:
+        found = layout.match(data, begin)
+        if found is not None:
+            source.pos = found[1]
+            return _WireReply(None, None, None, found[0])
     reader = _IpcReader(source, validation)
     logs = _WireLogs(on_log)
     item = _wire_read_data(reader, logs)
@@ -4296,6 +4469,8 @@ def _wire_read_reply(
     if isinstance(item, RpcError):
         return _WireReply(None, None, logs.failure or item)
     batch, metadata = item or (None, None)
+    if batch is not None and metadata is None and source.buf is data:
+        plan.learn_reply(data[begin : source.pos], batch)
     return _WireReply(batch, metadata, logs.failure)
 
 
@@ -4340,6 +4515,8 @@ def _wire_value(plan: _WirePlan, reply: _WireReply) -> Any:
     """The Python value of a reply; raises what the far side raised."""
     if reply.error is not None:
         raise reply.error
+    if reply.row is not None:
+        return _wire_decode_result(plan, reply.row[0]) if plan.info.has_return else None
     if reply.batch is None:
         raise RpcError(
             "ProtocolError",
@@ -4355,11 +4532,15 @@ def _wire_value(plan: _WirePlan, reply: _WireReply) -> Any:
             f"{plan.name}() was answered with {reply.batch.num_rows} row(s) of {_log_schema(reply.batch.schema)};"
             " expected one row with a column 'result'",
         )
-    try:
-        value = reply.batch.column("result")[0].as_py()
-        value = value if value is None or plan.decode_result is None else plan.decode_result(value)
-    except Exception as exc:
-        raise RpcError(type(exc).__name__, f"{plan.name}() result: {exception_str(exc)}") from exc
+    return _wire_decode_result(plan, reply.batch.column("result")[0].as_py())
+
+
+def _wire_decode_result(plan: _WirePlan, value: Any) -> Any:
+    if value is not None and plan.decode_result is not None:
+        try:
+            value = plan.decode_result(value)
+        except Exception as exc:
+            raise RpcError(type(exc).__name__, f"{plan.name}() result: {exception_str(exc)}") from exc
     if value is None and not plan.result_nullable:
         raise RpcError("TypeError", f"{plan.name}() expected a non-None return value but got None")
     return value
@@ -4440,8 +4621,8 @@ class Channel(_IpcSource):
         "timeout",
     )
 
-    def __init__(self, inp: int, out: int, abort: Callable[[], None], limits: IpcLimits = IpcLimits()) -> None:  # noqa: B008
-        super().__init__(b"", limits)
+    def __init__(self, inp: int, out: int, abort: Callable[[], None], limits: IpcLimits | None = None) -> None:
+        super().__init__(b"", limits or IpcLimits())
         self.inp = inp
         self.out = out
         self.abort = abort  # ends the transport at once: kills, shuts down, closes the descriptors
@@ -4693,9 +4874,8 @@ class _FileChannel(Channel):
         writer: Any,
         abort: Callable[[], None],
         settimeout: Callable[[float | None], None] | None = None,
-        limits: IpcLimits = IpcLimits(),  # noqa: B008
     ) -> None:
-        super().__init__(-1, -1, abort, limits)
+        super().__init__(-1, -1, abort)
         read1 = getattr(reader, "read1", None)
         self._read: Callable[[int], bytes] = reader.read if read1 is None else lambda _: read1(_TRANSPORT_CHUNK)
         self._writer = writer
@@ -5250,8 +5430,8 @@ def _transport_unlink_unix(path: str, inode: int) -> None:
 
 
 # ==== 11. DESCRIBE ====================================================================================================
-# Uses: 1, 2, 3, 4, 5, 8. A service tells what it offers (wire.md section 9): the protocol `vgi_rpc.Reflection.v1`, hosted
-# like any other, and the table of the older `__describe__` (appendix B). Types and nullability travel as schemas;
+# Uses: 1, 2, 3, 4, 5, 8. A service tells what it offers (wire.md section 9): the protocol `vgi_rpc.Reflection.v1`,
+# hosted like any other, and the table of the older `__describe__` (appendix B). Types and nullability travel as schemas;
 # defaults, docstrings and Python types do not. The classes of the wire are dataclasses and made at first use, because
 # importing `dataclasses` would double the import time of this file.
 
@@ -5283,7 +5463,12 @@ def _describe_wire() -> types.SimpleNamespace:
     )
     hosted = record(
         "ProtocolList",
-        [("server_id", str), ("server_version", str), ("request_version", str), ("protocols", list[summary])],
+        [
+            ("server_id", str),
+            ("server_version", str),
+            ("request_version", str),
+            ("protocols", list[summary]),  # type: ignore[valid-type]
+        ],
     )
     method = record(
         "MethodInfo",
@@ -5310,7 +5495,7 @@ def _describe_wire() -> types.SimpleNamespace:
             ("deprecated", bool),
             ("deprecation_message", str),
             ("features", list[str]),
-            ("methods", list[method]),
+            ("methods", list[method]),  # type: ignore[valid-type]
         ],
     )
     return types.SimpleNamespace(
@@ -5414,7 +5599,7 @@ def _describe_legacy_batch(server: Any) -> tuple[pa.RecordBatch, dict[bytes, byt
             "params_schema_ipc": _ipc_schema_message(info.params_schema),
             "result_schema_ipc": _ipc_schema_message(info.result_schema),
             "has_header": info.header_type is not None,
-            "header_schema_ipc": None if info.header_type is None else _ipc_schema_message(info.header_type.ARROW_SCHEMA),
+            "header_schema_ipc": info.header_type and _ipc_schema_message(info.header_type.ARROW_SCHEMA),
             "is_exchange": info.is_exchange,
         }
         for name, info in sorted(server.methods.items())
@@ -5638,6 +5823,9 @@ class RpcServer:
             self._bind(ProtocolBinding(_describe_wire().Reflection, ReflectionImpl(self), allow_reserved=True))
         self.bindings: Mapping[str, ProtocolBinding] = types.MappingProxyType(self._bindings)
         self._start_lock = threading.Lock()
+        # How requests have looked, by their schema message; bounded, and filled only after pyarrow's validation.
+        self._layouts: dict[bytes, tuple[_ServerLayout, ...]] = {}
+        self._layout_lock = threading.Lock()
         self._started: set[tuple[TransportKind, frozenset[str]]] = set()
         _LOG_RPC.info(
             "RpcServer created for %s (server_id=%s, methods=%d)",
@@ -5765,6 +5953,32 @@ class RpcServer:
             )
         return binding
 
+    def _learn(self, sample: bytes, batch: pa.RecordBatch, metadata: _IpcMetadata, plan: _WirePlan) -> None:
+        """Remember how a request looks that has passed every check."""
+        budget = metadata.get(DEADLINE_KEY)
+        if metadata.keys() - _SERVER_LEARNED_KEYS or (budget is not None and _server_budget(metadata) is None):
+            return
+        layout = _ipc_learn(sample, batch, budget)
+        if layout is None:
+            return
+        key = sample[: 8 + _IPC_I32(sample, 4)[0]]
+        with self._layout_lock:
+            known = self._layouts.get(key, ())
+            if len(known) < _SERVER_LAYOUTS_PER_SCHEMA and (known or len(self._layouts) < _SERVER_LAYOUT_SCHEMAS):
+                binding = self._bindings[plan.protocol]
+                self._layouts[key] = (_ServerLayout(layout, binding, plan), *known)
+
+
+_SERVER_LAYOUT_SCHEMAS = 256
+_SERVER_LAYOUTS_PER_SCHEMA = 64  # methods with the same parameters share a schema message
+_SERVER_LEARNED_KEYS = {RPC_METHOD_KEY, REQUEST_VERSION_KEY, PROTOCOL_KEY, PROTOCOL_VERSION_KEY, DEADLINE_KEY}
+
+
+class _ServerLayout(NamedTuple):
+    layout: _IpcLayout
+    binding: ProtocolBinding
+    plan: _WirePlan
+
 
 _SERVER_DESCRIBE_HINT = ". To describe itself the server needs enable_describe=True (--describe)"
 
@@ -5793,8 +6007,13 @@ class _ServerCall:
     )
 
     def __init__(
-        self, connection: _ServerConnection, binding: ProtocolBinding, plan: _WirePlan, request: pa.RecordBatch
+        self,
+        connection: _ServerConnection,
+        binding: ProtocolBinding,
+        plan: _WirePlan,
+        request: pa.RecordBatch | None,
     ) -> None:
+        """`request` is None when nobody counts."""
         self.connection = connection
         self.binding = binding
         self.plan = plan
@@ -5806,7 +6025,7 @@ class _ServerCall:
         self._hook = connection.server.dispatch_hook
         self._token: Any = None
         # Nothing is counted, timed or formatted when nobody listens.
-        self.observed = self._hook is not None or _LOG_ACCESS.isEnabledFor(logging.INFO)
+        self.observed = request is not None and connection.observed()
         self.stats = CallStatistics()
         self.started = 0.0
 
@@ -5818,7 +6037,7 @@ class _ServerCall:
 
     def start(self, kwargs: dict[str, Any]) -> None:
         """Begin counting and tell the hook."""
-        if not self.observed:
+        if not self.observed or self.request is None:
             return
         self.started = time.monotonic()
         self.stats.record_input(self.request)
@@ -5859,7 +6078,7 @@ class _ServerCall:
 class _ServerConnection:
     """One peer of a server: reads a request, answers it, again."""
 
-    __slots__ = ("_swallow", "auth", "channel", "kind", "server", "transport_metadata")
+    __slots__ = ("_last", "_swallow", "auth", "channel", "kind", "server", "transport_metadata")
 
     def __init__(
         self,
@@ -5875,6 +6094,7 @@ class _ServerConnection:
         self.auth = auth
         self.transport_metadata = transport_metadata
         self._swallow = False  # an unknown method may have been a stream, whose input comes next
+        self._last: _ServerLayout | None = None  # most calls look like the one before
 
     def run(self) -> None:
         """Answer calls until the peer has gone or has sent something that makes no sense."""
@@ -5887,8 +6107,15 @@ class _ServerConnection:
         except (EOFError, ConnectionError):
             _LOG_RPC.debug("the peer went away", exc_info=True)
 
+    def observed(self) -> bool:
+        """Whether anyone wants to know about calls; if not, nothing is counted, timed or formatted."""
+        return self.server.dispatch_hook is not None or _LOG_ACCESS.isEnabledFor(logging.INFO)
+
     def serve_one(self) -> None:
         """Read one request and answer it."""
+        if self._serve_learned():
+            return
+        begin, data = self.channel.pos, self.channel.buf
         try:
             request = _wire_read_request(self.channel, self.server.ipc_validation)
         except (EOFError, ConnectionError):
@@ -5901,9 +6128,40 @@ class _ServerConnection:
             return
         if _LOG_WIRE_REQUEST.isEnabledFor(logging.DEBUG):
             _LOG_WIRE_REQUEST.debug("Read request batch: %s, metadata=%s", _log_batch(batch), _log_metadata(metadata))
-        self._answer(batch, metadata)
+        sample = data[begin : self.channel.pos] if self.channel.buf is data else b""
+        self._answer(batch, metadata, sample)
 
-    def _answer(self, batch: pa.RecordBatch, metadata: _IpcMetadata) -> None:
+    def _serve_learned(self) -> bool:
+        """Answer a request that looks like an earlier one. Bytes that match have passed steps 1 to 18 before."""
+        data, pos = self.channel.buf, self.channel.pos
+        if len(data) - pos < 16 or self.observed() or self._swallow:
+            return False
+        last = self._last
+        found = None if last is None else last.layout.match(data, pos)
+        if found is None:
+            key = data[pos : pos + 8 + _IPC_I32(data, pos + 4)[0]]
+            for last in self.server._layouts.get(key, ()):
+                found = last.layout.match(data, pos)
+                if found is not None:
+                    self._last = last
+                    break
+        if found is None or last is None:
+            return False
+        row, end = found
+        kwargs = _wire_row_arguments(last.plan, row)
+        budget = None
+        if last.layout.deadline_at >= 0:
+            at = pos + last.layout.deadline_at
+            budget = _server_budget({DEADLINE_KEY: data[at : at + 16]})
+            if budget is None:
+                return False
+        if kwargs is None:
+            return False
+        self.channel.pos = end
+        self._dispatch(last.binding, last.plan, kwargs, budget, None)
+        return True
+
+    def _answer(self, batch: pa.RecordBatch, metadata: _IpcMetadata, sample: bytes) -> None:
         """The pipeline of wire.md section 7, steps 3 to 19."""
         plan = None
         try:
@@ -5919,9 +6177,23 @@ class _ServerConnection:
             return self._refuse(exc, plan, RPC_METHOD_KEY in metadata)
         if _LOG_WIRE_REQUEST.isEnabledFor(logging.DEBUG):
             _LOG_WIRE_REQUEST.debug("Parsed request: method=%s, kwargs={%s}", name, _log_kwargs(kwargs))
-        call = _ServerCall(self, binding, plan, batch)
-        budget = _server_budget(metadata)
-        method = getattr(binding.impl, name)
+        if sample:
+            self.server._learn(sample, batch, metadata, plan)
+        self._dispatch(binding, plan, kwargs, _server_budget(metadata), batch)
+
+    def _dispatch(
+        self,
+        binding: ProtocolBinding,
+        plan: _WirePlan,
+        kwargs: dict[str, Any],
+        budget: float | None,
+        request: pa.RecordBatch | None,
+    ) -> None:
+        """Step 19: call the method and answer."""
+        method = getattr(binding.impl, plan.name)
+        if not plan.is_stream and plan.name not in binding.ctx_methods and not self.observed():
+            return self._unary_plain(binding, plan, method, kwargs)
+        call = _ServerCall(self, binding, plan, request)
         call.start(kwargs)
         try:
             if plan.is_stream:
@@ -5931,9 +6203,28 @@ class _ServerConnection:
         finally:
             call.finish()
 
+    def _unary_plain(
+        self, binding: ProtocolBinding, plan: _WirePlan, method: Callable[..., Any], kwargs: dict[str, Any]
+    ) -> None:
+        """A method without a context that nobody observes: one call, one write."""
+        try:
+            value = method(**kwargs)
+            data = plan.encode_reply(value)
+            batch = _wire_result_batch(plan, value) if data is None else None
+        except BaseException as exc:
+            call = _ServerCall(self, binding, plan, None)
+            reply = _ServerReply(call)
+            reply.end(empty_batch(reply.schema), call.fail(exc))
+            return self._obey(exc)
+        if data is not None:
+            self.channel.send((data,))
+        elif batch is not None:
+            _ServerReply(_ServerCall(self, binding, plan, None)).end(batch, None)
+
     def _unary(
         self, call: _ServerCall, method: Callable[..., Any], kwargs: dict[str, Any], budget: float | None
     ) -> None:
+        """A method with a context, or one that is observed."""
         reply = _ServerReply(call)
         if call.plan.name in call.binding.ctx_methods:
             kwargs["ctx"] = self.context(call, reply.log, budget)
@@ -5943,8 +6234,13 @@ class _ServerConnection:
         except BaseException as exc:
             batch, metadata = empty_batch(reply.schema), call.fail(exc)
         reply.end(batch, metadata)
-        if call.error is not None and not isinstance(call.error, Exception):
-            raise call.error  # SystemExit, KeyboardInterrupt: answered and recorded, and still obeyed
+        self._obey(call.error)
+
+    @staticmethod
+    def _obey(exc: BaseException | None) -> None:
+        """SystemExit, KeyboardInterrupt: answered and recorded, and still obeyed."""
+        if exc is not None and not isinstance(exc, Exception):
+            raise exc
 
     def context(
         self, call: _ServerCall, emit: Callable[[Message], None], budget: float | None, *, request_id: bool = True
@@ -6083,7 +6379,7 @@ class _ServerStream:
         except BaseException as exc:
             self._send_whole(EMPTY_SCHEMA, empty_batch(EMPTY_SCHEMA), call.fail(exc))
             self._connection.drain()
-            return self._obey(exc)
+            return self._connection._obey(exc)
         if header is not None:
             self._send_whole(header.schema, header, None)
         self._turns()
@@ -6106,7 +6402,7 @@ class _ServerStream:
             with contextlib.suppress(OSError):
                 channel.send(self._out.take())
             raise _ServerHangUp from exc
-        self._obey(failure)
+        self._connection._obey(failure)
 
     def _loop(self, reader: _IpcReader) -> BaseException | None:
         """Turn by turn until someone ends it; returns what an application raised."""
@@ -6181,11 +6477,6 @@ class _ServerStream:
         self._call.sent(batch)
         writer.close()
         self._channel.send(writer.take())
-
-    @staticmethod
-    def _obey(exc: BaseException | None) -> None:
-        if exc is not None and not isinstance(exc, Exception):
-            raise exc
 
 
 def _server_check_stream(plan: _WirePlan, value: Any) -> Stream[Any, Any]:
@@ -6299,6 +6590,7 @@ def _server_log_failure(call: _ServerCall, exc: BaseException) -> None:
 def _server_access_record(call: _ServerCall) -> None:
     """Write one record of a dispatched call: who, what, how long, how much; never a value (runtime.md section 6)."""
     connection, plan, error, stats = call.connection, call.plan, call.error, call.stats
+    request = call.request or empty_batch(EMPTY_SCHEMA)
     server, auth = connection.server, connection.auth
     status = "ok" if error is None else "error"
     extra: dict[str, Any] = {
@@ -6315,8 +6607,8 @@ def _server_access_record(call: _ServerCall) -> None:
         "status": status,
         "error_type": "" if error is None else type(error).__name__,
         "request_id": call.request_id,
-        "request_fields": [{"name": field.name, "type": str(field.type)} for field in call.request.schema],
-        "request_rows": call.request.num_rows if call.request.num_columns else 0,
+        "request_fields": [{"name": field.name, "type": str(field.type)} for field in request.schema],
+        "request_rows": request.num_rows if request.num_columns else 0,
         "input_batches": stats.input_batches,
         "output_batches": stats.output_batches,
         "input_rows": stats.input_rows,
@@ -6349,8 +6641,6 @@ def _server_access_record(call: _ServerCall) -> None:
 # Every conversation has the form  check; try: enter ... leave; except BaseException: raise channel.fail(exc).
 # Errors of the far side are raised after `leave`: they do not cost the connection. Things that act on a connection
 # are functions that take the proxy, because the proxy is typed as the user's Protocol.
-
-
 
 
 class _ClientOptions(NamedTuple):
@@ -6472,23 +6762,18 @@ def _client_unary(channel: Channel, plan: _WirePlan, values: list[Any], options:
 
 def _client_converse(channel: Channel, plan: _WirePlan, values: list[Any], options: _ClientOptions) -> _WireReply:
     timeout = options.timeout
-    request = _wire_request(plan, values, None if timeout is None else _client_budget(timeout))
+    request = _wire_request(plan, values, timeout)
     channel.check()
     try:
         channel.enter(plan.doing, timeout)
         channel.send(request)
-        reply = _wire_read_reply(channel, options.validation, options.on_log)
+        reply = _wire_read_reply(plan, channel, options.validation, options.on_log)
         channel.leave()
     except BaseException as exc:
         raise channel.fail(exc)  # noqa: B904 (fail sets the cause)
     if _LOG_WIRE_RESPONSE.isEnabledFor(logging.DEBUG):
         _LOG_WIRE_RESPONSE.debug("Read unary response: method=%s, result_type=%s", plan.name, plan.info.result_type)
     return reply
-
-
-def _client_budget(timeout: float) -> dict[bytes, bytes]:
-    """The remaining time on the wire: microseconds, 16 digits (DESIGN.md section 7)."""
-    return {DEADLINE_KEY: b"%016d" % max(int(timeout * 1e6), 0)}
 
 
 def _client_retry(
@@ -6583,7 +6868,8 @@ def ping(proxy: object, *, timeout: float | None = None) -> float:
     try:
         channel.enter("ping", timeout)
         channel.send(writer.take())
-        _wire_read_reply(channel, options.validation, None)  # an error is an answer too
+        reader = _IpcReader(channel, options.validation)
+        reader.drain()  # an error is an answer too
         channel.leave()
     except BaseException as exc:
         raise channel.fail(exc)  # noqa: B904
@@ -6913,7 +7199,7 @@ def _client_open(
 ) -> StreamSession:
     """Write the request of a stream; the session holds the connection from here on."""
     timeout = options.timeout
-    request = _wire_request(plan, values, None if timeout is None else _client_budget(timeout))
+    request = _wire_request(plan, values, timeout)
     session = StreamSession(channel, plan, options)
     expects_header = plan.info.header_type is not None if header is None else header
     item: Any = None
@@ -7120,7 +7406,7 @@ class WorkerPool:
 
     def _take_idle(self, key: tuple[str, ...]) -> tuple[SubprocessTransport | None, list[SubprocessTransport]]:
         """Pop the youngest idle worker of a command, and dead ones on the way to it."""
-        dead = []
+        dead: list[SubprocessTransport] = []
         for at in range(len(self._idle) - 1, -1, -1):
             if self._idle[at].key == key:
                 transport = self._idle.pop(at).transport
@@ -7698,3 +7984,875 @@ def _door_access_log(options: Any, server: RpcServer) -> Callable[[], None]:
             server_id=server.server_id,
         ),
     )
+
+
+# ==== 16. COMMAND LINE ================================================================================================
+# Uses: 1, 2, 3, 4, 7, 8, 10, 11, 12, 13, 15. A service seen from a shell (runtime.md section 11, API.md section 8.1).
+#
+#   main            arguments -> exit status: 0 done, 1 failed, 2 misused, 130 interrupted
+#   describe, call  ask the server what it offers, then act on that description; no Protocol class is needed
+#   serve, demo     the other side
+#
+# Results go to stdout (or --output), everything else to stderr. What a value looks like:
+#
+#   Arrow       JSON out                        key=value in
+#   int float   number                          number
+#   bool        true, false                     true/1/yes in any case; all else is false
+#   string      string                          as it is; enum names too
+#   binary      base64                          base64
+#   temporal    ISO 8601                        ISO 8601
+#   decimal     string                          number
+#   map         object                          JSON object
+#   others      array, object                   JSON
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line with `argv` (`sys.argv[1:]` by default) and return the exit status."""
+    try:
+        options = _cli_parse(sys.argv[1:] if argv is None else list(argv))
+        with _cli_logging(options):
+            status: int = options.run(options)
+        sys.stdout.flush()
+        return status
+    except _CliError as exc:
+        return _cli_complain(f"Error: {exc}", exc.status)
+    except SystemExit as exc:  # argparse, and the flags of a worker
+        return _cli_complain(exc.code, 1) if isinstance(exc.code, str) else int(exc.code or 0)
+    except RpcError as exc:
+        return _cli_complain(_cli_error_json(exc), 1)
+    except BrokenPipeError:
+        _cli_mute()
+        return 0
+    except OSError as exc:
+        return _cli_complain("\n".join([f"Error: {exc}", *getattr(exc, "__notes__", ())]), 1)
+    except KeyboardInterrupt:
+        return 130
+
+
+class _CliError(Exception):
+    """Ends the command with one line on stderr; status 2 for a misuse."""
+
+    def __init__(self, text: str, status: int = 1) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+def _cli_complain(text: str, status: int) -> int:
+    print(text, file=sys.stderr)
+    return status
+
+
+def _cli_error_json(exc: RpcError) -> str:
+    import json
+
+    message = exc.error_message
+    if isinstance(exc, ReflectionNotSupportedError):
+        message += " (the server does not describe itself: start it with --describe, or with enable_describe=True)"
+    found = {"type": exc.error_type, "message": message}
+    if exc.remote_traceback:
+        found["traceback"] = exc.remote_traceback
+    return json.dumps({"error": found})
+
+
+def _cli_mute() -> None:
+    """Nobody reads stdout any more: what is still buffered must not fail again when the interpreter exits."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+# ---- options
+
+
+def _cli_parse(argv: list[str]) -> Any:
+    parser = _cli_parser()
+    options = parser.parse_args(argv)
+    if options.version:
+        print(f"vgi-rpc {__version__} ({os.path.abspath(__file__)})")
+        raise SystemExit(0)
+    if options.command is None:
+        parser.print_help()
+        raise SystemExit(2)
+    given = [flag for flag in ("url", "cmd", "unix", "tcp") if getattr(options, flag) is not None]
+    if len(given) > 1:
+        parser.error(f"argument --{given[1]}: not allowed with argument --{given[0]}")
+    if options.timeout is not None and not 0 < options.timeout < 1e9:
+        parser.error(f"argument --timeout: expected a positive number of seconds, got {options.timeout}")
+    options.log_logger = [*(options.log_logger or ()), *(getattr(options, "log_logger_after", None) or ())]
+    return options
+
+
+def _cli_parser() -> Any:
+    import argparse
+
+    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    _cli_add_common(before, None, "log_logger")
+    after = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    _cli_add_common(after, argparse.SUPPRESS, "log_logger_after")  # only what is given replaces what came before
+    parser = argparse.ArgumentParser(
+        prog="vgi-rpc", description="Look at, call and run services.", parents=[before], allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name: str, run: Callable[[Any], int], text: str, *, client: bool = True) -> Any:
+        made = commands.add_parser(
+            name, help=text, description=text, parents=[after] if client else [], allow_abbrev=False
+        )
+        made.set_defaults(run=run)
+        return made
+
+    command("describe", _cli_describe, "show what a server offers")
+    call = command("call", _cli_call, "call a method")
+    call.add_argument("method", metavar="METHOD")
+    call.add_argument("arguments", metavar="KEY=VALUE", nargs="*")
+    call.add_argument("--json", "-j", metavar="OBJECT", help="all parameters as one JSON object")
+    call.add_argument("--input", "-i", metavar="FILE", help="exchange: Arrow file with the input batches")
+    call.add_argument("--no-stdin", action="store_true", help="exchange: no input")
+    command("loggers", _cli_loggers, "list the loggers")
+    demo = command("demo", _cli_demo, "start a small service and use it")
+    demo.add_argument("--as-worker", action="store_true", help=argparse.SUPPRESS)
+    serve = command("serve", _cli_serve, "serve an implementation; flags of a worker may follow", client=False)
+    serve.add_argument("protocol_class", metavar="MODULE:PROTOCOL")
+    serve.add_argument("implementation", metavar="MODULE:IMPLEMENTATION", help="an object, or a class to instantiate")
+    serve.add_argument("--factory", action="store_true", help="IMPLEMENTATION is called, and returns the object")
+    serve.add_argument("flags", nargs=argparse.REMAINDER, metavar="...", help="--unix PATH, --tcp [HOST:]PORT ...")
+    launch = command("launch", _cli_launch, "start a shared worker, or find the running one", client=False)
+    launch.add_argument("flags", nargs=argparse.REMAINDER, metavar="...")
+    return parser
+
+
+def _cli_add_common(parser: Any, default: Any, log_logger: str) -> None:
+    """The options that may stand before and after the command."""
+    import argparse
+
+    def add(*names: str, **options: Any) -> None:
+        parser.add_argument(*names, **{"default": default, **options})
+
+    def flag(*names: str, text: str) -> None:
+        add(*names, action="store_true", default=default or False, help=text)
+
+    add("--url", "-u", metavar="URL", help="the server over HTTP")
+    add("--cmd", "-c", metavar="COMMAND", help="start this worker")
+    add("--unix", metavar="PATH", help="the server on a Unix socket")
+    add("--tcp", metavar="HOST:PORT", help="the server on a TCP port")
+    add("--protocol", metavar="NAME", help="one of several protocols; the server's first by default")
+    add("--prefix", "-p", metavar="PATH", help="HTTP: where the service is mounted")
+    formats = ("auto", "json", "table", "arrow")
+    add("--format", "-f", choices=formats, default=default or "auto", help="auto: table on a terminal, else json")
+    add("--output", "-o", metavar="FILE", help="write results there")
+    add("--timeout", type=float, metavar="S", help="seconds for a call, or a turn of a stream")
+    flag("--verbose", "-v", text="show the server's messages")
+    flag("--debug", text="log everything this side does")
+    add("--log-level", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    add("--log-logger", action="append", metavar="NAME", dest=log_logger, help="only this logger; may be repeated")
+    add("--log-format", choices=("text", "json"), default=default or "text")
+    add("--version", "-V", action="store_true", default=default or False, help="show the version and its file")
+    assert default in (None, argparse.SUPPRESS)
+
+
+_CLI_LOGGERS = (
+    ("vgi_rpc", "everything below", "all of it"),
+    ("vgi_rpc.access", "one record per dispatched call", "who called what, how long"),
+    ("vgi_rpc.rpc", "life of servers, failed methods", "errors of an implementation"),
+    ("vgi_rpc.pool", "the worker pool", "workers borrowed, returned, evicted"),
+    ("vgi_rpc.subprocess.stderr", "what a worker prints on stderr", "workers that do not start"),
+    ("vgi_rpc.wire.request", "requests, without values", "what is sent"),
+    ("vgi_rpc.wire.response", "replies, without values", "what comes back"),
+    ("vgi_rpc.wire.batch", "how batches are classified", "log, error or data"),
+    ("vgi_rpc.wire.stream", "turns of streams", "streams that hang or end early"),
+    ("vgi_rpc.wire.transport", "connections", "opening and closing"),
+    ("vgi_rpc.wire.http", "requests over HTTP", "HTTP status, sizes"),
+    ("vgi_rpc.shm", "shared memory", "batches that stay where they are"),
+    ("vgi_rpc.external", "large batches kept in a store", "uploads"),
+    ("vgi_rpc.external_fetch", "large batches fetched from a store", "downloads"),
+    ("vgi_rpc.launcher", "shared workers", "starting and finding them"),
+)
+
+
+@contextlib.contextmanager
+def _cli_logging(options: Any) -> Iterator[None]:
+    names = options.log_logger
+    if not (options.debug or options.log_level or names):
+        yield
+        return
+    known = {name for name, _, _ in _CLI_LOGGERS}
+    for name in names:
+        if name not in known:
+            print(f"Warning: unknown logger '{name}'", file=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(VgiJsonFormatter() if options.log_format == "json" else text)
+    chosen = [logging.getLogger(name) for name in names] or [_LOG]
+    levels = [logger.level for logger in chosen]
+    for logger in chosen:
+        logger.setLevel(options.log_level or logging.DEBUG)
+    _LOG.addHandler(handler)
+    try:
+        yield
+    finally:
+        _LOG.removeHandler(handler)
+        for logger, level in zip(chosen, levels, strict=True):
+            logger.setLevel(level)
+
+
+# ---- the server, as it describes itself
+
+
+@contextlib.contextmanager
+def _cli_connect(options: Any) -> Iterator[Any]:
+    transport = _cli_dial(options)
+    try:
+        yield transport
+    finally:
+        transport.close()
+
+
+def _cli_dial(options: Any) -> Any:
+    import shlex
+
+    if options.url is not None:
+        raise _CliError("--url needs the http extra, which this version does not have yet")
+    if options.cmd is not None:
+        try:
+            command = shlex.split(options.cmd)
+        except ValueError as exc:
+            raise _CliError(f"--cmd cannot be split: {exc}", 2) from None
+        if not command:
+            raise _CliError("--cmd is empty", 2)
+        return SubprocessTransport(command)
+    if options.unix is not None:
+        return _door_dial_unix(options.unix, options.timeout)
+    if options.tcp is not None:
+        return _door_dial_tcp(*_door_host_port(options.tcp), options.timeout or 5.0)
+    raise _CliError("Either --url, --cmd, or --unix is required (or --tcp)")
+
+
+def _cli_client_options(options: Any) -> _ClientOptions:
+    def show(message: Message) -> None:
+        print(f"[{message.level.value}] {_cli_printable(message.message)}", file=sys.stderr)
+
+    return _ClientOptions(show if options.verbose else None, timeout=options.timeout)
+
+
+def _cli_ask(transport: Any, options: Any) -> ServiceDescription:
+    """The description of the named protocol, or of the server's first one."""
+    client = _client_proxy(_describe_wire().Reflection, _ClientLink(transport), _cli_client_options(options))
+    name = options.protocol
+    if name is None:
+        hosted = [p.name for p in list_protocols(client) if not p.name.startswith(RESERVED_PROTOCOL_PREFIX)]
+        if not hosted:
+            raise _CliError("the server hosts no application protocol")
+        name = hosted[0]
+    return describe_protocol(client, name)
+
+
+def _cli_describe(options: Any) -> int:
+    with _cli_connect(options) as transport:
+        found = _cli_ask(transport, options)
+    with _cli_output(options) as out:
+        if _cli_format(options, out) == "table":
+            out.write(f"{found}\n")
+        else:
+            out.write(_cli_json(_cli_description(found)) + "\n")
+    return 0
+
+
+def _cli_description(found: ServiceDescription) -> dict[str, Any]:
+    return {
+        "protocol_name": found.protocol_name,
+        "server_id": found.server_id,
+        "request_version": found.request_version,
+        "describe_version": found.describe_version,
+        "protocol_hash": found.protocol_hash,
+        "protocol_version": found.protocol_version,
+        "methods": {
+            name: {
+                "method_type": method.method_type.value,
+                "has_return": method.has_return,
+                "params_schema": str(method.params_schema),
+                "result_schema": str(method.result_schema),
+            }
+            for name, method in found.methods.items()
+        },
+    }
+
+
+def _cli_loggers(options: Any) -> int:
+    keys = ("name", "description", "scenario")
+    with _cli_output(options) as out:
+        if _cli_format(options, out) == "table":
+            out.write(_cli_table(keys, _CLI_LOGGERS))
+        else:
+            out.write(_cli_json([dict(zip(keys, row, strict=True)) for row in _CLI_LOGGERS]) + "\n")
+    return 0
+
+
+# ---- call
+
+
+def _cli_call(options: Any) -> int:
+    with _cli_connect(options) as transport:
+        service = _cli_ask(transport, options)
+        method = service.methods.get(options.method)
+        if method is None:
+            raise _CliError(f"Unknown method '{options.method}'. Available: {', '.join(sorted(service.methods))}")
+        values = _cli_arguments(options, method.params_schema)
+        client = _cli_client_options(options)
+        reply = _client_call_described(
+            transport, service.protocol_name, service.protocol_version, method, values, client
+        )
+        with _cli_output(options) as out:
+            printer = _CliPrinter(out, _cli_format(options, out))
+            if isinstance(reply, StreamSession):
+                _cli_stream(options, method, reply, printer)
+            elif method.has_return or printer.form == "arrow":
+                printer.batch(reply)
+                printer.close(reply.schema)
+            else:
+                out.write("null\n")
+    return 0
+
+
+def _cli_stream(options: Any, method: MethodDescription, session: StreamSession, printer: _CliPrinter) -> None:
+    with session:
+        if session.header is not None:
+            printer.header(cast(pa.RecordBatch, session.header))
+        replies: Iterator[AnnotatedBatch]
+        exchanges = method.is_exchange
+        if exchanges is None:  # the server does not say: what has input is an exchange
+            exchanges = options.input is not None or not (options.no_stdin or sys.stdin.isatty())
+        if exchanges:
+            replies = (session.exchange(AnnotatedBatch(batch)) for batch in _cli_input(options))
+        else:
+            replies = iter(session)
+        for item in replies:
+            printer.batch(item.batch)
+        printer.close(None if exchanges else session.schema)
+
+
+def _cli_input(options: Any) -> Iterator[pa.RecordBatch]:
+    """The input batches of an exchange: one per JSON line of stdin, or those of an Arrow stream or file."""
+    if options.input is not None:
+        with open(options.input, "rb") as source:
+            magic = source.read(6)
+            source.seek(0)
+            try:
+                if magic == b"ARROW1":
+                    file = ipc.open_file(source)
+                    yield from (file.get_batch(i) for i in range(file.num_record_batches))
+                else:
+                    yield from ipc.open_stream(source)
+            except pa.ArrowInvalid as exc:
+                raise _CliError(f"--input {options.input}: {exc}") from exc
+    elif not options.no_stdin:
+        schema = None
+        for number, line in enumerate(sys.stdin, 1):
+            if line.strip():
+                batch = _cli_line(line, number, schema)
+                schema = batch.schema
+                yield batch
+
+
+def _cli_line(line: str, number: int, schema: pa.Schema | None) -> pa.RecordBatch:
+    """One JSON object as a batch of one row; all lines have the first one's schema."""
+    import json
+
+    try:
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            raise TypeError(f"expected a JSON object, got {type(row).__name__}")
+        if schema is None:
+            return pa.RecordBatch.from_pylist([row])
+        if unknown := row.keys() - set(schema.names):
+            raise ValueError(f"the first line has no {', '.join(sorted(unknown))}")
+        return pa.RecordBatch.from_pylist([row], schema=schema)
+    except (ValueError, TypeError, OverflowError, pa.ArrowException) as exc:
+        raise _CliError(f"line {number} of the input: {exc}") from exc
+
+
+# ---- values in
+
+
+def _cli_arguments(options: Any, schema: pa.Schema) -> list[Any]:
+    """The values of all parameters; one that is not given is null, which the server reads as its default."""
+    given = _cli_given_json(options) if options.json is not None else _cli_given_pairs(options.arguments)
+    for name in given:
+        if name not in schema.names:
+            available = ", ".join(schema.names) or "(none)"
+            raise _CliError(f"Unknown parameter '{name}'. Available: {available}", 2)
+    convert = _cli_from_json if options.json is not None else _cli_from_text
+    values = []
+    for field in schema:
+        try:
+            value = convert(given[field.name], field.type) if field.name in given else None
+            _types_cell(value, None, field.type)
+        except (ValueError, TypeError, ArithmeticError, AttributeError, pa.ArrowException) as exc:
+            shown = _cli_printable(str(given[field.name]))[:80]
+            raise _CliError(f"parameter '{field.name}': {shown!r} is not a valid {field.type}: {exc}", 2) from exc
+        values.append(value)
+    return values
+
+
+def _cli_given_json(options: Any) -> dict[str, Any]:
+    import json
+
+    if options.arguments:
+        raise _CliError("--json and key=value exclude each other", 2)
+    try:
+        given = json.loads(options.json)
+    except ValueError as exc:
+        raise _CliError(f"--json: {exc}", 2) from None
+    if not isinstance(given, dict):
+        raise _CliError(f"--json: expected an object, got {type(given).__name__}", 2)
+    return given
+
+
+def _cli_given_pairs(arguments: Sequence[str]) -> dict[str, str]:
+    given = {}
+    for text in arguments:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise _CliError(f"Expected key=value, got: {text}", 2)
+        given[name] = value
+    return given
+
+
+def _cli_from_text(text: str, dtype: Any) -> Any:
+    """The text of `key=value` as the parameter's type wants it."""
+    import json
+
+    of = pa.types
+    if of.is_integer(dtype):
+        return int(text)
+    if of.is_floating(dtype):
+        return float(text)
+    if of.is_boolean(dtype):
+        return text.strip().lower() in ("true", "1", "yes")
+    if of.is_string(dtype) or of.is_large_string(dtype) or of.is_dictionary(dtype):
+        return text
+    if of.is_temporal(dtype) or of.is_decimal(dtype) or _cli_is_binary(dtype):
+        return _cli_from_json(text, dtype)
+    return _cli_from_json(json.loads(text), dtype)
+
+
+def _cli_is_binary(dtype: Any) -> bool:
+    of = pa.types
+    return bool(of.is_binary(dtype) or of.is_large_binary(dtype) or of.is_fixed_size_binary(dtype))
+
+
+def _cli_from_json(value: Any, dtype: Any) -> Any:
+    """A value of JSON as the type wants it; what needs no change passes, right or wrong."""
+    of = pa.types
+    if isinstance(value, str):
+        return _cli_from_string(value, dtype)
+    if of.is_decimal(dtype) and isinstance(value, int | float):
+        return _cli_from_string(str(value), dtype)
+    if isinstance(value, list) and (of.is_list(dtype) or of.is_large_list(dtype) or of.is_fixed_size_list(dtype)):
+        return [_cli_from_json(item, dtype.value_type) for item in value]
+    if isinstance(value, dict) and of.is_map(dtype):
+        return [
+            (_cli_from_text(key, dtype.key_type), _cli_from_json(item, dtype.item_type)) for key, item in value.items()
+        ]
+    if isinstance(value, dict) and of.is_struct(dtype):
+        fields = {field.name: field.type for field in dtype}
+        if unknown := value.keys() - fields.keys():
+            raise ValueError(f"unknown field {', '.join(sorted(unknown))}")
+        return {name: _cli_from_json(item, fields[name]) for name, item in value.items()}
+    return value
+
+
+def _cli_from_string(text: str, dtype: Any) -> Any:
+    import base64
+    import datetime
+    import decimal
+
+    of = pa.types
+    if _cli_is_binary(dtype):
+        return base64.b64decode(text, validate=True)
+    if of.is_timestamp(dtype):
+        return datetime.datetime.fromisoformat(text)
+    if of.is_date(dtype):
+        return datetime.date.fromisoformat(text)
+    if of.is_time(dtype):
+        return datetime.time.fromisoformat(text)
+    if of.is_duration(dtype):
+        return _cli_duration(text)
+    if of.is_decimal(dtype):
+        return decimal.Decimal(text)
+    return text
+
+
+def _cli_duration(text: str) -> Any:
+    import datetime
+
+    part = r"(?:(\d+(?:\.\d+)?){})?"
+    pattern = "(-)?P" + part.format("D") + "(?:T" + part.format("H") + part.format("M") + part.format("S") + ")?"
+    found = re.fullmatch(pattern, text)
+    if found is None or text[-1] in "PT":
+        raise ValueError("expected an ISO 8601 duration such as P1DT2H or PT1.5S")
+    days, hours, minutes, seconds = (float(number or 0) for number in found.groups()[1:])
+    value = datetime.timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+    return -value if found[1] else value
+
+
+# ---- values out
+
+
+@contextlib.contextmanager
+def _cli_output(options: Any) -> Iterator[Any]:
+    """A text file with a `buffer` below it: stdout, or --output."""
+    if options.output is None:
+        yield sys.stdout
+        return
+    with open(options.output, "w", encoding="utf-8", newline="\n") as out:
+        yield out
+
+
+def _cli_format(options: Any, out: Any) -> str:
+    if options.format != "auto":
+        return cast(str, options.format)
+    return "table" if out.isatty() else "json"
+
+
+class _CliPrinter:
+    """Writes batches as they arrive; the first one fixes the widths of a table and the schema of an Arrow stream."""
+
+    def __init__(self, out: Any, form: str) -> None:
+        self.form = form
+        self._out = out
+        self._widths: list[int] | None = None
+        self._writer: Any = None
+        self._progress = _CliProgress()
+
+    def header(self, batch: pa.RecordBatch) -> None:
+        if self.form == "arrow":
+            with ipc.new_stream(self._out.buffer, batch.schema) as writer:
+                writer.write_batch(batch)
+        elif self.form == "table":
+            cells = next(_cli_rows(batch)).items()
+            self._out.write("".join(["Header:\n", *(f"  {name}: {_cli_cell(v)}\n" for name, v in cells), "\n"]))
+        else:
+            self._out.write(_cli_json({"__header__": next(_cli_rows(batch))}) + "\n")
+        self._out.flush()
+
+    def batch(self, batch: pa.RecordBatch) -> None:
+        self._progress.hide()
+        if self.form == "arrow":
+            self._open(batch.schema).write_batch(batch)
+        elif self.form == "table":
+            self._table(batch)
+        else:
+            self._out.write("".join(_cli_json(row) + "\n" for row in _cli_rows(batch)))
+        self._out.flush()
+        self._progress.show(batch.num_rows)
+
+    def close(self, schema: pa.Schema | None) -> None:
+        """The end of the results; `schema` makes an Arrow stream even of no batches."""
+        self._progress.hide()
+        if self.form == "arrow" and schema is not None:
+            self._open(schema)
+        if self._writer is not None:
+            self._writer.close()
+        self._out.flush()
+
+    def _open(self, schema: pa.Schema) -> Any:
+        if self._writer is None:
+            self._writer = ipc.new_stream(self._out.buffer, schema)
+        return self._writer
+
+    def _table(self, batch: pa.RecordBatch) -> None:
+        rows = [[_cli_cell(value) for value in row.values()] for row in _cli_rows(batch)]
+        if self._widths is None:
+            self._widths = _cli_widths(batch.schema.names, rows)
+            rows[:0] = [batch.schema.names, ["-" * width for width in self._widths]]
+        self._out.write("".join(_cli_table_line(row, self._widths) for row in rows))
+
+
+class _CliProgress:
+    """One line on a terminal's stderr while a stream lasts longer than a second."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._visible = sys.stderr.isatty()
+        self._shown = False
+        self._rows = self._batches = 0
+
+    def show(self, rows: int) -> None:
+        self._rows += rows
+        self._batches += 1
+        elapsed = time.monotonic() - self._began
+        if self._visible and elapsed > 1.0:
+            sys.stderr.write(f"{self._rows} rows in {self._batches} batches, {elapsed:.1f} s")
+            sys.stderr.flush()
+            self._shown = True
+
+    def hide(self) -> None:
+        if self._shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+            self._shown = False
+
+
+def _cli_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = _cli_widths(names, rows)
+    return "".join(_cli_table_line(row, widths) for row in (names, ["-" * width for width in widths], *rows))
+
+
+def _cli_widths(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(names, *rows, strict=True)]
+
+
+def _cli_table_line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip() + "\n"
+
+
+def _cli_cell(value: Any) -> str:
+    return _cli_printable(value if isinstance(value, str) else _cli_json(value))
+
+
+def _cli_printable(text: str) -> str:
+    """Text of a peer that cannot move the cursor or break a table's lines."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def _cli_json(value: Any) -> str:
+    import json
+
+    return json.dumps(value, ensure_ascii=(sys.stdout.encoding or "").lower().replace("-", "") != "utf8")
+
+
+def _cli_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    columns = [[_cli_plain(value, column.type) for value in column.to_pylist()] for column in batch.columns]
+    for i in range(batch.num_rows):
+        yield {name: column[i] for name, column in zip(batch.schema.names, columns, strict=True)}
+
+
+def _cli_plain(value: Any, dtype: Any) -> Any:
+    """A value of pyarrow as JSON has it."""
+    import base64
+    import datetime
+
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if pa.types.is_map(dtype):
+        return {str(_cli_plain(key, dtype.key_type)): _cli_plain(item, dtype.item_type) for key, item in value}
+    if pa.types.is_struct(dtype):
+        return {field.name: _cli_plain(value[field.name], field.type) for field in dtype}
+    if isinstance(value, list):
+        return [_cli_plain(item, dtype.value_type) for item in value]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, datetime.timedelta):
+        return f"{'-' if value < datetime.timedelta() else ''}PT{abs(value).total_seconds():.6f}".rstrip("0.") + "S"
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    return str(value)
+
+
+# ---- the other side
+
+
+def _cli_serve(options: Any) -> int:
+    flags = [flag for flag in options.flags if flag != "--factory"]
+    if __name__ == "__main__":  # run as a plain file: what the service imports by this file's name is this module
+        sys.modules.setdefault(os.path.splitext(os.path.basename(__file__))[0], sys.modules[__name__])
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    protocol = _cli_import(options.protocol_class)
+    if not isinstance(protocol, type):
+        raise _CliError(f"{options.protocol_class} is not a Protocol class", 2)
+    found = _cli_import(options.implementation)
+    factory = options.factory or len(flags) != len(options.flags)
+    _door_run(protocol, found() if factory or isinstance(found, type) else found, flags, describe=True)
+    return 0
+
+
+def _cli_import(text: str) -> Any:
+    """The object that `package.module:Name` means."""
+    module_name, colon, path = text.partition(":")
+    if not (module_name and colon and path):
+        raise _CliError(f"expected MODULE:NAME, got {text!r}", 2)
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as exc:
+        if exc.name is None or not f"{module_name}.".startswith(f"{exc.name}."):
+            raise  # the module is there; what it imports is not
+        raise _CliError(f"{text}: no module named {exc.name!r}", 2) from None
+    except TypeError as exc:  # a relative name
+        raise _CliError(f"{text}: {exc}", 2) from None
+    for name in path.split("."):
+        try:
+            found = getattr(found, name)
+        except AttributeError as exc:
+            raise _CliError(f"{text}: {exc}", 2) from None
+    return found
+
+
+def _cli_launch(options: Any) -> int:
+    load = getattr(sys.modules[__name__], "_extras_load")  # noqa: B009 (room 17)
+    try:
+        launch = load("tools.launch", "the launch command")
+    except ImportError as exc:
+        raise _CliError(str(exc)) from exc
+    return cast(int, launch.main(options.flags))
+
+
+def _cli_demo(options: Any) -> int:
+    protocol, implementation = _cli_demo_service()
+    if options.as_worker:
+        _door_run(protocol, implementation, [], describe=True)
+        return 0
+    myself = ["-m", __spec__.name] if __spec__ is not None else [os.path.abspath(__file__)]
+    command = [sys.executable, *myself, "demo", "--as-worker"]
+
+    def show(message: Message) -> None:
+        print(f"  the worker says [{message.level.value}] {message.message}")
+
+    transport = SubprocessTransport(command)
+    with RpcConnection(protocol, transport, show) as calc:
+        print(f"Worker started: process {transport.proc.pid}")
+        print(f"calc.add(1.5, 2.0) = {calc.add(1.5, 2.0)}")
+        print("calc.countdown(3):")
+        with calc.countdown(3) as stream:
+            for item in stream:
+                print(f"  batch {item.batch.to_pydict()}")
+        try:
+            calc.divide(1.0, 0.0)
+        except RpcError as exc:
+            print(f"calc.divide(1.0, 0.0) raised {type(exc).__name__}: {exc.error_message}")
+        print(f"What the worker says it offers:\n{introspect(transport)}")
+    return 0
+
+
+def _cli_demo_service() -> tuple[Any, Any]:
+    class Calc(Protocol):
+        def add(self, a: float, b: float) -> float: ...
+
+        def divide(self, a: float, b: float) -> float: ...
+
+        def countdown(self, start: int) -> Stream[ProducerState, None]: ...
+
+    class Countdown(ProducerState):
+        def __init__(self, left: int) -> None:
+            self.left = left
+
+        def produce(self, out: OutputCollector, ctx: CallContext) -> None:
+            if self.left == 0:
+                out.finish()
+                return
+            out.emit_pydict({"left": [self.left]})
+            self.left -= 1
+
+    class CalcImpl:
+        def add(self, a: float, b: float, ctx: CallContext) -> float:
+            ctx.client_log(Level.INFO, f"adding {a} and {b}")
+            return a + b
+
+        def divide(self, a: float, b: float) -> float:
+            return a / b
+
+        def countdown(self, start: int) -> Stream[ProducerState, None]:
+            return Stream(pa.schema([("left", pa.int64())]), Countdown(start))
+
+    return Calc, CalcImpl()
+
+
+# ==== 17. EXTRAS ======================================================================================================
+# Uses: 11, 16. The way to vgi_rpc_extras: names whose module needs a third-party package are found at first use.
+#
+#   vgi_rpc.http_connect       __getattr__ -> _extras_load("http") -> vgi_rpc_extras.http, bound to this module
+#   which folder               the one beside this file (`<own package>.vgi_rpc_extras`), else the installed one
+#   something is missing       ImportError: the name, the missing package, what to install
+#   a broken extra             its own error; never "not installed"
+
+# ALL#
+
+_EXTRAS_NAMES: Final = {
+    "http": (
+        "http",
+        "http_connect http_introspect http_capabilities make_wsgi_app make_sync_client serve_http request_upload_urls"
+        " HttpRetryConfig HttpServerCapabilities HttpStreamSession HttpTransientError",
+    ),
+    "auth": (
+        "oauth",
+        "bearer_authenticate bearer_authenticate_static chain_authenticate jwt_authenticate OAuthResourceMetadata"
+        " fetch_oauth_metadata http_oauth_metadata",
+    ),
+    "storage.s3": ("s3", "S3Storage"),
+    "storage.gcs": ("gcs", "GCSStorage"),
+    "otel": ("otel", "OtelConfig instrument_server"),
+    "sentry": ("sentry", "SentryConfig instrument_server_sentry"),
+    "access_log": ("", "configure_access_log AccessLogSampler DroppingQueueHandler"),
+}
+_EXTRAS_WHERE: Final = {
+    name: (module, extra) for module, (extra, names) in _EXTRAS_NAMES.items() for name in names.split()
+}
+# The reflection messages of room 11: dataclasses, which are made when first asked for.
+_EXTRAS_LAZY_CORE: Final = frozenset(
+    ("MethodInfo", "ProtocolList", "ProtocolSummary", "Reflection", "WireServiceDescription")
+)
+
+
+def _extras_get(name: str) -> Any:
+    """The object behind a lazy name; that of an extra is an ordinary name of this module from then on."""
+    if name in _EXTRAS_LAZY_CORE:
+        return getattr(_describe_wire(), name)
+    if name not in _EXTRAS_WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, extra = _EXTRAS_WHERE[name]
+    found = globals()[name] = getattr(_extras_load(module, name, extra), name)
+    return found
+
+
+def _extras_load(module: str, wanted: str, extra: str = "") -> Any:
+    """A module of vgi_rpc_extras, bound to this core. ImportError says what `wanted` needs and how to get it."""
+    package = _extras_package(wanted, extra)
+    name = f"{package.__name__}.{module}"
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as exc:
+        missing = exc.name or ""
+        if missing.startswith(f"{package.__name__}.") and not f"{name}.".startswith(f"{missing}."):
+            raise  # a fault of the extra itself
+        if not missing:
+            raise
+        raise _extras_missing(wanted, missing, extra) from exc
+
+
+def _extras_package(wanted: str, extra: str) -> Any:
+    own = __name__.rpartition(".")[0]
+    for name in ([f"{own}.vgi_rpc_extras"] if own else []) + ["vgi_rpc_extras"]:
+        try:
+            package: Any = importlib.import_module(name)
+        except ModuleNotFoundError as exc:
+            if exc.name != name:
+                raise
+            continue
+        package.bind(sys.modules[__name__])
+        return package
+    raise _extras_missing(wanted, "vgi_rpc_extras", extra)
+
+
+def _extras_missing(wanted: str, package: str, extra: str) -> ImportError:
+    distribution = f"vgi-rpc-onefile[{extra}]" if extra else "vgi-rpc-onefile"
+    alone = " (a lone copied file has no extras: copy the folder too)" if package == "vgi_rpc_extras" else ""
+    return ImportError(
+        f"{wanted} needs the package {package!r}, which is not installed{alone}: pip install '{distribution}'",
+        name=package,
+    )
+
+
+if not TYPE_CHECKING:  # a checker would take any name for existing
+
+    def __getattr__(name: str) -> Any:
+        return _extras_get(name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXTRAS_LAZY_CORE, *_EXTRAS_WHERE})
+
+
+if __name__ == "__main__":
+    # By its proper name, so that what a service imports is the same module.
+    sys.exit(importlib.import_module(__spec__.name).main() if __spec__ is not None else main())
