@@ -17,6 +17,7 @@ import logging
 import logging.handlers
 import os
 import queue
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +120,8 @@ def configure_access_log(
     """
     if max_bytes is not None and when is not None:
         raise ValueError("max_bytes and when exclude each other")
+    if when is not None and not re.fullmatch("[SMHD]|MIDNIGHT|W[0-6]", when.upper()):
+        raise ValueError(f"when must be S, M, H, D, MIDNIGHT or W0 to W6, got {when!r}")
     if asynchronous and queue_size < 1:
         raise ValueError(f"queue_size must be at least 1, got {queue_size}")
     sampler = AccessLogSampler(sample)
