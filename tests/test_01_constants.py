@@ -79,4 +79,4 @@ def test_end_of_stream_is_what_pyarrow_writes() -> None:
     sink = core.pa.BufferOutputStream()
     core.new_ipc_stream(sink, core.EMPTY_SCHEMA).close()
     assert sink.getvalue().to_pybytes().endswith(core._EOS)
-    assert core._EOS == bytes.fromhex("ffffffff00000000")
+    assert bytes.fromhex("ffffffff00000000") == core._EOS

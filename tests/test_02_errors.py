@@ -9,13 +9,29 @@ import pickle
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.core import core
 
-CODES = (
-    "CANCELLED UNKNOWN INVALID_ARGUMENT DEADLINE_EXCEEDED NOT_FOUND ALREADY_EXISTS PERMISSION_DENIED RESOURCE_EXHAUSTED"
-    " FAILED_PRECONDITION ABORTED OUT_OF_RANGE UNIMPLEMENTED INTERNAL UNAVAILABLE DATA_LOSS UNAUTHENTICATED"
-).split()
+CODES = [
+    "CANCELLED",
+    "UNKNOWN",
+    "INVALID_ARGUMENT",
+    "DEADLINE_EXCEEDED",
+    "NOT_FOUND",
+    "ALREADY_EXISTS",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "FAILED_PRECONDITION",
+    "ABORTED",
+    "OUT_OF_RANGE",
+    "UNIMPLEMENTED",
+    "INTERNAL",
+    "UNAVAILABLE",
+    "DATA_LOSS",
+    "UNAUTHENTICATED",
+]
 
 
 # ---- codes
@@ -103,7 +119,7 @@ DETAILS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
 def test_detail_to_json_and_back(name: str, args: tuple[Any, ...], body: dict[str, Any]) -> None:
     cls = getattr(core, name)
     detail = cls(*args)
-    assert cls.TYPE == f"vgi_rpc.{name}"
+    assert f"vgi_rpc.{name}" == cls.TYPE
     assert detail.to_json() == {"@type": cls.TYPE, **body}
     assert next(iter(detail.to_json())) == "@type"
     assert cls.from_json(detail.to_json()) == detail
@@ -128,6 +144,26 @@ def test_details_of_different_classes_or_values_differ() -> None:
     assert core.RetryInfo(1) != core.RetryInfo(2)
     assert core.BadRequest() != core.QuotaFailure()
     assert core.RetryInfo(1) != "RetryInfo"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (core.RetryInfo(2), core.RetryInfo(2.0)),
+        (core.ErrorInfo({"a": "1", "b": "2"}), core.ErrorInfo({"b": "2", "a": "1"})),
+        (core.BadRequest([core.FieldViolation("a")]), core.BadRequest((core.FieldViolation("a", ""),))),
+    ],
+    ids=["number", "order", "sequence"],
+)
+def test_equal_details_hash_alike(one: Any, other: Any) -> None:
+    assert one == other
+    assert hash(one) == hash(other)
+    assert len({one, other}) == 1
+
+
+def test_error_info_keys_are_text() -> None:
+    with pytest.raises(ValueError):
+        core.ErrorInfo({1: "a"})
 
 
 def test_whole_seconds_travel_as_an_integer() -> None:
@@ -279,6 +315,42 @@ def test_decode_is_tolerant(raw: Any, expected: list[Any]) -> None:
     assert core.decode_error_details(raw) == expected
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["metadata", "retry_delay_seconds", "field_violations", "violations", "links", "field", "url", "type"]
+            )
+            | st.text(),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=10,
+)
+TYPES = [f"vgi_rpc.{name}" for name in dict.fromkeys(row[0] for row in DETAILS)]
+
+
+@settings(deadline=None)
+@given(JSON, st.sampled_from([*TYPES, "vgi_rpc.Future", "app.X"]))
+def test_parse_and_encode_take_any_json(obj: Any, name: str) -> None:
+    if isinstance(obj, dict):
+        obj["@type"] = name
+    parsed = core.parse_error_detail(obj)
+    assert parsed is None or name == parsed.TYPE
+    text = core.encode_error_details([obj])
+    assert text is None or [found["@type"] for found in core.decode_error_details(text)] == [name]
+    assert core.RpcError("E", "m", error_details=[{"@type": name, "v": obj}]).error_details
+
+
+@settings(deadline=None)
+@given(st.binary() | st.text() | JSON.map(json.dumps))
+def test_decode_takes_any_bytes(raw: Any) -> None:
+    assert all(isinstance(obj["@type"], str) for obj in core.decode_error_details(raw))
+
+
 def test_encode_then_decode() -> None:
     details = [core.RetryInfo(5), {"@type": "app.Mine", "deep": {"a": [1, 2.5, "x"]}}]
     assert core.decode_error_details(core.encode_error_details(details)) == [details[0].to_json(), details[1]]
@@ -318,6 +390,12 @@ class Hostile(Exception):
         raise RuntimeError("details")
 
 
+class UnprintableCode(Exception):
+    error_code = Unprintable()
+    error_kind = Unprintable()
+    error_details = Unprintable()
+
+
 class Declaring(Exception):
     error_code = core.Code.NOT_FOUND
     error_kind = "gone"
@@ -337,6 +415,7 @@ class Odd(Exception):
         (Declaring(), "NOT_FOUND", "gone", [RETRY, {"@type": "app.X"}]),
         (Hostile(), "UNKNOWN", None, []),
         (Odd(), "UNKNOWN", None, []),
+        (UnprintableCode(), "UNKNOWN", None, []),
         (KeyboardInterrupt(), "UNKNOWN", None, []),
         (core.StatusError("m", code="ABORTED", kind="k", details=[RETRY]), "ABORTED", "k", [RETRY]),
         (core.StatusError("m", code=core.Code.ABORTED, kind=""), "ABORTED", None, []),
@@ -534,7 +613,8 @@ PICKLED: list[Any] = [
     lambda: core.SessionLostError("m"),
     lambda: core.ServerDrainingError("m", retry_after=7.5),
     lambda: core.AuthUnavailableError("m", retry_after=8),
-    lambda: core.ReflectionNotSupportedError("m"),
+    lambda: core.UnsupportedArrowTypeError("m"),
+    lambda: core.ReflectionNotSupportedError("E", "m"),
 ]
 
 

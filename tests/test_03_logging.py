@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.core import core
@@ -114,7 +114,7 @@ def chained(*, suppress: bool, cause: bool) -> BaseException:
                 raise ValueError("outer") from inner
             if suppress:
                 raise ValueError("outer") from None
-            raise ValueError("outer")
+            raise ValueError("outer")  # noqa: B904
     except ValueError as caught:
         return caught
 
@@ -221,7 +221,6 @@ def test_cause_is_cut_too() -> None:
 
 
 def test_traceback_of_exactly_the_limit_is_whole() -> None:
-    exc = ValueError("")
     exc = ValueError("x" * (16_000 - len("ValueError: \n")))  # never raised: no frames
     assert len(core.Message.from_exception(exc).extra["traceback"]) == 16_000
 
@@ -358,6 +357,14 @@ def test_undecodable_bytes_are_replaced() -> None:
     assert error.error_details == []
 
 
+@pytest.mark.parametrize("level", [b"INFO", b"EXCEPTION"])
+@pytest.mark.parametrize("key", [b"a", b"traceback", b"exception_type", b"error_code", b"error_details"])
+def test_deep_json_of_any_depth_is_read(level: bytes, key: bytes) -> None:
+    for depth in range(900, 1005, 3):  # json gives up near the recursion limit
+        for raw in (b"[" * depth + b"]" * depth, b'{"a":' * depth + b"1" + b"}" * depth):
+            core._log_from_wire(wire(log_level=level, log_message=b"m", log_extra=b'{"' + key + b'":' + raw + b"}"))
+
+
 LOG_KEYS = [
     core.LOG_LEVEL_KEY,
     core.LOG_MESSAGE_KEY,
@@ -370,18 +377,21 @@ LOG_KEYS = [
 ]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(
-        st.sampled_from(["exception_type", "traceback", "error_code", "error_kind", "error_details", "@type"])
-        | st.text(),
-        inner,
-        max_size=4,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["exception_type", "traceback", "error_code", "error_kind", "error_details", "@type"])
+            | st.text(),
+            inner,
+            max_size=4,
+        )
     ),
     max_leaves=10,
 )
 BYTES = st.binary() | st.sampled_from([level.encode() for level in LEVELS]) | JSON.map(lambda v: json.dumps(v).encode())
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(LOG_KEYS) | st.binary(max_size=8), BYTES))
 def test_any_bytes_are_read(metadata: dict[bytes, bytes]) -> None:
     found = core._log_from_wire(metadata)
@@ -397,6 +407,7 @@ def test_any_bytes_are_read(metadata: dict[bytes, bytes]) -> None:
         assert isinstance(found.message, str)
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(LEVELS[1:]),
     st.text(),
@@ -407,6 +418,7 @@ def test_messages_of_text_round_trip(level: str, text: str, extra: dict[str, str
     assert core._log_from_wire(core._log_metadata_bytes(message)) == message
 
 
+@settings(deadline=None)
 @given(JSON, st.text(), st.text())
 def test_any_declared_details_and_text_can_be_sent(details: Any, text: str, kind: str) -> None:
     exc = ValueError(text)
@@ -471,7 +483,9 @@ def test_json_standard_fields_cannot_be_overridden() -> None:
 
 
 def test_json_of_what_json_cannot_do_is_its_text() -> None:
-    assert json.loads(core.VgiJsonFormatter().format(record(schema=pa.schema([("a", pa.int8())]))))["schema"] == "a: int8"
+    assert (
+        json.loads(core.VgiJsonFormatter().format(record(schema=pa.schema([("a", pa.int8())]))))["schema"] == "a: int8"
+    )
 
 
 def test_json_exception_and_stack() -> None:
@@ -543,6 +557,14 @@ def test_access_optional_fields_go_next() -> None:
     assert len(line) <= 400
 
 
+def test_access_error_message_is_kept_whole() -> None:
+    made = record(error_message="e" * 1000, error_code="INTERNAL", request_id="r", claims={"a": 1})
+    found = json.loads(core.VgiAccessLogFormatter(max_record_bytes=300).format(made))
+    assert found["error_message"] == "e" * 1000
+    assert (found["error_code"], found["truncated"]) == ("INTERNAL", "record_too_large")
+    assert not {"request_id", "claims"} & set(found)
+
+
 def test_access_size_counts_bytes() -> None:
     made = record(message="%s", args=("\u00e9" * 100,))
     line = core.VgiAccessLogFormatter().format(made)
@@ -551,10 +573,27 @@ def test_access_size_counts_bytes() -> None:
 
 # ---- redaction
 
-PRIVATE = (
-    "password token secret key authorization email phone address birthdate gender given_name family_name middle_name"
-    " nickname preferred_username picture profile website name"
-).split()
+PRIVATE = [
+    "password",
+    "token",
+    "secret",
+    "key",
+    "authorization",
+    "email",
+    "phone",
+    "address",
+    "birthdate",
+    "gender",
+    "given_name",
+    "family_name",
+    "middle_name",
+    "nickname",
+    "preferred_username",
+    "picture",
+    "profile",
+    "website",
+    "name",
+]
 
 
 @pytest.mark.parametrize("name", [*PRIVATE, "NAME", "Email", "access_token", "X-API-KEY", "phone_number_verified"])

@@ -1,0 +1,1231 @@
+"""Room 4: annotations <-> Arrow types, values <-> cells, dataclasses and their evolution (types.md)."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import decimal
+import enum
+import io
+import math
+import typing
+import uuid
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Dict, FrozenSet, List, Literal, NewType, Optional, Set, Tuple, Union  # noqa: UP035
+
+import pyarrow as pa
+import pytest
+from pyarrow import ipc
+
+from tests.core import core
+
+Arrow = core.ArrowType
+Base = core.ArrowSerializableDataclass
+
+
+class Color(enum.Enum):
+    RED = "r"
+    GREEN = "RED"  # its value is the name of another member: the name wins
+    BLUE = 3
+    AZURE = 3  # an alias of BLUE
+
+
+class Number(enum.IntEnum):
+    ONE = 1
+
+
+class Word(enum.StrEnum):
+    HELLO = "hi"
+
+
+class Perm(enum.Flag):
+    READ = 1
+    WRITE = 2
+
+
+@dataclass(frozen=True)
+class Point(Base):
+    x: int
+    y: float = 0.5
+
+
+@dataclass(frozen=True)
+class Empty(Base):
+    pass
+
+
+@dataclass(frozen=True)
+class V1(Base):
+    a: int
+    b: str
+
+
+UserId = NewType("UserId", int)
+SuperId = NewType("SuperId", UserId)
+POINT = pa.struct([pa.field("x", pa.int64(), nullable=False), pa.field("y", pa.float64(), nullable=False)])
+ENUM = pa.dictionary(pa.int16(), pa.utf8())
+
+SAME: list[tuple[Any, pa.DataType, bool]] = [
+    (str, pa.utf8(), False),
+    (bytes, pa.binary(), False),
+    (int, pa.int64(), False),
+    (float, pa.float64(), False),
+    (bool, pa.bool_(), False),
+    (list[int], pa.list_(pa.int64()), False),
+    (List[str], pa.list_(pa.utf8()), False),  # noqa: UP006
+    (list[list[bytes]], pa.list_(pa.list_(pa.binary())), False),
+    (dict[str, int], pa.map_(pa.utf8(), pa.int64()), False),
+    (Dict[str, list[int]], pa.map_(pa.utf8(), pa.list_(pa.int64())), False),  # noqa: UP006
+    (frozenset[int], pa.list_(pa.int64()), False),
+    (FrozenSet[str], pa.list_(pa.utf8()), False),  # noqa: UP006
+    (set[int], pa.list_(pa.int64()), False),
+    (Set[int], pa.list_(pa.int64()), False),  # noqa: UP006
+    (Color, ENUM, False),
+    (Number, ENUM, False),
+    (Word, ENUM, False),
+    (Perm, ENUM, False),
+    (list[Color], pa.list_(ENUM), False),
+    (list[Point], pa.list_(POINT), False),
+    (dict[str, Point], pa.map_(pa.utf8(), POINT), False),
+    (frozenset[Point], pa.list_(POINT), False),
+    (list[Annotated[Point, Arrow(pa.binary())]], pa.list_(pa.binary()), False),
+    (Annotated[Point, Arrow(pa.binary())], pa.binary(), False),
+    (pa.RecordBatch, pa.binary(), False),
+    (pa.Schema, pa.binary(), False),
+    (UserId, pa.int64(), False),
+    (SuperId, pa.int64(), False),
+    (Annotated[int, Arrow(pa.int8())], pa.int8(), False),
+    (Annotated[int, "doc", Arrow(pa.int8()), Arrow(pa.int16())], pa.int8(), False),
+    (Annotated[Annotated[int, Arrow(pa.int8())], "doc"], pa.int8(), False),
+    (Annotated[UserId, Arrow(pa.uint16())], pa.uint16(), False),
+    (Annotated[int, "doc"], pa.int64(), False),
+    (Annotated[object, Arrow(pa.utf8())], pa.utf8(), False),
+    (Annotated[tuple, Arrow(pa.list_(pa.int64()))], pa.list_(pa.int64()), False),
+    (list[Annotated[int, Arrow(pa.int32())]], pa.list_(pa.int32()), False),
+    (int | None, pa.int64(), True),
+    (Optional[int], pa.int64(), True),  # noqa: UP045
+    (Union[None, int], pa.int64(), True),  # noqa: UP007
+    (list[int] | None, pa.list_(pa.int64()), True),
+    (Color | None, ENUM, True),
+    (Annotated[int | None, Arrow(pa.int8())], pa.int8(), True),
+    (Annotated[int, Arrow(pa.int8())] | None, pa.int8(), True),
+    (Annotated[int, Arrow(pa.int8(), nullable=True)], pa.int8(), True),
+    (Annotated[int | None, Arrow(pa.int8(), nullable=False)], pa.int8(), False),
+    (Annotated[int | None, Arrow(pa.int8()), Arrow(pa.int16(), nullable=False)], pa.int8(), False),
+    (Annotated[int, Arrow(pa.int8(), nullable=True), Arrow(pa.int8(), nullable=False)], pa.int8(), True),
+    (list[int | None], pa.list_(pa.int64()), False),
+    (dict[str, int | None], pa.map_(pa.utf8(), pa.int64()), False),
+    (dt.datetime, pa.timestamp("us"), False),
+    (dt.date, pa.date32(), False),
+    (dt.time, pa.time64("us"), False),
+    (dt.timedelta, pa.duration("us"), False),
+    (dt.datetime | None, pa.timestamp("us"), True),
+    (Annotated[dt.datetime, Arrow(pa.timestamp("us", tz="UTC"))], pa.timestamp("us", tz="UTC"), False),
+    (Annotated[decimal.Decimal, Arrow(pa.decimal128(20, 4))], pa.decimal128(20, 4), False),
+]
+DIFFERENT: list[tuple[Any, pa.DataType, pa.DataType, bool]] = [
+    (Point, pa.binary(), POINT, False),
+    (Point | None, pa.binary(), POINT, True),
+    (Annotated[Point, "doc"], pa.binary(), POINT, False),
+    (Annotated[Point, Arrow(pa.large_binary())], pa.binary(), pa.large_binary(), False),
+    (Empty, pa.binary(), pa.struct([]), False),
+]
+ROWS = [(annotation, dtype, dtype, nullable) for annotation, dtype, nullable in SAME] + DIFFERENT
+
+
+@pytest.mark.parametrize(("annotation", "top", "inner", "nullable"), ROWS, ids=str)
+def test_annotation_table(annotation: Any, top: pa.DataType, inner: pa.DataType, nullable: bool) -> None:
+    assert core._types_field("f", annotation, top=True).equals(pa.field("f", top, nullable=nullable))
+    assert core._types_field("f", annotation, top=False).equals(pa.field("f", inner, nullable=nullable))
+
+
+@pytest.mark.parametrize(("annotation", "top", "inner", "nullable"), ROWS, ids=str)
+def test_annotation_table_as_a_dataclass_field(
+    annotation: Any, top: pa.DataType, inner: pa.DataType, nullable: bool
+) -> None:
+    cls = dataclasses.make_dataclass("Made", [("f", annotation)], bases=(Base,))
+    assert cls.ARROW_SCHEMA.equals(pa.schema([pa.field("f", inner, nullable=nullable)]))
+
+
+def test_nullability_of_elements() -> None:
+    assert core._types_field("f", list[int], top=True).type.value_field.equals(pa.field("item", pa.int64()))
+    mapped = core._types_field("f", dict[str, int], top=True).type
+    assert not mapped.key_field.nullable
+    assert mapped.item_field.nullable
+    assert not mapped.keys_sorted
+    assert not ENUM.ordered
+    assert core._types_field("f", Color, top=True).type.ordered is False
+
+
+# ---- refused annotations
+
+
+class Plain(typing.NamedTuple):
+    a: int
+
+
+class Typed(typing.TypedDict):
+    a: int
+
+
+@dataclass
+class NotArrow:
+    a: int
+
+
+@dataclass
+class Generic_(Base, typing.Generic[typing.TypeVar("_G")]):  # type: ignore[misc]
+    a: int
+
+
+REFUSED: list[Any] = [
+    list,
+    dict,
+    frozenset,
+    set,
+    Sequence[int],
+    Mapping[str, int],
+    Iterable[int],
+    typing.Sequence[int],
+    object,
+    Any,
+    Literal["a"],
+    int | str,
+    int | str | None,
+    decimal.Decimal,
+    uuid.UUID,
+    Path,
+    complex,
+    bytearray,
+    memoryview,
+    pa.Table,
+    pa.Array,
+    pa.DataType,
+    pa.int64(),
+    NotArrow,
+    Plain,
+    Typed,
+    typing.TypeVar("T"),
+    Callable[[], int],
+    type[int],
+    type(None),
+    None,
+    List,  # noqa: UP006
+    Dict,  # noqa: UP006
+    Generic_[int],
+    core.Stream,
+    core.Stream[Any],
+]
+TUPLES: list[Any] = [tuple, tuple[int], tuple[int, ...], Tuple[int, str]]  # noqa: UP006
+
+
+@pytest.mark.parametrize("annotation", REFUSED, ids=str)
+@pytest.mark.parametrize("top", [True, False])
+def test_refused_annotations(annotation: Any, top: bool) -> None:
+    with pytest.raises(TypeError) as caught:
+        core._types_field("f", annotation, top=top)
+    assert str(caught.value) == (
+        f"Cannot infer Arrow type for: {annotation}."
+        " Use Annotated[T, ArrowType(...)] to specify the Arrow type explicitly."
+    )
+
+
+@pytest.mark.parametrize("annotation", TUPLES, ids=str)
+def test_refused_tuples(annotation: Any) -> None:
+    with pytest.raises(TypeError) as caught:
+        core._types_field("f", annotation, top=True)
+    text = str(caught.value)
+    assert text.startswith(f"Cannot infer Arrow type for: {annotation}.")
+    assert text.endswith(
+        "Arrow has no native heterogeneous-tuple type. Use a nested ArrowSerializableDataclass for fixed named fields,"
+        " or list[T] for homogeneous sequences."
+    )
+
+
+@pytest.mark.parametrize(
+    "annotation",
+    [list[Any], list[list[object]], dict[str, Any], dict[Any, str], set[object], frozenset[complex]],
+    ids=str,
+)
+def test_refused_inside_a_container(annotation: Any) -> None:
+    with pytest.raises(TypeError, match=r"^Cannot infer Arrow type for: "):
+        core._types_field("f", annotation, top=True)
+
+
+@pytest.mark.parametrize("annotation", [object, list[Any], tuple[int, str], int | str], ids=str)
+def test_refused_dataclass_field_names_class_and_field(annotation: Any) -> None:
+    cls = dataclasses.make_dataclass("Made", [("ok", int), ("f", annotation)], bases=(Base,))
+    with pytest.raises(TypeError, match=r"^Cannot generate Arrow schema for Made\.f: Cannot infer Arrow type for: "):
+        _ = cls.ARROW_SCHEMA
+
+
+def test_the_mixin_itself_is_no_column() -> None:
+    with pytest.raises(TypeError, match="must be called with a dataclass type or instance"):
+        core._types_field("f", Base, top=False)
+
+
+def test_a_type_variable_field_is_refused() -> None:
+    var = typing.TypeVar("var")
+    cls = dataclasses.make_dataclass("Made", [("f", var)], bases=(Base, typing.Generic[var]))
+    with pytest.raises(
+        TypeError, match=r"^Cannot generate Arrow schema for Made\.f: Cannot infer Arrow type for: ~var"
+    ):
+        _ = cls.ARROW_SCHEMA
+
+
+def test_not_a_dataclass() -> None:
+    class Bare(Base):
+        a: int
+
+    with pytest.raises(TypeError, match="must be called with a dataclass type or instance"):
+        _ = Bare.ARROW_SCHEMA
+
+
+# ---- values through a cell and back
+
+
+def through(annotation: Any, value: Any, *, top: bool = True) -> Any:
+    """Encode, make the array, take it apart, decode: what a call does with a value."""
+    column = core._types_field("f", annotation, top=top)
+    array = core._types_cell(value, core._types_encoder(annotation, top=top), column.type)
+    assert array.type.equals(column.type)
+    assert len(array) == 1
+    array.validate(full=True)
+    raw = array[0].as_py()
+    decode = core._types_decoder(annotation, top=top)
+    return raw if raw is None or decode is None else decode(raw)
+
+
+BATCH = pa.record_batch({"a": [1, 2], "b": ["x", None]})
+SCHEMA = pa.schema([("a", pa.int64())], metadata={"k": "v"})
+UTC = Annotated[dt.datetime, Arrow(pa.timestamp("us", tz="UTC"))]
+NOON = dt.datetime(2020, 1, 2, 12, 0, 0, 5)
+ROUND: list[tuple[Any, Any]] = [
+    (str, ""),
+    (str, "\u00e9\U0001f600"),
+    (bytes, b""),
+    (bytes, b"\x00\xff"),
+    (int, -(2**63)),
+    (int, 2**63 - 1),
+    (float, math.inf),
+    (float, 1e-320),
+    (bool, True),
+    (bool, False),
+    (list[int], []),
+    (list[int], [1, 2]),
+    (list[int | None], [1, None]),
+    (list[list[str]], [[], ["a"]]),
+    (dict[str, int], {}),
+    (dict[str, int], {"a": 1, "b": 2}),
+    (dict[str, int | None], {"a": None}),
+    (dict[int, dict[str, bool]], {1: {"a": True}}),
+    (frozenset[int], frozenset({1, 2})),
+    (frozenset[int], frozenset()),
+    (set[str], {"a", "b"}),
+    (list[set[int]], [{1}, set()]),
+    (Color, Color.RED),
+    (Color, Color.GREEN),
+    (Color, Color.AZURE),
+    (Number, Number.ONE),
+    (Word, Word.HELLO),
+    (Perm, Perm.WRITE),
+    (list[Color], [Color.RED, Color.BLUE]),
+    (list[Word], [Word.HELLO]),
+    (list[Number], [Number.ONE]),
+    (dict[Word, Color], {Word.HELLO: Color.RED}),
+    (frozenset[Color], frozenset({Color.RED, Color.GREEN})),
+    (Point, Point(1, 2.0)),
+    (Empty, Empty()),
+    (list[Point], [Point(1), Point(2, 3.0)]),
+    (list[Point | None], [None, Point(2, 3.0)]),
+    (dict[str, Point], {"a": Point(1)}),
+    (frozenset[Point], frozenset({Point(1), Point(2)})),
+    (list[Annotated[Point, Arrow(pa.binary())]], [Point(1), Point(2)]),
+    (Annotated[Point, Arrow(pa.binary())], Point(7)),
+    (pa.Schema, SCHEMA),
+    (pa.RecordBatch, BATCH),
+    (list[pa.Schema], [SCHEMA]),
+    (dict[str, pa.RecordBatch], {"a": BATCH}),
+    (UserId, 5),
+    (SuperId, 5),
+    (list[UserId], [1]),
+    (dt.datetime, NOON),
+    (dt.date, dt.date(1, 1, 1)),
+    (dt.time, dt.time(23, 59, 59, 999999)),
+    (dt.timedelta, dt.timedelta(days=-1, microseconds=3)),
+    (list[dt.date], [dt.date(2020, 1, 1)]),
+    (UTC, NOON.replace(tzinfo=dt.UTC)),
+    (Annotated[dt.date, Arrow(pa.date32())], dt.date(2020, 1, 1)),
+    (Annotated[dt.time, Arrow(pa.time64("us"))], dt.time(1)),
+    (Annotated[dt.timedelta, Arrow(pa.duration("us"))], dt.timedelta(1)),
+    (Annotated[decimal.Decimal, Arrow(pa.decimal128(20, 4))], decimal.Decimal("1.5000")),
+    (Annotated[str, Arrow(pa.large_string())], "x"),
+    (Annotated[bytes, Arrow(pa.large_binary())], b"x"),
+    (Annotated[bytes, Arrow(pa.binary(8))], b"12345678"),
+    *((Annotated[int, Arrow(t)], 7) for t in (pa.int8(), pa.int16(), pa.int32(), pa.uint8(), pa.uint16(), pa.uint32())),
+    (Annotated[int, Arrow(pa.uint64())], 2**64 - 1),
+    (Annotated[float, Arrow(pa.float32())], 0.5),
+    (Annotated[dict[str, Any], Arrow(pa.struct([("a", pa.int64())]))], {"a": 1}),
+    (Annotated[str, Arrow(pa.dictionary(pa.int32(), pa.utf8()))], "x"),
+]
+
+
+@pytest.mark.parametrize(("annotation", "value"), ROUND, ids=str)
+@pytest.mark.parametrize("top", [True, False])
+def test_values_round_trip(annotation: Any, value: Any, top: bool) -> None:
+    found = through(annotation, value, top=top)
+    assert found == value
+    assert type(found) is type(value)
+    assert through(annotation | None if annotation is not UserId else annotation, None, top=top) is None
+
+
+def test_uuid_round_trips() -> None:
+    value = uuid.UUID(int=5)
+    assert through(Annotated[uuid.UUID, Arrow(pa.uuid())], value) == value
+
+
+def test_nan_and_negative_zero() -> None:
+    assert math.isnan(through(float, math.nan))
+    assert math.copysign(1, through(float, -0.0)) == -1
+
+
+def test_schema_keeps_its_metadata() -> None:
+    assert through(pa.Schema, SCHEMA).metadata == {b"k": b"v"}
+
+
+def test_utc_values_come_back_with_the_zone() -> None:
+    assert str(through(UTC, NOON.replace(tzinfo=dt.UTC)).tzinfo) == "UTC"
+
+
+# ---- leniency (types.md section 3)
+
+NAIVE = Annotated[dt.datetime, Arrow(pa.timestamp("us"))]
+EAST = dt.timezone(dt.timedelta(hours=2))
+
+
+@dataclass(frozen=True)
+class Wide(Point):
+    z: str = "z"
+
+
+LENIENT: list[tuple[Any, Any, Any]] = [
+    (int, 1.0, 1),
+    (int, decimal.Decimal(2), 2),
+    (list[int], [1.0, 2], [1, 2]),
+    (float, 3, 3.0),
+    (float, True, 1.0),
+    (str, b"utf8", "utf8"),
+    (str, Word.HELLO, "HELLO"),
+    (list[str], [Word.HELLO, "x"], ["HELLO", "x"]),
+    (dict[str, str], {Word.HELLO: Word.HELLO}, {"HELLO": "HELLO"}),
+    (bytes, bytearray(b"x"), b"x"),
+    (bytes, memoryview(b"x"), b"x"),
+    (bytes, "\u00e9", "\u00e9".encode()),
+    (Color, "RED", Color.RED),
+    (Color, "r", Color.RED),
+    (Word, "hi", Word.HELLO),
+    (list[int], (1, 2), [1, 2]),
+    (list[int], range(3), [0, 1, 2]),
+    (list[int], {1}, [1]),
+    (list[int], [None], [None]),
+    (list[str], ("a",), ["a"]),
+    (frozenset[int], [1, 1], frozenset({1})),
+    (set[int], (1, 2), {1, 2}),
+    (dict[str, int], [("a", 1)], {"a": 1}),
+    (dict[str, int], [("a", 1), ("a", 2)], {"a": 2}),
+    (dict[str, int], {"a": None}, {"a": None}),
+    (Point, Wide(1, 2.0, "w"), Point(1, 2.0)),
+    (list[Point], [Wide(1, 2.0, "w")], [Point(1, 2.0)]),
+    (list[Point], [{"x": 1, "y": 2.0}], [Point(1, 2.0)]),
+    (Annotated[float, Arrow(pa.float32())], 1.1, 1.100000023841858),
+    (Annotated[float, Arrow(pa.float32())], 1e39, math.inf),
+    (Annotated[decimal.Decimal, Arrow(pa.decimal128(5, 2))], decimal.Decimal("1.5"), decimal.Decimal("1.50")),
+    (Annotated[decimal.Decimal, Arrow(pa.decimal128(5, 2))], 3, decimal.Decimal("3.00")),
+    (Annotated[dict, Arrow(pa.struct([("a", pa.int64()), ("b", pa.utf8())]))], {"a": 1, "c": 2}, {"a": 1, "b": None}),
+    (UTC, NOON, NOON.replace(tzinfo=dt.UTC)),
+    (NAIVE, NOON.replace(tzinfo=EAST), NOON - dt.timedelta(hours=2)),
+    (UTC, NOON.replace(tzinfo=EAST), NOON.replace(tzinfo=EAST)),
+]
+
+
+@pytest.mark.parametrize(("annotation", "value", "arrives"), LENIENT, ids=str)
+def test_leniency(annotation: Any, value: Any, arrives: Any) -> None:
+    found = through(annotation, value)
+    assert found == arrives
+    assert type(found) is type(arrives)
+
+
+REFUSED_VALUES: list[tuple[Any, Any]] = [
+    (int, 1.5),
+    (int, True),
+    (int, "3"),
+    (int, Number.ONE),
+    (int, 2**63),
+    (int, -(2**63) - 1),
+    (int, math.nan),
+    (int, math.inf),
+    (int, decimal.Decimal("1.5")),
+    (list[int], [1, 1.5]),
+    (Annotated[int, Arrow(pa.int8())], 128),
+    (Annotated[int, Arrow(pa.int8())], 1.5),
+    (float, "1"),
+    (float, decimal.Decimal(1)),
+    (float, 2**53 + 1),
+    (bool, 1),
+    (bool, 0),
+    (bool, "true"),
+    (str, 1),
+    (str, b"\xff"),
+    (bytes, 1),
+    (Color, 3),
+    (Color, b"RED"),
+    (Color, Word.HELLO),
+    (Color, ["RED"]),
+    (Perm, Perm.READ | Perm.WRITE),
+    (Perm, Perm(0)),
+    (list[int], ["x"]),
+    (list[int], 5),
+    (list[str], [1]),
+    (dict[str, int], {1: 1}),
+    (dict[str, int], {None: 1}),
+    (dict[str, int], {"a": 1.5}),
+    (list[int], [True]),
+    (dict[str, int], {"a": "x"}),
+    (dict[str, int], 5),
+    (Point, {"x": 1}),
+    (Point, 5),
+    (Point, V1(1, "x")),
+    (Point, Point("x")),
+    (list[Point], [V1(1, "x")]),
+    (pa.Schema, b"x"),
+    (pa.RecordBatch, SCHEMA),
+    (Annotated[bytes, Arrow(pa.binary(4))], b"12345"),
+    (Annotated[decimal.Decimal, Arrow(pa.decimal128(5, 2))], decimal.Decimal("1.555")),
+    (Annotated[decimal.Decimal, Arrow(pa.decimal128(5, 2))], decimal.Decimal("1000000")),
+    (Annotated[decimal.Decimal, Arrow(pa.decimal128(5, 2))], 1.5),
+]
+
+
+@pytest.mark.parametrize(("annotation", "value"), REFUSED_VALUES, ids=str)
+def test_values_that_do_not_fit(annotation: Any, value: Any) -> None:
+    """Already on the sending side: nothing of it reaches the wire."""
+    column = core._types_field("f", annotation, top=True)
+    encode = core._types_encoder(annotation, top=True)
+    with pytest.raises((TypeError, ValueError, KeyError, OverflowError, pa.ArrowException)):
+        core._types_cell(value, encode, column.type)
+
+
+def test_unknown_enum_text_is_sent_and_refused_by_the_reader() -> None:
+    assert core._types_encoder(Color, top=True)("purple") == "purple"
+    with pytest.raises(KeyError, match="'purple' is not a valid Color name or value"):
+        through(Color, "purple")
+
+
+def test_flag_combination_text() -> None:
+    with pytest.raises(KeyError, match=r"is not a valid Perm name or value"):
+        core._types_encoder(Perm, top=True)(Perm.READ | Perm.WRITE)
+
+
+# ---- receiving (types.md section 4)
+
+
+@pytest.mark.parametrize(
+    ("raw", "member"), [("RED", Color.RED), ("r", Color.RED), ("GREEN", Color.GREEN), ("AZURE", Color.BLUE)]
+)
+def test_enum_by_name_then_value(raw: str, member: Color) -> None:
+    assert core._types_decoder(Color, top=True)(raw) is member
+
+
+@pytest.mark.parametrize("raw", [3, b"RED", 1.0, ["RED"]])
+def test_enum_wants_text(raw: Any) -> None:
+    with pytest.raises(TypeError):
+        core._types_decoder(Color, top=True)(raw)
+
+
+@pytest.mark.parametrize("raw", ["x", 1, [1]])
+def test_dataclass_wants_bytes(raw: Any) -> None:
+    with pytest.raises(TypeError, match=f"^Expected bytes for Point deserialization, got {type(raw).__name__}$"):
+        core._types_decoder(Point, top=True)(raw)
+
+
+def test_dataclass_parameter_refuses_no_bytes() -> None:
+    with pytest.raises(pa.ArrowInvalid):
+        core._types_decoder(Point, top=True)(b"")
+
+
+@pytest.mark.parametrize("annotation", [pa.Schema, pa.RecordBatch])
+def test_no_bytes_means_absent(annotation: Any) -> None:
+    assert core._types_decoder(annotation, top=True)(b"") is None
+
+
+def test_foreign_types_that_can_read_themselves() -> None:
+    seen: list[Any] = []
+
+    class Foreign:
+        def serialize_to_bytes(self) -> bytes:
+            return b"me"
+
+        @classmethod
+        def deserialize_from_bytes(cls, data: bytes, validation: Any) -> Foreign:
+            seen.append((data, validation))
+            return cls()
+
+    annotation = Annotated[Foreign, Arrow(pa.binary())]
+    assert isinstance(through(annotation, Foreign()), Foreign)
+    assert seen == [(b"me", core.IpcValidation.FULL)]
+    with pytest.raises(TypeError, match="Expected bytes for Foreign deserialization, got str"):
+        core._types_decoder(annotation, top=True)("me")
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value", "found"),
+    [
+        (Annotated[tuple, Arrow(pa.list_(pa.int64()))], (1, 2), [1, 2]),
+        (Annotated[set, Arrow(pa.list_(pa.int64()))], {1}, [1]),
+    ],
+)
+def test_marked_collections_come_back_as_lists(annotation: Any, value: Any, found: Any) -> None:
+    assert through(annotation, value) == found
+
+
+# ---- markers
+
+
+def test_markers_are_frozen_and_hashable() -> None:
+    assert Arrow(pa.int8()) == Arrow(pa.int8(), None)
+    assert hash(Arrow(pa.int8())) == hash(Arrow(pa.int8()))
+    assert Arrow(pa.int8()) != Arrow(pa.int8(), True)
+    assert Arrow(pa.int8()) != Arrow(pa.int16())
+    assert Arrow(pa.int8()) != pa.int8()
+    assert (Arrow(pa.int8(), nullable=True).arrow_type, Arrow(pa.int8(), nullable=True).nullable) == (pa.int8(), True)
+    with pytest.raises(AttributeError):
+        Arrow(pa.int8()).nullable = True
+    assert core.Transient() == core.Transient()
+    assert hash(core.Transient()) == hash(core.Transient())
+    assert core.Transient() != Arrow(pa.int8())
+    with pytest.raises(AttributeError):
+        core.Transient().x = 1
+
+
+# ---- dataclasses
+
+
+@dataclass(frozen=True)
+class Full(Base):
+    CONSTANT: ClassVar[int] = 5
+    a: int
+    s: str | None = None
+    tags: list[str] = field(default_factory=list)
+    color: Color = Color.RED
+    point: Point = Point(9)
+    points: list[Point] = field(default_factory=list)
+    packed: Annotated[Point | None, Arrow(pa.binary())] = None
+    small: Annotated[int, Arrow(pa.int8())] = 1
+    schema: pa.Schema | None = None
+    batch: pa.RecordBatch | None = None
+    cache: Annotated[dict[str, Any], core.Transient()] = field(default_factory=dict)
+
+
+def test_schema_of_a_dataclass() -> None:
+    assert Full.ARROW_SCHEMA.equals(
+        pa.schema(
+            [
+                pa.field("a", pa.int64(), nullable=False),
+                pa.field("s", pa.utf8()),
+                pa.field("tags", pa.list_(pa.utf8()), nullable=False),
+                pa.field("color", ENUM, nullable=False),
+                pa.field("point", POINT, nullable=False),
+                pa.field("points", pa.list_(POINT), nullable=False),
+                pa.field("packed", pa.binary()),
+                pa.field("small", pa.int8(), nullable=False),
+                pa.field("schema", pa.binary()),
+                pa.field("batch", pa.binary()),
+            ]
+        )
+    )
+    assert Full.ARROW_SCHEMA is Full.ARROW_SCHEMA
+    assert Full(1).ARROW_SCHEMA is Full.ARROW_SCHEMA
+
+
+FULLS = [
+    Full(1),
+    Full(2, "s", ["a"], Color.BLUE, Point(3), [Point(4), Point(5)], Point(6), -128, SCHEMA, BATCH),
+]
+
+
+@pytest.mark.parametrize("value", FULLS)
+def test_dataclass_round_trips(value: Full) -> None:
+    assert Full.deserialize_from_bytes(value.serialize_to_bytes()) == value
+    sink = io.BytesIO()
+    value.serialize(sink)
+    assert sink.getvalue() == value.serialize_to_bytes()
+    batch, metadata = core.deserialize_record_batch(sink.getvalue())
+    assert metadata is None
+    assert Full.deserialize_from_batch(batch) == value
+    assert Full.deserialize_from_batch(batch, pa.KeyValueMetadata({"a": "b"})) == value
+
+
+def test_sizes_on_the_wire() -> None:
+    assert len(V1(a=1, b="x").serialize_to_bytes()) == 416
+    assert len(Empty().serialize_to_bytes()) == 136
+
+
+def test_form_on_the_wire() -> None:
+    reader = ipc.open_stream(V1(1, "x").serialize_to_bytes())
+    batch, metadata = reader.read_next_batch_with_custom_metadata()
+    assert metadata is None
+    assert batch.to_pylist() == [{"a": 1, "b": "x"}]
+    with pytest.raises(StopIteration):
+        reader.read_next_batch()
+
+
+def test_none_in_a_required_column_is_written_and_read() -> None:
+    assert V1.deserialize_from_bytes(V1(None, None).serialize_to_bytes()) == V1(None, None)
+
+
+@pytest.mark.parametrize("annotation", [bytes, Annotated[object, Arrow(pa.binary())]], ids=str)
+def test_objects_that_serialise_themselves_are_written_as_bytes(annotation: Any) -> None:
+    cls = dataclasses.make_dataclass("Made", [("f", annotation)], bases=(Base,))
+    assert cls.deserialize_from_bytes(cls(Point(1)).serialize_to_bytes()).f == Point(1).serialize_to_bytes()
+
+
+def test_values_that_do_not_fit_name_the_field() -> None:
+    with pytest.raises((TypeError, pa.ArrowException)) as caught:
+        V1("x", "y").serialize_to_bytes()
+    assert caught.value.__notes__ == ["in field V1.a"]
+
+
+def test_schema_is_never_inherited() -> None:
+    assert Point.ARROW_SCHEMA.names == ["x", "y"]
+    assert Wide.ARROW_SCHEMA.names == ["x", "y", "z"]
+    assert Wide.deserialize_from_bytes(Wide(1, 2.0, "w").serialize_to_bytes()) == Wide(1, 2.0, "w")
+
+
+@dataclass
+class Mutable(Base):
+    x: int
+    y: int = field(kw_only=True)
+
+
+def test_mutable_and_keyword_only() -> None:
+    assert Mutable.deserialize_from_bytes(Mutable(1, y=2).serialize_to_bytes()) == Mutable(1, y=2)
+
+
+@dataclass(frozen=True, slots=True)
+class Slotted(Base):
+    x: int
+    y: str = "d"
+
+
+def test_slotted_dataclass() -> None:
+    assert Slotted.deserialize_from_bytes(Slotted(1, "a").serialize_to_bytes()) == Slotted(1, "a")
+
+
+@dataclass(frozen=True)
+class Forced(Base):
+    a: int
+    b: int | None = None
+    _ARROW_FIELD_OVERRIDES: ClassVar[dict[str, pa.DataType]] = {"a": pa.int8(), "b": pa.uint32()}
+
+
+def test_overrides_keep_the_nullability_of_the_annotation() -> None:
+    assert Forced.ARROW_SCHEMA.equals(pa.schema([pa.field("a", pa.int8(), nullable=False), ("b", pa.uint32())]))
+    assert Forced.deserialize_from_bytes(Forced(1, 2).serialize_to_bytes()) == Forced(1, 2)
+
+
+@dataclass(frozen=True)
+class ForcedObject(Base):
+    a: object
+    _ARROW_FIELD_OVERRIDES: ClassVar[dict[str, pa.DataType]] = {"a": pa.utf8()}
+
+
+def test_override_makes_any_annotation_possible() -> None:
+    assert ForcedObject.deserialize_from_bytes(ForcedObject("x").serialize_to_bytes()) == ForcedObject("x")
+
+
+@dataclass
+class WithTransient(Base):
+    a: int
+    t: Annotated[int, core.Transient()] = 7
+    u: Annotated[list[object], core.Transient()] = field(default_factory=list)
+
+
+def test_transient_fields_are_not_sent_and_take_their_default() -> None:
+    assert WithTransient.ARROW_SCHEMA.names == ["a"]
+    assert WithTransient.deserialize_from_bytes(WithTransient(1, 2, [object()]).serialize_to_bytes()) == WithTransient(
+        1
+    )
+
+
+@dataclass
+class TransientOptional(Base):
+    t: Annotated[object, core.Transient()] | None = None
+
+
+def test_transient_marker_may_stand_inside_an_optional() -> None:
+    assert TransientOptional.ARROW_SCHEMA.names == []
+    assert TransientOptional.deserialize_from_bytes(TransientOptional(3).serialize_to_bytes()) == TransientOptional()
+
+
+def test_transient_ignores_what_arrives() -> None:
+    batch = pa.record_batch({"a": [1], "t": [99]})
+    assert WithTransient.deserialize_from_batch(batch) == WithTransient(1)
+
+
+def test_transient_without_a_default() -> None:
+    cls = dataclasses.make_dataclass("X", [("t", Annotated[int, core.Transient()])], bases=(Base,))
+    with pytest.raises(TypeError, match=r"^Transient field X\.t must have a default value or default_factory$"):
+        _ = cls.ARROW_SCHEMA
+
+
+@dataclass
+class Recursive(Base):
+    child: Recursive | None = None
+
+
+@dataclass
+class Left(Base):
+    right: list[Right]
+
+
+@dataclass
+class Right(Base):
+    left: Left | None = None
+
+
+@pytest.mark.parametrize(("cls", "field_name"), [(Recursive, "Recursive.child"), (Left, "Left.right")])
+@pytest.mark.parametrize("attempt", [1, 2])
+def test_recursive_classes_are_refused_clearly(cls: Any, field_name: str, attempt: int) -> None:
+    with pytest.raises(TypeError, match="cannot be recursive") as caught:
+        _ = cls.ARROW_SCHEMA
+    assert str(caught.value).startswith(f"Cannot generate Arrow schema for {field_name}: ")
+    assert len(str(caught.value)) < 300
+
+
+@dataclass
+class Computed(Base):
+    a: int
+    double: int = field(init=False)
+    label: str = field(init=False, default="l")
+
+    def __post_init__(self) -> None:
+        self.double = self.a * 2
+
+
+@dataclass(frozen=True)
+class FrozenComputed(Base):
+    a: int
+    double: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "double", self.a * 2)
+
+
+@pytest.mark.parametrize("cls", [Computed, FrozenComputed])
+def test_fields_without_init_are_handled(cls: Any) -> None:
+    assert cls.deserialize_from_bytes(cls(3).serialize_to_bytes()) == cls(3)
+
+
+@dataclass
+class Checked(Base):
+    a: int
+
+    def __post_init__(self) -> None:
+        if self.a < 0:
+            raise LookupError("negative")
+
+
+def test_post_init_runs_on_reading() -> None:
+    with pytest.raises(LookupError, match="negative"):
+        Checked.deserialize_from_batch(pa.record_batch({"a": [-1]}))
+
+
+# ---- reading and evolution
+
+
+@dataclass(frozen=True)
+class V2(Base):
+    a: int
+    b: str = "b0"
+    c: list[int] = field(default_factory=lambda: [7])
+    d: int | None = 4
+
+
+@dataclass(frozen=True)
+class Outer(Base):
+    inner: V2
+    inners: list[V2] = field(default_factory=list)
+
+
+EVOLUTION: list[tuple[str, dict[str, Any], Any]] = [
+    ("all", {"a": [1], "b": ["x"], "c": [[1]], "d": [2]}, V2(1, "x", [1], 2)),
+    ("missing take defaults", {"a": [1]}, V2(1)),
+    ("unknown ignored", {"a": [1], "zzz": ["?"]}, V2(1)),
+    ("another order", {"d": [2], "c": [[1]], "b": ["x"], "a": [1]}, V2(1, "x", [1], 2)),
+    ("narrower type", {"a": pa.array([1], pa.int32())}, V2(1)),
+    ("no type check", {"a": ["text"]}, V2("text")),
+    ("null where not allowed", {"a": pa.array([None], pa.int64()), "b": pa.array([None], pa.utf8())}, V2(None, None)),
+    ("null of an optional", {"a": [1], "d": pa.array([None], pa.int64())}, V2(1, d=None)),
+]
+
+
+@pytest.mark.parametrize(("name", "columns", "expected"), EVOLUTION, ids=[row[0] for row in EVOLUTION])
+def test_evolution(name: str, columns: dict[str, Any], expected: V2) -> None:
+    batch = pa.record_batch(columns)
+    assert V2.deserialize_from_batch(batch) == expected
+    assert V2.deserialize_from_bytes(core.serialize_record_batch_bytes(batch)) == expected
+
+
+def test_default_factories_are_not_shared() -> None:
+    batch = pa.record_batch({"a": [1]})
+    assert V2.deserialize_from_batch(batch).c is not V2.deserialize_from_batch(batch).c
+
+
+@dataclass
+class Three(Base):
+    a: int
+    b: int
+    z: int
+
+
+def test_missing_columns_without_default() -> None:
+    with pytest.raises(ValueError) as caught:
+        Three.deserialize_from_batch(pa.record_batch({"a": [1], "b": [2]}))
+    assert str(caught.value) == "Missing fields in Three RecordBatch: ['z']. Found: ['a', 'b']"
+
+
+def test_row_counts() -> None:
+    with pytest.raises(ValueError, match=r"^Cannot deserialize V2 from empty RecordBatch$"):
+        V2.deserialize_from_batch(pa.record_batch({"a": pa.array([], pa.int64())}))
+    with pytest.raises(ValueError, match=r"^Expected single-row RecordBatch for V2 deserialization, got 2 rows$"):
+        V2.deserialize_from_batch(pa.record_batch({"a": [1, 2]}))
+
+
+def stream(schema: pa.Schema, *batches: pa.RecordBatch) -> bytes:
+    sink = pa.BufferOutputStream()
+    with ipc.new_stream(sink, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+def test_only_the_first_batch_is_read() -> None:
+    first, second = pa.record_batch({"a": [1]}), pa.record_batch({"a": [2]})
+    assert V2.deserialize_from_bytes(stream(first.schema, first, second)) == V2(1)
+
+
+def test_stream_without_a_batch() -> None:
+    with pytest.raises(ValueError, match="empty RecordBatch"):
+        V2.deserialize_from_bytes(stream(V2.ARROW_SCHEMA))
+    assert Empty.deserialize_from_bytes(stream(Empty.ARROW_SCHEMA)) == Empty()
+
+
+def test_no_bytes_take_the_defaults() -> None:
+    cls = dataclasses.make_dataclass("Made", [("a", int, 5)], bases=(Base,))
+    assert cls.deserialize_from_bytes(b"") == cls(5)
+    assert Empty.deserialize_from_bytes(b"") == Empty()
+    with pytest.raises(TypeError, match=r"__init__\(\) missing 1 required positional argument: 'a'"):
+        V2.deserialize_from_bytes(b"")
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_batch_without_columns_takes_the_defaults(rows: int) -> None:
+    cls = dataclasses.make_dataclass("Made", [("a", int, 5)], bases=(Base,))
+    batch = pa.record_batch({"a": [0] * rows}).select([])
+    assert cls.deserialize_from_batch(batch) == cls(5)
+
+
+@pytest.mark.parametrize(
+    ("data", "cls"),
+    [
+        (b"x", pa.ArrowInvalid),
+        (b"garbage, garbage", pa.ArrowInvalid),
+        (b"\xff\xff\xff\xff\x10\x00\x00\x00", pa.ArrowInvalid),
+        (b"\xff" * 64, OSError),  # pyarrow: negative metadata length
+    ],
+)
+def test_garbage(data: bytes, cls: type[Exception]) -> None:
+    with pytest.raises(cls):
+        V2.deserialize_from_bytes(data)
+
+
+def test_truncated_stream() -> None:
+    data = V1(1, "x").serialize_to_bytes()
+    for cut in range(1, len(data) - 8):
+        with pytest.raises((pa.ArrowException, OSError, ValueError)):
+            V1.deserialize_from_bytes(data[:cut])
+
+
+def test_nested_struct_members_take_their_defaults() -> None:
+    inner = pa.struct([("a", pa.int64()), ("unknown", pa.utf8())])
+    batch = pa.record_batch(
+        [
+            pa.array([{"a": 1, "unknown": "?"}], inner),
+            pa.array([[{"a": 2, "unknown": "?"}]], pa.list_(inner)),
+        ],
+        names=["inner", "inners"],
+    )
+    assert Outer.deserialize_from_batch(batch) == Outer(V2(1), [V2(2)])
+
+
+def test_nested_struct_member_without_default_is_named() -> None:
+    batch = pa.record_batch([pa.array([{"b": "x"}])], names=["inner"])
+    with pytest.raises(ValueError, match=r"Missing fields in V2 RecordBatch: \['a'\]\. Found: \['b'\]"):
+        Outer.deserialize_from_batch(batch)
+
+
+@dataclass(frozen=True)
+class Colored(Base):
+    color: Color
+    by_color: dict[Color, int] = field(default_factory=dict)
+
+
+def test_unknown_enum_name_in_a_dataclass() -> None:
+    with pytest.raises(KeyError, match="'purple' is not a valid Color name or value"):
+        Colored.deserialize_from_batch(pa.record_batch({"color": ["purple"]}))
+    assert Colored.deserialize_from_batch(pa.record_batch({"color": ["r"]})) == Colored(Color.RED)
+    value = Colored(Color.BLUE, {Color.RED: 1, Color.GREEN: 2})
+    assert Colored.deserialize_from_bytes(value.serialize_to_bytes()) == value
+
+
+@dataclass(frozen=True)
+class Painted(Base):
+    maybe: Colored | None = None
+    many: list[Colored | None] = field(default_factory=list)
+    named: dict[str, Colored | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Framed(Base):
+    painted: Painted = Painted()
+
+
+RED = Colored(Color.RED, {})
+PAINTED = {
+    "none": Painted(None),
+    "some": Painted(RED, [RED], {"a": RED}),
+    "none in a list": Painted(RED, [None]),
+    "none and some in a list": Painted(RED, [None, RED]),
+    "none in a dict": Painted(RED, [], {"a": None}),
+}
+
+
+@pytest.mark.parametrize("name", PAINTED)
+def test_absent_dataclass_with_an_enum(name: str) -> None:
+    value = PAINTED[name]
+    assert Painted.deserialize_from_bytes(value.serialize_to_bytes()) == value
+    assert Framed.deserialize_from_bytes(Framed(value).serialize_to_bytes()) == Framed(value)
+
+
+@pytest.mark.parametrize("annotation", [list[Colored | None], list[Colored]], ids=str)
+def test_absent_dataclass_with_an_enum_as_parameter(annotation: Any) -> None:
+    assert through(annotation, [None]) == [None]
+
+
+UNREADABLE = {
+    "far timestamp": pa.array([2**62], pa.timestamp("us")),
+    "nanoseconds": pa.array([1], pa.timestamp("ns")),
+    "far date": pa.array([2**31 - 1], pa.int32()).view(pa.date32()),
+    "repeated members": pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"]),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_unknown_columns_are_not_even_converted(name: str) -> None:
+    batch = pa.RecordBatch.from_arrays([pa.array([1]), UNREADABLE[name]], names=["a", "unknown"])
+    assert V2.deserialize_from_batch(batch) == V2(1)
+
+
+@dataclass(frozen=True)
+class Dated(Base):
+    day: dt.date = dt.date(2000, 1, 1)
+    at: dt.datetime = NOON
+
+
+@pytest.mark.parametrize(("name", "column"), [("at", "far timestamp"), ("day", "far date")])
+def test_dates_beyond_python_are_a_value_error(name: str, column: str) -> None:
+    with pytest.raises((ValueError, pa.ArrowException)):
+        Dated.deserialize_from_batch(pa.record_batch({name: UNREADABLE[column]}))
+
+
+@dataclass(frozen=True)
+class Blobs(Base):
+    blobs: list[Annotated[Point, Arrow(pa.binary())]]
+    named: dict[str, Annotated[Point, Arrow(pa.binary())]] = field(default_factory=dict)
+
+
+def test_packed_elements_of_a_field() -> None:
+    value = Blobs([Point(1), Point(2)], {"a": Point(3)})
+    assert Blobs.deserialize_from_bytes(value.serialize_to_bytes()) == value
+
+
+# ---- validation
+
+
+def invalid_utf8() -> pa.RecordBatch:
+    good = pa.array([b"\xff\xfe"], pa.binary())
+    return pa.RecordBatch.from_arrays([pa.Array.from_buffers(pa.utf8(), 1, good.buffers())], names=["b"])
+
+
+def test_validation_levels() -> None:
+    assert [(level.name, level.value) for level in core.IpcValidation] == [
+        ("NONE", "none"),
+        ("STANDARD", "standard"),
+        ("FULL", "full"),
+    ]
+    batch = invalid_utf8()
+    core.validate_batch(batch, core.IpcValidation.NONE)
+    core.validate_batch(batch, core.IpcValidation.STANDARD)
+    with pytest.raises(core.IPCError, match=r"^IPC batch validation failed: "):
+        core.validate_batch(batch, core.IpcValidation.FULL)
+    core.validate_batch(BATCH, core.IpcValidation.FULL)
+
+
+def bad_stream() -> bytes:
+    return core.serialize_record_batch_bytes(invalid_utf8())
+
+
+def test_every_reader_validates_fully_by_default() -> None:
+    cls = dataclasses.make_dataclass("Made", [("b", str)], bases=(Base,))
+    none = core.IpcValidation.NONE
+    for read in (
+        lambda: cls.deserialize_from_bytes(bad_stream()),
+        lambda: cls.deserialize_from_batch(invalid_utf8()),
+        lambda: core.deserialize_record_batch(bad_stream()),
+        lambda: core.read_single_record_batch(io.BytesIO(bad_stream())),
+        lambda: core._types_decoder(pa.RecordBatch, top=True)(bad_stream()),
+    ):
+        with pytest.raises(core.IPCError, match="IPC batch validation failed"):
+            read()
+    assert core.deserialize_record_batch(bad_stream(), none)[0].num_rows == 1
+    assert core.read_single_record_batch(io.BytesIO(bad_stream()), "x", none)[0].num_rows == 1
+
+
+ENV = "VGI_RPC_IPC_VALIDATION"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("none", "NONE"), ("STANDARD", "STANDARD"), ("Full", "FULL"), (" none ", "NONE"), ("", "FULL"), (None, "FULL")],
+)
+def test_validation_from_env(monkeypatch: pytest.MonkeyPatch, text: str | None, expected: str) -> None:
+    monkeypatch.delenv(ENV, raising=False)
+    if text is not None:
+        monkeypatch.setenv(ENV, text)
+    assert core.IpcValidation.from_env() is core.IpcValidation[expected]
+
+
+def test_validation_from_env_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENV, raising=False)
+    assert core.IpcValidation.from_env(core.IpcValidation.NONE) is core.IpcValidation.NONE
+    monkeypatch.setenv(ENV, "full")
+    assert core.IpcValidation.from_env(core.IpcValidation.NONE) is core.IpcValidation.FULL
+
+
+def test_validation_from_env_unknown_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENV, "no")
+    with pytest.warns(RuntimeWarning, match=ENV) as caught:
+        assert core.IpcValidation.from_env(core.IpcValidation.NONE) is core.IpcValidation.FULL
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeWarning):
+            core.IpcValidation.from_env()
+
+
+# ---- batches as values
+
+
+def test_batches_and_metadata_round_trip() -> None:
+    metadata = pa.KeyValueMetadata({"a": "b"})
+    data = core.serialize_record_batch_bytes(BATCH, metadata)
+    batch, found = core.deserialize_record_batch(data)
+    assert batch.equals(BATCH)
+    assert found.equals(metadata)
+    sink = io.BytesIO()
+    core.serialize_record_batch(sink, BATCH, metadata)
+    assert sink.getvalue() == data
+    batch, found = core.read_single_record_batch(io.BytesIO(data), "x")
+    assert (batch.equals(BATCH), found.equals(metadata)) == (True, True)
+
+
+def test_deserialize_of_nothing() -> None:
+    assert core.deserialize_record_batch(b"")[0].num_columns == 0
+    batch, metadata = core.deserialize_record_batch(stream(BATCH.schema))
+    assert (batch.num_rows, batch.schema, metadata) == (0, BATCH.schema, None)
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (stream(BATCH.schema), "No record batch found in state stream"),
+        (
+            stream(BATCH.schema, BATCH, BATCH),
+            "Expected single record batch in state stream, but found multiple batches",
+        ),
+        (b"garbage, garbage", "Error reading record batch from state stream: "),
+        (b"", "Error reading record batch from state stream: "),
+        (core.serialize_record_batch_bytes(BATCH)[:-60], "Error reading record batch from state stream: "),
+    ],
+)
+def test_read_single_record_batch_errors(data: bytes, text: str) -> None:
+    with pytest.raises(core.IPCError) as caught:
+        core.read_single_record_batch(io.BytesIO(data), "state")
+    assert str(caught.value).startswith(text)
+
+
+UNION = pa.union([pa.field("i", pa.int64()), pa.field("s", pa.utf8())], mode="sparse")
+EMPTY_TYPES = [
+    pa.int64(),
+    pa.utf8(),
+    ENUM,
+    POINT,
+    pa.list_(pa.int64()),
+    pa.map_(pa.utf8(), pa.int64()),
+    UNION,
+    pa.dense_union([pa.field("i", pa.int64())]),
+    pa.uuid(),
+    pa.null(),
+    pa.run_end_encoded(pa.int32(), pa.utf8()),
+    pa.string_view(),
+    pa.decimal128(5, 2),
+]
+
+
+@pytest.mark.parametrize("dtype", EMPTY_TYPES, ids=str)
+@pytest.mark.parametrize("nullable", [True, False])
+def test_empty_batch_of_any_type(dtype: pa.DataType, nullable: bool) -> None:
+    schema = pa.schema([pa.field("f", dtype, nullable=nullable or dtype == pa.null())], metadata={"k": "v"})
+    batch = core.empty_batch(schema)
+    assert batch.num_rows == 0
+    assert batch.schema.equals(schema, check_metadata=True)
+    assert core.empty_batch(schema) is batch
+    batch.validate(full=True)
+
+
+def test_empty_batch_cache_is_bounded_and_never_confuses_schemas() -> None:
+    for number in range(600):
+        schema = pa.schema([(f"f{number}", pa.int64())])
+        assert core.empty_batch(schema).schema.names == [f"f{number}"]
+    assert len(core._types_empty) <= core._TYPES_EMPTY_MAX
+
+
+def test_validated_reader() -> None:
+    with core.ValidatedReader(ipc.open_stream(stream(BATCH.schema, BATCH)), core.IpcValidation.FULL) as reader:
+        assert reader.schema.equals(BATCH.schema)
+        assert reader.ipc_validation is core.IpcValidation.FULL
+        assert reader.read_next_batch().equals(BATCH)
+        with pytest.raises(StopIteration):
+            reader.read_next_batch_with_custom_metadata()
+    bad = core.ValidatedReader(ipc.open_stream(bad_stream()), core.IpcValidation.FULL)
+    with pytest.raises(core.IPCError):
+        bad.read_next_batch()
+
+
+def test_streams_are_never_compressed() -> None:
+    assert core.IPC_WRITE_OPTIONS.compression is None
+    assert core.IPC_WRITE_OPTIONS.emit_dictionary_deltas is False
+    assert isinstance(core.IPC_READ_OPTIONS, ipc.IpcReadOptions)

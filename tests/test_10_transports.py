@@ -1,0 +1,920 @@
+"""The connection laws of DESIGN.md section 4, proven by violence: real processes, signals, forks and silent peers."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from tests.core import core
+
+pytestmark = pytest.mark.timeout(60)
+
+KINDS = ("pipe", "unix_pipe", "tcp_pipe", "subprocess", "unix", "tcp")
+SERVED = ("subprocess", "unix", "tcp")  # the server is another process
+
+SERVICE = '''
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import Protocol
+
+import pyarrow as pa
+
+core = importlib.import_module(os.environ["VGI_RPC_CORE"])
+SCHEMA = pa.schema([("i", pa.int64())])
+
+
+def die(how):
+    for i in range(30):
+        print("last words", i, file=sys.stderr, flush=True)
+    if how == "SIGSEGV":
+        ctypes.string_at(0)
+    if how == "exit":
+        os._exit(7)
+    os.kill(os.getpid(), getattr(signal, how))
+
+
+def touch(path):
+    with open(path, "a") as file:
+        file.write("x")
+
+
+@dataclasses.dataclass
+class Counter(core.ProducerState):
+    n: int
+    at: int = -1
+    how: str = ""
+    mark: str = ""
+    i: int = 0
+
+    def produce(self, out, ctx):
+        if self.i == self.at:
+            if self.how == "sleep":
+                touch(self.mark)
+                time.sleep(60)
+            elif self.how == "deadline":
+                while True:
+                    ctx.check_deadline()
+                    time.sleep(0.005)
+            elif self.how == "SystemExit":
+                raise SystemExit(3)
+            elif self.how == "KeyboardInterrupt":
+                raise KeyboardInterrupt
+            elif self.how == "log":
+                out.client_log(core.Level.INFO, "in the stream")
+            else:
+                die(self.how)
+        if self.i >= self.n:
+            out.finish()
+            return
+        out.emit_pydict({"i": [self.i]})
+        self.i += 1
+
+
+@dataclasses.dataclass
+class Adder(core.ExchangeState):
+    total: int = 0
+
+    def exchange(self, input, out, ctx):
+        value = input.batch.column(0)[0].as_py()
+        if value < 0:
+            touch(os.environ.get("VGI_TEST_MARK", os.devnull))
+            time.sleep(60)
+        self.total += value
+        out.emit_pydict({"i": [self.total]})
+
+
+class Service(Protocol):
+    def echo(self, n: int) -> int: ...
+    def add(self, a: float, b: float) -> float: ...
+    def text(self, s: str) -> str: ...
+    def items(self, n: int) -> list[int]: ...
+    def blob(self, data: bytes) -> int: ...
+    def big(self, n: int) -> bytes: ...
+    def pid(self) -> int: ...
+    def sleep(self, mark: str, seconds: float) -> str: ...
+    def mark(self, path: str, how: str) -> int: ...
+    def die(self, how: str) -> int: ...
+    def left(self) -> float | None: ...
+    def until_deadline(self, mark: str) -> int: ...
+    def noisy(self, n: int) -> int: ...
+    def exits(self, what: str) -> int: ...
+    def logs(self, n: int) -> int: ...
+    def counter(self, n: int, at: int = -1, how: str = "", mark: str = "") -> core.Stream[Counter]: ...
+    def adder(self) -> core.Stream[Adder]: ...
+
+
+class Impl:
+    def echo(self, n):
+        return n
+
+    def add(self, a, b):
+        return a + b
+
+    def text(self, s):
+        return s[::-1]
+
+    def items(self, n):
+        return list(range(n))
+
+    def blob(self, data):
+        return len(data)
+
+    def big(self, n):
+        return bytes(n)
+
+    def pid(self):
+        return os.getpid()
+
+    def sleep(self, mark, seconds):
+        touch(mark)
+        time.sleep(seconds)
+        return "the answer of sleep"
+
+    def mark(self, path, how):
+        touch(path)
+        if how:
+            die(how)
+        return os.path.getsize(path)
+
+    def die(self, how):
+        die(how)
+
+    def left(self, ctx):
+        return ctx.time_left()
+
+    def until_deadline(self, mark, ctx):
+        try:
+            while True:
+                ctx.check_deadline()
+                time.sleep(0.005)
+        except core.DeadlineExceededError:
+            touch(mark)
+            raise
+
+    def noisy(self, n):
+        print("print", n)
+        sys.stdout.write("write %d\\n" % n)
+        sys.stdout.flush()
+        os.write(1, b"os.write\\n")
+        libc = ctypes.CDLL(None)
+        libc.printf(b"printf %d\\n", n)
+        libc.puts(b"puts")
+        libc.fflush(None)
+        with contextlib.suppress(AttributeError, ValueError):
+            sys.__stdout__.buffer.write(b"\\xff\\xff\\xff\\xff")
+            sys.__stdout__.flush()
+        subprocess.run([sys.executable, "-S", "-c", "print('child', input() if 0 else '')"], check=True)
+        assert os.read(0, 10) == b""
+        return n
+
+    def exits(self, what):
+        raise {"SystemExit": SystemExit(3), "KeyboardInterrupt": KeyboardInterrupt()}[what]
+
+    def logs(self, n, ctx):
+        for i in range(n):
+            ctx.client_log(core.Level.INFO, f"message {i}")
+        return n
+
+    def counter(self, n, at=-1, how="", mark=""):
+        return core.Stream(output_schema=SCHEMA, state=Counter(n, at, how, mark))
+
+    def adder(self):
+        return core.Stream(output_schema=SCHEMA, state=Adder(), input_schema=SCHEMA)
+
+
+def batch(i):
+    return core.AnnotatedBatch(pa.record_batch({"i": pa.array([i], pa.int64())}))
+
+
+@contextlib.contextmanager
+def proxy(kind, address, **options):
+    """Open a client of any kind; `address` is a command, a path or a port."""
+    inside = {"pipe": "serve_pipe", "unix_pipe": "serve_unix_pipe", "tcp_pipe": "serve_tcp_pipe"}
+    if kind in inside:
+        opened = getattr(core, inside[kind])(Service, Impl(), **options)
+    elif kind == "subprocess":
+        opened = core.connect(Service, address, **options)
+    elif kind == "unix":
+        opened = core.unix_connect(Service, address, **options)
+    else:
+        opened = core.tcp_connect(Service, "127.0.0.1", address, **options)
+    with opened as found:
+        yield found
+
+
+if __name__ == "__main__":
+    core.run_server(Service, Impl())
+'''
+
+
+class Lab:
+    """A directory with the service in it, and the processes that were started there."""
+
+    def __init__(self, directory: Path) -> None:
+        self.dir = directory
+        self.script = directory / "rpc_lab_service.py"
+        self.script.write_text(SERVICE, encoding="utf-8")
+        path = os.pathsep.join([str(directory), *(entry for entry in sys.path if entry)])
+        self.env = {**os.environ, "PYTHONPATH": path, "VGI_RPC_CORE": core.__name__}
+        self.cmd = [sys.executable, str(self.script)]
+        self._started: list[subprocess.Popen[bytes]] = []
+
+    def address(self, kind: str) -> Any:
+        """Start what a client of this kind needs; returns its address."""
+        if kind == "subprocess":
+            return self.cmd
+        if kind == "unix":
+            return self.serve("--unix", str(self.dir / "sock"))[1].removeprefix("UNIX:")
+        if kind == "tcp":
+            return int(self.serve("--tcp", "127.0.0.1:0")[1].rpartition(":")[2])
+        return None
+
+    def serve(self, *flags: str) -> tuple[subprocess.Popen[bytes], str]:
+        """Start a threaded server; returns the process and the line in which it says where it listens."""
+        process = subprocess.Popen(
+            [*self.cmd, "--threaded", "--idle-timeout", "0", "--max-connections", "0", *flags],
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        self._started.append(process)
+        assert process.stdout is not None
+        return process, process.stdout.readline().decode().strip()
+
+    @property
+    def server(self) -> subprocess.Popen[bytes]:
+        """The server started last."""
+        return self._started[-1]
+
+    def run(self, source: str, *args: object, timeout: float = 30.0) -> Any:
+        """Run a script beside the service; returns what it wrote into `report`, decoded."""
+        report = self.dir / "report.json"
+        report.unlink(missing_ok=True)
+        script = self.dir / "script.py"
+        script.write_text(SCRIPT_HEAD + source, encoding="utf-8")
+        command = [sys.executable, str(script), str(report), *(json.dumps(arg) for arg in args)]
+        process = subprocess.Popen(command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self._started.append(process)
+        output, _ = process.communicate(timeout=timeout)
+        assert process.returncode == 0, output.decode()
+        return json.loads(report.read_text(encoding="utf-8"))
+
+    def start(self, source: str, *args: object) -> subprocess.Popen[bytes]:
+        """Start a script without waiting for it."""
+        script = self.dir / f"script{len(self._started)}.py"
+        script.write_text(SCRIPT_HEAD + source, encoding="utf-8")
+        command = [sys.executable, str(script), os.devnull, *(json.dumps(arg) for arg in args)]
+        process = subprocess.Popen(command, env=self.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._started.append(process)
+        return process
+
+    def close(self) -> None:
+        """End what is still running."""
+        for process in self._started:
+            process.kill()
+            process.wait(10)
+            if process.stdout is not None:
+                process.stdout.close()
+
+
+SCRIPT_HEAD = """
+import json, os, random, signal, sys, threading, time
+import rpc_lab_service as lab
+from rpc_lab_service import core
+
+class Alarm(Exception):
+    pass
+
+def ring(*_):
+    raise Alarm("the alarm rang")
+
+def outcome(call):
+    try:
+        return ["value", call()]
+    except core.RpcError as exc:
+        return [type(exc).__name__, str(exc), exc.sent]
+
+def when(path, action):
+    def watch():
+        while not os.path.exists(path):
+            time.sleep(0.002)
+        time.sleep(0.02)  # let the caller reach its system call; what counts is checked whenever it arrives
+        action()
+    threading.Thread(target=watch, daemon=True).start()
+
+def report(value):
+    with open(sys.argv[1], "w") as file:
+        json.dump(value, file)
+
+ARGS = [json.loads(arg) for arg in sys.argv[2:]]
+"""
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
+    """A fresh lab; workers that the tests start inherit its environment."""
+    made = Lab(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", made.env["PYTHONPATH"])
+    monkeypatch.setenv("VGI_RPC_CORE", core.__name__)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def _load_service(directory: Path) -> ModuleType:
+    os.environ.setdefault("VGI_RPC_CORE", core.__name__)
+    path = directory / "rpc_lab_service.py"
+    path.write_text(SERVICE, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("rpc_lab_service", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def svc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    """The service as a module of this process."""
+    module = _load_service(tmp_path_factory.mktemp("service"))
+    try:
+        yield module
+    finally:
+        del sys.modules["rpc_lab_service"]
+
+
+def until(true: Callable[[], object], seconds: float = 10.0) -> None:
+    """Wait for something that another process or thread does."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def background(run: Callable[[], object]) -> Iterator[list[Any]]:
+    """Run in a thread; the list receives the result, or the exception."""
+    got: list[Any] = []
+
+    def body() -> None:
+        try:
+            got.append(run())
+        except BaseException as exc:
+            got.append(exc)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    yield got
+    thread.join(30)
+    assert not thread.is_alive(), "the call hangs"
+
+
+def numbers(session: Any) -> list[int]:
+    """The values of a counter."""
+    return [item.batch.column(0)[0].as_py() for item in session]
+
+
+def alive(pid: int) -> bool:
+    """Whether a process exists, zombies included."""
+    return os.path.exists(f"/proc/{pid}")
+
+
+# ---- law 1: interrupted calls
+
+
+INTERRUPT = """
+kind, address, where, name, mark = ARGS
+os.environ["VGI_TEST_MARK"] = mark
+signal.signal(signal.SIGALRM, ring)
+with lab.proxy(kind, address) as p:
+    assert p.echo(1) == 1
+    open_session = None
+    if where == "turn":
+        open_session = p.counter(5, 2, "sleep", mark)
+        assert next(iter(open_session)).batch.to_pydict() == {"i": [0]}
+        open_session.tick()
+        call = open_session.tick
+    else:
+        call = lambda: p.sleep(mark, 0.3)
+    when(mark, lambda: os.kill(os.getpid(), getattr(signal, name)))
+    try:
+        call()
+        caught = "nothing"
+    except BaseException as exc:  # an ordinary exception is translated like any other in a call, and is the cause
+        caught = [type(exc).__name__, type(exc.__cause__).__name__]
+    time.sleep(0.4)  # the late answer, if any, has arrived
+    later = [outcome(lambda: p.echo(7)), outcome(lambda: p.text("x")), outcome(lambda: core.ping(p) > 0)]
+    later.append(outcome(lambda: bool(p.counter(1))))
+    if open_session is not None:
+        later.append(outcome(open_session.tick))
+        open_session.close()
+    threads = []
+    thread = threading.Thread(target=lambda: threads.append(outcome(lambda: p.echo(8))))
+    thread.start()
+    thread.join(5)
+    later += threads or [["hangs"]]
+    report([caught, later])
+    os._exit(0)  # a sleeping server thread of this process need not be waited for
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("where", ["call", "turn"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGALRM"])
+def test_an_interrupted_conversation_poisons_the_connection(lab: Lab, kind: str, where: str, name: str) -> None:
+    caught, later = lab.run(INTERRUPT, kind, lab.address(kind), where, name, str(lab.dir / "mark"))
+    assert caught == (["KeyboardInterrupt", "NoneType"] if name == "SIGINT" else ["ConnectionLostError", "Alarm"])
+    assert len(later) == (6 if where == "turn" else 5)
+    for number, (cls, text, *sent) in enumerate(later):
+        if where == "turn" and number == 4:  # the session itself is over
+            assert cls in ("RpcError", "ConnectionLostError"), text
+            continue
+        assert cls == "ConnectionLostError", text
+        assert sent == ["no"]
+        assert ("interrupted by KeyboardInterrupt" if name == "SIGINT" else "the alarm rang") in text
+
+
+# ---- law 2: threads
+
+
+def _mixed(svc: ModuleType, p: Any, thread: int, calls: int) -> list[str]:
+    """Call in turns whatever the service has; returns what came out wrong."""
+    wrong = []
+
+    def check(what: str, got: object, expected: object) -> None:
+        if got != expected:
+            wrong.append(f"{what}: got {got!r}, expected {expected!r}")
+
+    for i in range(calls):
+        n = thread * 1_000_000 + i
+        match i % 7:
+            case 0 | 1:
+                check("echo", p.echo(n), n)
+            case 2:
+                check("add", p.add(float(n), b=0.5), n + 0.5)
+            case 3:
+                check("text", p.text(f"thread {thread} call {i}"), f"thread {thread} call {i}"[::-1])
+            case 4:
+                check("items", p.items(thread * 50 + i), list(range(thread * 50 + i)))
+            case 5:
+                with p.counter(thread + 1) as session:
+                    check("counter", numbers(session), list(range(thread + 1)))
+            case _:
+                with p.adder() as session:
+                    sums = [session.exchange(svc.batch(k)).batch.column(0)[0].as_py() for k in (thread, i, 1)]
+                    check("adder", sums, [thread, thread + i, thread + i + 1])
+    return wrong
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_share_a_proxy_and_every_answer_is_right(lab: Lab, svc: ModuleType, kind: str) -> None:
+    outcomes: list[Any] = []
+    with svc.proxy(kind, lab.address(kind)) as p:
+
+        def work(thread: int) -> None:
+            try:
+                outcomes.append(_mixed(svc, p, thread, 100))
+            except Exception as exc:
+                outcomes.append(exc)
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(50)
+        assert outcomes == [[]] * 8
+
+
+def test_a_thread_that_holds_a_stream_is_refused_and_others_wait(lab: Lab, svc: ModuleType) -> None:
+    with svc.proxy("pipe", None) as p:
+        session = p.counter(3)
+        session.tick()
+        with pytest.raises(core.RpcError, match="a stream is open on this connection") as refused:
+            p.echo(1)
+        assert refused.value.sent == "no"
+        with background(lambda: p.echo(2)) as got:
+            assert numbers(session) == [1, 2]
+        assert got == [2]
+        assert p.echo(3) == 3
+
+
+def test_a_waiting_call_keeps_its_deadline(svc: ModuleType) -> None:
+    with svc.proxy("pipe", None) as p:
+        session = p.counter(3)
+        began = time.monotonic()
+        with background(lambda: core.with_options(p, timeout=0.2).echo(2)) as got:
+            until(lambda: got)
+        assert isinstance(got[0], core.DeadlineExceededError)
+        assert got[0].sent == "no"
+        assert time.monotonic() - began < 1.2
+        assert numbers(session) == [0, 1, 2]
+        assert p.echo(3) == 3  # nothing was sent, so nothing was lost
+
+
+# ---- law 3: forks
+
+
+FORK = """
+kind, address, mark = ARGS
+with lab.proxy(kind, address) as p:
+    assert p.echo(1) == 1
+    session = p.counter(4) if mark == "stream" else None
+    if session is not None:
+        session.tick()
+    parent = os.getpid()
+    inp, out = os.pipe()
+    child = os.fork()
+    if child == 0:
+        found = [outcome(lambda: p.echo(2)), outcome(lambda: bool(p.counter(1))), outcome(lambda: core.ping(p))]
+        if session is not None:
+            found.append(outcome(session.tick))
+            session = None
+        with lab.proxy("pipe", None) as own:  # connect again
+            found.append(outcome(lambda: own.echo(3)))
+        os.write(out, json.dumps(found).encode())
+        os.close(out)
+    else:
+        if session is not None:
+            rest = [item.batch.to_pydict()["i"] for item in session]
+            assert rest == [[1], [2], [3]], rest
+        right = [p.echo(i) == i for i in range(200)]
+        os.close(out)
+        with os.fdopen(inp) as file:
+            found = json.loads(file.read())
+if child == 0:
+    os._exit(0)  # it has left the block: the parent must not notice
+os.waitpid(child, 0)
+report([parent, found, all(right)])
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("state", ["idle", "stream"])
+def test_a_forked_child_is_refused_and_the_parent_goes_on(lab: Lab, kind: str, state: str) -> None:
+    parent, found, right = lab.run(FORK, kind, lab.address(kind), state)
+    assert right
+    assert found.pop() == ["value", 3]
+    assert len(found) == (4 if state == "stream" else 3)
+    for cls, text, sent in found:
+        assert cls == "WrongProcessError"
+        assert f"made in process {parent}; connect again" in text
+        assert sent == "no"
+
+
+FORK_IN_CALL = """
+kind, address, mark = ARGS
+with lab.proxy(kind, address) as p:
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(outcome(lambda: p.sleep(mark, 1.0))))
+    thread.start()
+    while not os.path.exists(mark):
+        time.sleep(0.002)
+    child = os.fork()
+    if child == 0:
+        wrong = outcome(lambda: p.echo(2))
+        os.write(2, b"")
+    else:
+        thread.join(10)
+        _, status = os.waitpid(child, 0)
+        answers.append(outcome(lambda: p.echo(9)))
+if child == 0:  # it has left the block, while its copy of the lock belongs to a thread that does not exist here
+    os._exit(0 if wrong[0] == "WrongProcessError" else 1)
+report([answers, status])
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fork_during_another_threads_call_does_not_disturb_it(lab: Lab, kind: str) -> None:
+    answers, status = lab.run(FORK_IN_CALL, kind, lab.address(kind), str(lab.dir / "mark"))
+    assert answers == [["value", "the answer of sleep"], ["value", 9]]
+    assert status == 0
+
+
+# ---- law 4: a worker's stdout
+
+
+def test_a_worker_may_print_in_every_way(lab: Lab, svc: ModuleType) -> None:
+    with svc.proxy("subprocess", lab.cmd, stderr=core.StderrMode.DEVNULL) as p:
+        assert [p.noisy(n) for n in range(5)] == list(range(5))
+        assert p.echo(42) == 42
+
+
+# ---- law 5: death certificates
+
+
+def assert_certificate(error: core.WorkerDiedError, lab: Lab, pid: int, how: str, last: list[str]) -> None:
+    code = {"exit": 7}.get(how) or -getattr(signal, how)
+    words = "exited with status 7" if how == "exit" else f"was killed by {how}"
+    assert error.command == tuple(lab.cmd)
+    assert error.pid == pid
+    assert error.returncode == code
+    assert f"worker {pid} {words} after" in str(error)
+    assert 0 < error.lifetime < 60
+    assert error.sent == "maybe"
+    assert error.error_type == "TransportError"
+    assert list(error.stderr_tail) == last
+    note = "\n".join(error.__notes__)
+    for shown in (lab.cmd[1], f"pid: {pid}", *last):
+        assert shown in note
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), again.__notes__) == (type(error), str(error), error.__notes__)
+    assert not alive(pid), "it was not reaped"
+
+
+LAST_WORDS = [f"last words {i}" for i in range(10, 30)]
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSEGV", "SIGTERM", "exit"])
+@pytest.mark.parametrize("where", ["call", "turn"])
+@pytest.mark.parametrize("stderr", ["INHERIT", "PIPE"])
+def test_a_dead_worker_leaves_a_certificate(lab: Lab, svc: ModuleType, how: str, where: str, stderr: str) -> None:
+    with svc.proxy("subprocess", lab.cmd, stderr=core.StderrMode[stderr]) as p:
+        pid = p.pid()
+        session = p.counter(9, 2, how) if where == "turn" else None
+        with pytest.raises(core.WorkerDiedError) as died:
+            numbers(session) if session is not None else p.die(how)
+        assert_certificate(died.value, lab, pid, how, LAST_WORDS)
+        with pytest.raises(core.ConnectionLostError, match=f"worker {pid} ") as after:
+            p.echo(1)
+        assert after.value.sent == "no"
+
+
+@pytest.mark.parametrize("where", ["call", "turn"])
+def test_a_worker_killed_from_outside(lab: Lab, svc: ModuleType, where: str) -> None:
+    mark = lab.dir / "mark"
+    with svc.proxy("subprocess", lab.cmd) as p:
+        pid = p.pid()
+
+        def call() -> object:
+            return p.sleep(str(mark), 60.0) if where == "call" else numbers(p.counter(9, 1, "sleep", str(mark)))
+
+        with background(call) as got:
+            until(mark.exists)
+            os.kill(pid, signal.SIGKILL)
+        assert isinstance(got[0], core.WorkerDiedError)
+        assert_certificate(got[0], lab, pid, "SIGKILL", [])
+
+
+def test_a_worker_that_never_starts_to_serve(lab: Lab, svc: ModuleType) -> None:
+    cmd = [sys.executable, "-c", "raise SystemExit('no such luck')"]
+    with svc.proxy("subprocess", cmd) as p, pytest.raises(core.WorkerDiedError, match="exited with status 1") as died:
+        p.echo(1)
+    assert died.value.stderr_tail == ("no such luck",)
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+@pytest.mark.parametrize("where", ["call", "turn"])
+def test_a_killed_server_is_a_lost_connection(lab: Lab, svc: ModuleType, kind: str, where: str) -> None:
+    with svc.proxy(kind, lab.address(kind)) as p:
+        assert p.echo(1) == 1
+        with pytest.raises(core.ConnectionLostError) as lost:
+            p.die("SIGKILL") if where == "call" else numbers(p.counter(9, 3, "SIGKILL"))
+        assert lost.value.sent == "maybe"
+        with pytest.raises(core.ConnectionLostError, match="Reason") as after:
+            p.echo(1)
+        assert after.value.sent == "no"
+
+
+# ---- law 6: deadlines
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("where", ["call", "turn", "exchange"])
+def test_a_deadline_ends_a_method_that_sleeps(
+    lab: Lab, svc: ModuleType, kind: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(svc.time, "sleep", _short_sleep(threading.Event(), svc.time.sleep))
+    with svc.proxy(kind, lab.address(kind)) as p:
+        pid = p.pid()
+        timed = core.with_options(p, timeout=0.4)
+        began = time.monotonic()
+        with pytest.raises(core.DeadlineExceededError, match=r"timeout of 0\.4 s") as late:
+            if where == "call":
+                timed.sleep(str(lab.dir / "mark"), 60.0)
+            elif where == "turn":
+                numbers(timed.counter(9, 1, "sleep", str(lab.dir / "mark")))
+            else:
+                timed.adder().exchange(svc.batch(-1))
+        assert 0.35 < time.monotonic() - began < 1.4
+        assert late.value.sent == "maybe"
+        assert isinstance(late.value, TimeoutError)
+        with pytest.raises(core.ConnectionLostError, match="did not finish within its timeout"):
+            p.echo(1)
+        assert kind != "subprocess" or not alive(pid), "the worker was not killed and reaped"
+
+
+def _short_sleep(stop: threading.Event, sleep: Callable[[float], None]) -> Callable[[float], None]:
+    """In this process a server thread shall not outlive the test by a minute."""
+
+    def short(seconds: float) -> None:
+        sleep(min(seconds, 2.0))
+
+    return short
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_turns_own_timeout(lab: Lab, svc: ModuleType, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(svc.time, "sleep", _short_sleep(threading.Event(), svc.time.sleep))
+    with svc.proxy(kind, lab.address(kind)) as p:
+        session = p.counter(9, 1, "sleep", str(lab.dir / "mark"))
+        assert session.tick(timeout=20.0).batch.to_pydict() == {"i": [0]}
+        began = time.monotonic()
+        with pytest.raises(core.DeadlineExceededError):
+            session.tick(timeout=0.3)
+        assert time.monotonic() - began < 1.3
+        session.close()
+        with pytest.raises(core.ConnectionLostError):
+            p.echo(1)
+
+
+@pytest.fixture
+def silent(tmp_path: Path) -> Iterator[Callable[[str], Any]]:
+    """Peers that take a connection and then neither read nor answer."""
+    with contextlib.ExitStack() as stack:
+
+        def make(kind: str) -> Any:
+            if kind == "subprocess":
+                return [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
+            if kind == "tcp":
+                listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+                return listener.getsockname()[1]
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+            listener.bind(str(tmp_path / "silent"))
+            listener.listen()
+            return str(tmp_path / "silent")
+
+        yield make
+
+
+@pytest.mark.parametrize("kind", SERVED)
+@pytest.mark.parametrize("what", ["call", "large", "stream", "ping"])
+def test_a_deadline_ends_a_call_to_a_silent_peer(
+    svc: ModuleType, silent: Callable[[str], Any], kind: str, what: str
+) -> None:
+    large = bytes(32 << 20)
+    with svc.proxy(kind, silent(kind), timeout=0.4) as p:
+        calls = {
+            "call": lambda: p.echo(1),
+            "large": lambda: p.blob(large),
+            "stream": lambda: numbers(p.counter(3)),
+            "ping": lambda: core.ping(p, timeout=0.4),
+        }
+        pid = p._transport.proc.pid if kind == "subprocess" else None
+        began = time.monotonic()
+        with pytest.raises(core.DeadlineExceededError) as late:
+            calls[what]()
+        assert 0.35 < time.monotonic() - began < 1.4
+        assert late.value.sent == "maybe"
+        with pytest.raises(core.ConnectionLostError):
+            calls[what]()
+        assert pid is None or not alive(pid)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_method_sees_its_deadline(lab: Lab, svc: ModuleType, kind: str) -> None:
+    with svc.proxy(kind, lab.address(kind)) as p:
+        assert p.left() is None
+        for timeout in (5.0, 20.0, 1000.0):
+            left = core.with_options(p, timeout=timeout).left()
+            assert left is not None and timeout - 3 < left <= timeout
+        assert p.left() is None
+
+
+@pytest.mark.parametrize("kind", SERVED)
+@pytest.mark.parametrize("where", ["call", "turn"])
+def test_a_method_can_stop_at_its_deadline(lab: Lab, svc: ModuleType, kind: str, where: str) -> None:
+    mark = lab.dir / "stopped"
+    address = lab.address(kind)
+    with svc.proxy(kind, address, timeout=0.5) as p, pytest.raises(core.DeadlineExceededError):
+        p.until_deadline(str(mark)) if where == "call" else numbers(p.counter(9, 1, "deadline"))
+    if where == "call" and kind != "subprocess":  # a subprocess was killed
+        until(mark.exists)
+    with svc.proxy(kind, address) as p:
+        assert p.echo(5) == 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_deadlines_that_are_met_change_nothing(lab: Lab, svc: ModuleType, kind: str) -> None:
+    with svc.proxy(kind, lab.address(kind), timeout=20.0) as p:
+        assert _mixed(svc, p, 3, 60) == []
+        assert p.blob(bytes(32 << 20)) == 32 << 20
+        assert p.big(32 << 20) == bytes(32 << 20)
+        assert 0 < core.ping(p) < 5
+        assert p.echo(1) == 1
+
+
+# ---- reconnecting
+
+
+def test_reconnect_after_the_worker_was_killed(lab: Lab, svc: ModuleType) -> None:
+    marks = lab.dir / "marks"
+    with svc.proxy("subprocess", lab.cmd, reconnect=True) as p:
+        assert p.mark(str(marks), "") == 1
+        first = p.pid()
+        os.kill(first, signal.SIGKILL)
+        until(lambda: Path(f"/proc/{first}/stat").read_text().split()[2] == "Z")
+        assert p.mark(str(marks), "") == 2  # executed once, by a new worker
+        assert p.pid() != first
+        with pytest.raises(core.WorkerDiedError) as died:  # it was sent: not repeated
+            p.mark(str(marks), "SIGKILL")
+        assert died.value.sent == "maybe"
+        assert marks.stat().st_size == 3
+        assert p.mark(str(marks), "") == 4
+        with p.counter(3) as session:
+            assert numbers(session) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+def test_reconnect_to_a_restarted_server(lab: Lab, svc: ModuleType, kind: str) -> None:
+    marks = lab.dir / "marks"
+    address = lab.address(kind)
+    flags = ["--unix", address] if kind == "unix" else ["--tcp", f"127.0.0.1:{address}"]
+    with svc.proxy(kind, address, reconnect=True) as p:
+        for done in range(1, 8, 2):
+            assert p.mark(str(marks), "") == done
+            lab.server.kill()
+            lab.server.wait(10)
+            lab.serve(*flags)
+            assert p.mark(str(marks), "") == done + 1
+        with pytest.raises(core.ConnectionLostError) as lost:
+            p.mark(str(marks), "SIGKILL")
+        assert lost.value.sent == "maybe"
+        assert marks.stat().st_size == 9
+        lab.server.wait(10)
+        with pytest.raises((core.ConnectionLostError, ConnectionRefusedError)):  # nobody is there
+            p.mark(str(marks), "")
+        lab.serve(*flags)
+        assert p.mark(str(marks), "") == 10
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+def test_a_failed_reconnect_is_an_rpc_error(lab: Lab, svc: ModuleType, kind: str) -> None:
+    with svc.proxy(kind, lab.address(kind), reconnect=True) as p:
+        assert p.echo(1) == 1
+        lab.server.kill()
+        lab.server.wait(10)
+        with pytest.raises(core.ConnectionLostError) as lost:
+            p.echo(2)
+        assert lost.value.sent == "no"
+
+
+def test_without_reconnect_a_restarted_server_is_not_used(lab: Lab, svc: ModuleType) -> None:
+    address = lab.address("unix")
+    with svc.proxy("unix", address) as p:
+        assert p.echo(1) == 1
+        lab.server.kill()
+        lab.server.wait(10)
+        lab.serve("--unix", address)
+        for _ in range(3):
+            with pytest.raises(core.ConnectionLostError):
+                p.echo(2)
+
+
+@pytest.mark.parametrize("kind", ["subprocess", "unix"])
+def test_threads_on_a_reconnecting_proxy_keep_their_connection(lab: Lab, svc: ModuleType, kind: str) -> None:
+    """An answer that waits for its own thread must not be taken for a dead connection by another thread."""
+    outcomes: list[Any] = []
+    with svc.proxy(kind, lab.address(kind), reconnect=True) as p:
+        transport = p._transport
+        pid = p.pid()
+
+        def work(thread: int) -> None:
+            try:
+                outcomes.append(_mixed(svc, p, thread, 100))
+            except Exception as exc:
+                outcomes.append(exc)
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(50)
+        assert outcomes == [[]] * 8
+        assert p.pid() == pid
+        assert p._transport is transport
