@@ -267,7 +267,7 @@ class _ErrorsRecord:
         return self.to_json() == other.to_json()
 
     def __hash__(self) -> int:
-        return hash((type(self), repr(self)))
+        return hash((type(self), *map(_errors_hashable, (getattr(self, name) for name in self.FIELDS))))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self.FIELDS)})"
@@ -288,6 +288,10 @@ class _ErrorsRecord:
                 value = [item.to_json() for item in value]
             found[name] = dict(value) if isinstance(value, Mapping) else value
         return found
+
+
+def _errors_hashable(value: Any) -> Any:
+    return frozenset(value.items()) if isinstance(value, Mapping) else value
 
 
 class _ErrorsDetail(_ErrorsRecord):
@@ -385,7 +389,8 @@ class ErrorInfo(_ErrorsDetail):
     def __init__(self, metadata: Mapping[str, str] = types.MappingProxyType({})) -> None:
         if not isinstance(metadata, Mapping):
             raise ValueError("metadata must be a mapping of str to str")
-        _errors_texts(**{f"metadata[{key!r}]": value for key, value in metadata.items()})
+        for key, value in metadata.items():
+            _errors_texts(**{f"key {key!r} of metadata": key, f"metadata[{key!r}]": value})
         self._set(metadata=types.MappingProxyType(dict(metadata)))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -580,7 +585,8 @@ def _errors_declared(exc: BaseException, name: str) -> Any:
 
 def error_code_of(exc: BaseException) -> Code:
     """Return the code an exception declares, else UNKNOWN; never raises."""
-    return Code.parse(_errors_declared(exc, "error_code"))
+    code = _errors_declared(exc, "error_code")
+    return Code.parse(code) if isinstance(code, str) else Code.UNKNOWN
 
 
 def error_kind_of(exc: BaseException) -> str | None:
@@ -689,7 +695,7 @@ class RpcError(Exception):
         return self._detail(LocalizedMessage)
 
 
-def _errors_restore(cls: type[RpcError], args: tuple[Any, ...], state: dict[str, Any]) -> RpcError:
+def _errors_restore(cls: type[Exception], args: tuple[Any, ...], state: dict[str, Any]) -> Exception:
     """Unpickle: constructors differ along the family, state does not."""
     error = cls.__new__(cls, *args)
     error.args = args
@@ -764,6 +770,9 @@ class StatusError(Exception):
         self.error_code = Code(code)
         self.error_kind = kind
         self.error_details = _errors_check_details(details)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _errors_restore, (type(self), self.args, self.__dict__)
 
 
 class VersionError(Exception):
@@ -1522,9 +1531,9 @@ def _types_encoder(annotation: Any, *, top: bool) -> _TypesConvert | None:
 
 
 def _types_encode_bytes(cls: type, value: Any) -> bytes:
-    if not isinstance(value, cls) and not hasattr(value, "serialize_to_bytes"):
+    if not isinstance(value, cls):
         raise TypeError(f"expected {cls.__name__}, got {type(value).__name__}")
-    return cast(bytes, value.serialize_to_bytes())
+    return bytes(cast(ArrowSerializableDataclass, value).serialize_to_bytes())
 
 
 def _types_encode_struct(cls: type[ArrowSerializableDataclass], value: Any) -> Any:
@@ -1566,7 +1575,7 @@ def _types_encode_enum(cls: type[enum.Enum], value: Any) -> str:
 def _types_encode_int(value: Any) -> Any:
     if type(value) is int:
         return value
-    if isinstance(value, float) and not value.is_integer():
+    if not isinstance(value, str | bytes | enum.Enum) and hasattr(value, "__trunc__") and value != value.__trunc__():
         raise TypeError(f"expected int, got {value!r}")
     return _types_encode_scalar(value)
 
@@ -1784,7 +1793,7 @@ def _types_compile(cls: type[ArrowSerializableDataclass]) -> _TypesSpec:
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if any(isinstance(extra, Transient) for extra in getattr(hint, "__metadata__", ())):
+        if _types_is_transient(hint):
             if required and field.init:
                 raise TypeError(
                     f"Transient field {cls.__name__}.{field.name} must have a default value or default_factory"
@@ -1797,6 +1806,17 @@ def _types_compile(cls: type[ArrowSerializableDataclass]) -> _TypesSpec:
             raise TypeError(f"Cannot generate Arrow schema for {cls.__name__}.{field.name}: {exc}") from exc
         columns.append(_TypesColumn(field.name, encode, decode, required and field.init, field.init))
     return _TypesSpec(pa.schema(fields), tuple(columns))
+
+
+def _types_is_transient(hint: Any) -> bool:
+    if any(isinstance(extra, Transient) for extra in getattr(hint, "__metadata__", ())):
+        return True
+    origin = typing.get_origin(hint)
+    if origin is Annotated:
+        return _types_is_transient(hint.__origin__)
+    if origin not in (typing.Union, types.UnionType):
+        return False
+    return any(map(_types_is_transient, typing.get_args(hint)))
 
 
 def _types_column_field(cls: type[ArrowSerializableDataclass], name: str, hint: Any) -> pa.Field[Any]:
@@ -1820,14 +1840,36 @@ def _types_row_batch(obj: ArrowSerializableDataclass) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(arrays, schema=spec.schema)
 
 
+@functools.lru_cache(1024)
+def _types_plain(dtype: pa.DataType) -> pa.DataType:
+    """The type with which to build cells: pyarrow makes invalid arrays for an absent struct with a dictionary in it."""
+
+    def plain(of: pa.DataType) -> pa.DataType:
+        if pa.types.is_dictionary(of):
+            return of.value_type
+        if pa.types.is_map(of):
+            return pa.map_(of.key_field.with_type(plain(of.key_type)), of.item_field.with_type(plain(of.item_type)))
+        if pa.types.is_list(of):
+            return pa.list_(of.value_field.with_type(plain(of.value_type)))
+        if pa.types.is_struct(of):
+            return pa.struct([field.with_type(plain(field.type)) for field in of])
+        return of
+
+    found = plain(dtype)
+    return dtype if found.equals(dtype) else found
+
+
 def _types_cell(value: Any, encode: _TypesConvert | None, dtype: pa.DataType) -> pa.Array[Any]:
     """The one-value array of a cell."""
     if value is not None:
         if encode is not None:
             value = encode(value)
-        elif pa.types.is_binary(dtype) and hasattr(value, "serialize_to_bytes"):
+        if pa.types.is_binary(dtype) and hasattr(value, "serialize_to_bytes"):
             value = value.serialize_to_bytes()
-    array = pa.array([value], type=dtype)
+    plain = _types_plain(dtype) if pa.types.is_nested(dtype) else dtype
+    array = pa.array([value], type=plain)
+    if plain is not dtype:
+        array = array.cast(dtype)
     return array if isinstance(array, pa.Array) else array.combine_chunks()
 
 
@@ -1840,8 +1882,13 @@ def _types_from_batch(cls: type[_T], batch: pa.RecordBatch) -> _T:
         raise ValueError(
             f"Expected single-row RecordBatch for {cls.__name__} deserialization, got {batch.num_rows} rows"
         )
-    names = batch.schema.names
-    row = {name: column[0].as_py() for name, column in zip(names, batch.columns, strict=True)}
+    known = {column.name for column in _types_spec(cast("type[ArrowSerializableDataclass]", cls)).columns}
+    row = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[name] = column[0].as_py() if name in known else None
+        except OverflowError as exc:  # a date that Python cannot say
+            raise ValueError(f"{cls.__name__}.{name}: {exc}") from exc
     return _types_from_mapping(cls, row)
 
 
@@ -3754,6 +3801,15 @@ class AnnotatedBatch(_CtxRecord):
 
     def __arrow_c_schema__(self) -> object:
         return self.batch.schema.__arrow_c_schema__()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, AnnotatedBatch):
+            return NotImplemented
+        # KeyValueMetadata cannot be compared with None
+        mine, theirs = dict(self.custom_metadata or {}), dict(other.custom_metadata or {})
+        return self.batch.equals(other.batch) and mine == theirs
+
+    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return f"AnnotatedBatch({_log_batch(self.batch)}, custom_metadata={_log_metadata(self.custom_metadata)})"
@@ -7364,10 +7420,10 @@ def _client_open(
     """Write the request of a stream; the session holds the connection from here on."""
     timeout = options.timeout
     request = _wire_request(plan, values, timeout)
+    channel.check()
     session = StreamSession(channel, plan, options)
     expects_header = plan.info.header_type is not None if header is None else header
     item: Any = None
-    channel.check()
     try:
         channel.enter(plan.doing, timeout)
         channel.send(request)
@@ -8183,7 +8239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as exc:  # argparse, and the flags of a worker
         return _cli_complain(exc.code, 1) if isinstance(exc.code, str) else int(exc.code or 0)
     except RpcError as exc:
-        return _cli_complain(_cli_error_json(exc), 1)
+        return 130 if _cli_interrupted(exc) else _cli_complain(_cli_error_json(exc), 1)
     except BrokenPipeError:
         _cli_mute()
         return 0
@@ -8199,6 +8255,17 @@ class _CliError(Exception):
     def __init__(self, text: str, status: int = 1) -> None:
         super().__init__(text)
         self.status = status
+
+
+def _cli_interrupted(exc: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: a terminal interrupts the worker as well, and its death may come first."""
+    while exc is not None:
+        if isinstance(exc, KeyboardInterrupt):
+            return True
+        if isinstance(exc, WorkerDiedError) and exc.returncode == -signal.SIGINT:
+            return True
+        exc = exc.__cause__ or exc.__context__
+    return False
 
 
 def _cli_complain(text: str, status: int) -> int:
@@ -8377,7 +8444,9 @@ def _cli_dial(options: Any) -> Any:
     import shlex
 
     if options.url is not None:
-        raise _CliError("--url needs the http extra, which this version does not have yet")
+        raise _CliError(
+            "--url needs the http extra (pip install 'vgi-rpc-onefile[http]'), which this version does not have yet"
+        )
     if options.cmd is not None:
         try:
             command = shlex.split(options.cmd)
@@ -8693,7 +8762,7 @@ class _CliPrinter:
         self._out = out
         self._widths: list[int] | None = None
         self._writer: Any = None
-        self._progress = _CliProgress()
+        self._progress = _CliProgress(out.isatty())
 
     def header(self, batch: pa.RecordBatch) -> None:
         if self.form == "arrow":
@@ -8715,11 +8784,11 @@ class _CliPrinter:
         else:
             self._out.write("".join(_cli_json(row) + "\n" for row in _cli_rows(batch)))
         self._out.flush()
-        self._progress.show(batch.num_rows)
+        self._progress.show(batch)
 
     def close(self, schema: pa.Schema | None) -> None:
         """The end of the results; `schema` makes an Arrow stream even of no batches."""
-        self._progress.hide()
+        self._progress.erase()
         if self.form == "arrow" and schema is not None:
             self._open(schema)
         if self._writer is not None:
@@ -8742,22 +8811,32 @@ class _CliPrinter:
 class _CliProgress:
     """One line on a terminal's stderr while a stream lasts longer than a second."""
 
-    def __init__(self) -> None:
-        self._began = time.monotonic()
+    def __init__(self, beside_rows: bool) -> None:
+        self._began = self._written = time.monotonic()
         self._visible = sys.stderr.isatty()
+        self._beside_rows = beside_rows  # stdout is the terminal too
         self._shown = False
-        self._rows = self._batches = 0
+        self._batches = self._rows = self._bytes = 0
 
-    def show(self, rows: int) -> None:
-        self._rows += rows
+    def show(self, batch: pa.RecordBatch) -> None:
         self._batches += 1
-        elapsed = time.monotonic() - self._began
-        if self._visible and elapsed > 1.0:
-            sys.stderr.write(f"{self._rows} rows in {self._batches} batches, {elapsed:.1f} s")
-            sys.stderr.flush()
-            self._shown = True
+        self._rows += batch.num_rows
+        self._bytes += batch.nbytes
+        now = time.monotonic()
+        elapsed = now - self._began
+        if not self._visible or elapsed < 1.0 or now - self._written < 0.1:
+            return
+        size, rate = self._bytes / 1e6, self._rows / elapsed
+        sys.stderr.write(f"\r{self._batches} batches, {self._rows} rows, {size:.1f} MB, {rate:.0f} rows/s\x1b[K")
+        sys.stderr.flush()
+        self._written, self._shown = now, True
 
     def hide(self) -> None:
+        """Make room for rows, if they go to the same terminal."""
+        if self._beside_rows:
+            self.erase()
+
+    def erase(self) -> None:
         if self._shown:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
@@ -8793,32 +8872,57 @@ def _cli_json(value: Any) -> str:
 
 
 def _cli_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
-    columns = [[_cli_plain(value, column.type) for value in column.to_pylist()] for column in batch.columns]
+    columns = [_cli_column(column) for column in batch.columns]
     for i in range(batch.num_rows):
         yield {name: column[i] for name, column in zip(batch.schema.names, columns, strict=True)}
 
 
-def _cli_plain(value: Any, dtype: Any) -> Any:
-    """A value of pyarrow as JSON has it."""
-    import base64
-    import datetime
+def _cli_column(column: pa.Array[Any]) -> list[Any]:
+    of = pa.types
+    if of.is_integer(column.type) or of.is_floating(column.type) or of.is_boolean(column.type):
+        return cast("list[Any]", column.to_pylist())
+    return [_cli_plain(scalar) for scalar in column]
 
-    if value is None or isinstance(value, str | int | float):
-        return value
-    if pa.types.is_map(dtype):
-        return {str(_cli_plain(key, dtype.key_type)): _cli_plain(item, dtype.item_type) for key, item in value}
-    if pa.types.is_struct(dtype):
-        return {field.name: _cli_plain(value[field.name], field.type) for field in dtype}
-    if isinstance(value, list):
-        return [_cli_plain(item, dtype.value_type) for item in value]
+
+def _cli_plain(scalar: Any) -> Any:
+    """An Arrow value as JSON has it."""
+    import base64
+
+    of, dtype = pa.types, scalar.type
+    if not scalar.is_valid:
+        return None
+    if of.is_map(dtype):
+        return {str(_cli_plain(pair["key"])): _cli_plain(pair["value"]) for pair in scalar.values}
+    if of.is_struct(dtype):
+        return {field.name: _cli_plain(scalar[i]) for i, field in enumerate(dtype)}
+    if of.is_nested(dtype) and hasattr(scalar, "values"):
+        return _cli_column(scalar.values)
+    if of.is_dictionary(dtype):
+        return _cli_plain(scalar.value)
+    if of.is_timestamp(dtype) or of.is_time(dtype) or of.is_duration(dtype):
+        return _cli_temporal(scalar, dtype)
+    value = scalar.as_py()
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
-    if isinstance(value, datetime.timedelta):
-        seconds = f"{abs(value).total_seconds():.6f}".rstrip("0").rstrip(".")
-        return f"{'-' if value < datetime.timedelta() else ''}PT{seconds}S"
-    if isinstance(value, datetime.date | datetime.time):
-        return value.isoformat()
-    return str(value)
+    return value if isinstance(value, str | int | float) else str(value)
+
+
+def _cli_temporal(scalar: Any, dtype: Any) -> str:
+    """ISO 8601 with all its digits; the bare count of units for what Python's calendar does not reach."""
+    ticks = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[dtype.unit]
+    if pa.types.is_duration(dtype):
+        seconds, rest = divmod(abs(scalar.value), ticks)
+        digits = f"{rest * (10**9 // ticks):09d}".rstrip("0")
+        return f"{'-' if scalar.value < 0 else ''}PT{seconds}{'.' * bool(digits)}{digits}S"
+    try:
+        if dtype.unit != "ns":
+            return cast(str, scalar.as_py().isoformat())
+        whole = pa.timestamp("us", dtype.tz) if pa.types.is_timestamp(dtype) else pa.time64("us")
+        text = pa.scalar(scalar.value // 1000, whole).as_py().isoformat(timespec="microseconds")
+    except (ValueError, OverflowError):
+        return str(scalar.value)
+    end = text.index(".") + 7
+    return f"{text[:end]}{scalar.value % 1000:03d}{text[end:]}"
 
 
 # ---- the other side
@@ -8835,13 +8939,24 @@ def _cli_serve(options: Any) -> int:
         raise _CliError(f"{options.protocol_class} is not a Protocol class", 2)
     found = _cli_import(options.implementation)
     factory = options.factory or len(flags) != len(options.flags)
-    implementation = found() if factory or isinstance(found, type) else found
+    implementation = _cli_make(found, options.implementation) if factory or isinstance(found, type) else found
     try:
         ProtocolBinding(protocol, implementation)
     except (TypeError, ValueError) as exc:  # before any descriptor moves: one readable message
         raise _CliError(str(exc), 2) from exc
     _door_run(protocol, implementation, flags, describe=True)
     return 0
+
+
+def _cli_make(maker: Any, text: str) -> Any:
+    """Call a class or factory; what goes wrong inside it keeps its traceback."""
+    import inspect
+
+    try:
+        inspect.signature(maker).bind()
+    except (TypeError, ValueError) as exc:
+        raise _CliError(f"{text} cannot be called without arguments: {exc}", 2) from exc
+    return maker()
 
 
 def _cli_import(text: str) -> Any:
@@ -8991,12 +9106,13 @@ _EXTRAS_NAMES: Final = {
     "http": (
         "http",
         "http_connect http_introspect http_capabilities make_wsgi_app make_sync_client serve_http request_upload_urls"
-        " HttpRetryConfig HttpServerCapabilities HttpStreamSession HttpTransientError",
+        " HttpRetryConfig HttpServerCapabilities HttpStreamSession HttpTransientError MAX_REQUEST_BYTES_HEADER"
+        " MAX_UPLOAD_BYTES_HEADER UPLOAD_URL_HEADER",
     ),
     "auth": (
         "oauth",
         "bearer_authenticate bearer_authenticate_static chain_authenticate jwt_authenticate OAuthResourceMetadata"
-        " fetch_oauth_metadata http_oauth_metadata",
+        " OAuthResourceMetadataResponse fetch_oauth_metadata http_oauth_metadata parse_resource_metadata_url",
     ),
     "storage.s3": ("s3", "S3Storage"),
     "storage.gcs": ("gcs", "GCSStorage"),
@@ -9006,6 +9122,15 @@ _EXTRAS_NAMES: Final = {
 }
 _EXTRAS_WHERE: Final = {
     name: (module, extra) for module, (extra, names) in _EXTRAS_NAMES.items() for name in names.split()
+}
+_EXTRAS_NEEDS: Final = {
+    "http": "falcon httpx",
+    "auth": "joserfc",
+    "storage.s3": "boto3",
+    "storage.gcs": "google.cloud.storage",
+    "otel": "opentelemetry.sdk",
+    "sentry": "sentry_sdk",
+    "access_log": "",
 }
 # The reflection messages of room 11: dataclasses, which are made when first asked for.
 _EXTRAS_LAZY_CORE: Final = frozenset(
@@ -9055,7 +9180,9 @@ def _extras_package(wanted: str, extra: str) -> Any:
 
 def _extras_missing(wanted: str, package: str, extra: str) -> ImportError:
     distribution = f"vgi-rpc-onefile[{extra}]" if extra else "vgi-rpc-onefile"
-    alone = " (a lone copied file has no extras: copy the folder too)" if package == "vgi_rpc_extras" else ""
+    alone = ""
+    if package == "vgi_rpc_extras":
+        alone = " (a lone copied file has no HTTP and no other extras: copy the folder too)"
     return ImportError(
         f"{wanted} needs the package {package!r}, which is not installed{alone}: pip install '{distribution}'",
         name=package,
@@ -9069,7 +9196,24 @@ if not TYPE_CHECKING:  # a checker would take any name for existing
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_EXTRAS_LAZY_CORE, *_EXTRAS_WHERE})
+    found = {module for module, needs in _EXTRAS_NEEDS.items() if _extras_can_import(module, needs)}
+    lazy = (name for name, (module, _) in _EXTRAS_WHERE.items() if module in found)
+    return sorted({*globals(), *_EXTRAS_LAZY_CORE, *lazy})
+
+
+def _extras_can_import(module: str, needs: str) -> bool:
+    """Whether the folder has the module and its third-party packages are installed; imports none of them."""
+    import importlib.util
+
+    own = __name__.rpartition(".")[0]
+    for package in ([f"{own}.vgi_rpc_extras"] if own else []) + ["vgi_rpc_extras"]:
+        try:
+            if importlib.util.find_spec(package) is not None:
+                names = [f"{package}.{module}", *needs.split()]
+                return all(importlib.util.find_spec(name) is not None for name in names)
+        except (ImportError, ValueError):
+            return False
+    return False
 
 
 if __name__ == "__main__":

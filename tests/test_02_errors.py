@@ -333,7 +333,7 @@ JSON = st.recursive(
 TYPES = [f"vgi_rpc.{name}" for name in dict.fromkeys(row[0] for row in DETAILS)]
 
 
-@settings(deadline=None)
+@settings(database=None, deadline=None)
 @given(JSON, st.sampled_from([*TYPES, "vgi_rpc.Future", "app.X"]))
 def test_parse_and_encode_take_any_json(obj: Any, name: str) -> None:
     if isinstance(obj, dict):
@@ -345,7 +345,7 @@ def test_parse_and_encode_take_any_json(obj: Any, name: str) -> None:
     assert core.RpcError("E", "m", error_details=[{"@type": name, "v": obj}]).error_details
 
 
-@settings(deadline=None)
+@settings(database=None, deadline=None)
 @given(st.binary() | st.text() | JSON.map(json.dumps))
 def test_decode_takes_any_bytes(raw: Any) -> None:
     assert all(isinstance(obj["@type"], str) for obj in core.decode_error_details(raw))

@@ -391,7 +391,7 @@ JSON = st.recursive(
 BYTES = st.binary() | st.sampled_from([level.encode() for level in LEVELS]) | JSON.map(lambda v: json.dumps(v).encode())
 
 
-@settings(deadline=None)
+@settings(database=None, deadline=None)
 @given(st.dictionaries(st.sampled_from(LOG_KEYS) | st.binary(max_size=8), BYTES))
 def test_any_bytes_are_read(metadata: dict[bytes, bytes]) -> None:
     found = core._log_from_wire(metadata)
@@ -407,7 +407,7 @@ def test_any_bytes_are_read(metadata: dict[bytes, bytes]) -> None:
         assert isinstance(found.message, str)
 
 
-@settings(deadline=None)
+@settings(database=None, deadline=None)
 @given(
     st.sampled_from(LEVELS[1:]),
     st.text(),
@@ -418,7 +418,7 @@ def test_messages_of_text_round_trip(level: str, text: str, extra: dict[str, str
     assert core._log_from_wire(core._log_metadata_bytes(message)) == message
 
 
-@settings(deadline=None)
+@settings(database=None, deadline=None)
 @given(JSON, st.text(), st.text())
 def test_any_declared_details_and_text_can_be_sent(details: Any, text: str, kind: str) -> None:
     exc = ValueError(text)

@@ -142,7 +142,7 @@ def through(annotation: Any, value: Any, *, top: bool) -> Any:
     return raw if raw is None or decode is None else decode(raw)
 
 
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+@settings(database=None, deadline=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 @given(KINDS, st.booleans(), st.data())
 def test_random_values_round_trip(kind: Kind, top: bool, data: st.DataObject) -> None:
     value = data.draw(kind.values)
@@ -161,7 +161,7 @@ def drawn(cls: Any, shape: dict[str, Kind], data: st.DataObject) -> Any:
     return cls(**{name: data.draw(kind.values, label=name) for name, kind in shape.items()})
 
 
-@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+@settings(database=None, deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 @given(SHAPES, st.data())
 def test_random_dataclasses_round_trip(shape: dict[str, Kind], data: st.DataObject) -> None:
     cls = made(shape)
@@ -174,7 +174,7 @@ def test_random_dataclasses_round_trip(shape: dict[str, Kind], data: st.DataObje
     )
 
 
-@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+@settings(database=None, deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 @given(SHAPES, st.data())
 def test_random_dataclasses_nest(shape: dict[str, Kind], data: st.DataObject) -> None:
     inner = made(shape, "Inner")
@@ -185,7 +185,7 @@ def test_random_dataclasses_nest(shape: dict[str, Kind], data: st.DataObject) ->
         assert same(outer.deserialize_from_bytes(value.serialize_to_bytes()), value)
 
 
-@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+@settings(database=None, deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 @given(SHAPES, SHAPES, st.randoms(use_true_random=False), st.data())
 def test_readers_ignore_unknown_columns_and_order(
     shape: dict[str, Kind], more: dict[str, Kind], random: Any, data: st.DataObject
@@ -222,7 +222,7 @@ RICH = Rich(
 ).serialize_to_bytes()
 
 
-@settings(deadline=None, max_examples=300)
+@settings(database=None, deadline=None, max_examples=300)
 @given(st.binary(max_size=400))
 @example(b"")
 @example(GOOD[:-1])
@@ -235,7 +235,7 @@ def test_random_bytes_raise_only_the_documented_errors(data: bytes) -> None:
     assert isinstance(found, Leaf)
 
 
-@settings(deadline=None, max_examples=500)
+@settings(database=None, deadline=None, max_examples=500)
 @given(st.lists(st.tuples(st.integers(0, len(GOOD) - 1), st.integers(0, 255)), min_size=1, max_size=4))
 def test_damaged_streams_raise_only_the_documented_errors(damage: list[tuple[int, int]]) -> None:
     data = bytearray(GOOD)
@@ -248,7 +248,7 @@ def test_damaged_streams_raise_only_the_documented_errors(damage: list[tuple[int
     assert isinstance(found, Leaf)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(database=None, deadline=None, max_examples=300)
 @given(st.lists(st.tuples(st.integers(0, len(RICH) - 1), st.integers(0, 255)), min_size=1, max_size=3))
 def test_damaged_rich_streams_raise_only_the_documented_errors(damage: list[tuple[int, int]]) -> None:
     data = bytearray(RICH)
@@ -261,7 +261,7 @@ def test_damaged_rich_streams_raise_only_the_documented_errors(damage: list[tupl
     assert isinstance(found, Rich)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(database=None, deadline=None, max_examples=200)
 @given(st.integers(0, len(GOOD)), st.binary(max_size=40))
 def test_cut_and_extended_streams_raise_only_the_documented_errors(cut: int, tail: bytes) -> None:
     try:
@@ -278,7 +278,7 @@ ANY = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(database=None, deadline=None, max_examples=300)
 @given(KINDS, ANY, st.booleans())
 def test_wrong_values_raise_only_ordinary_errors(kind: Kind, value: Any, top: bool) -> None:
     try:

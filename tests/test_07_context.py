@@ -72,7 +72,7 @@ def test_claims_never_show() -> None:
 
 def test_auth_compares_by_value() -> None:
     same = core.AuthContext("jwt", True, "alice", {"sub": "alice", "secret": "hunter2"})
-    assert ALICE == same and hash(ALICE) == hash(same)
+    assert same == ALICE and hash(ALICE) == hash(same)
     assert core.AuthContext("jwt", True, "alice") != ALICE
     assert core.AuthContext("bearer", True, "alice", ALICE.claims) != ALICE
     assert ALICE != "alice"
@@ -103,6 +103,31 @@ def test_current_auth_is_a_context_variable() -> None:
         core._ctx_auth.reset(token)
     assert seen == [core.AuthContext.anonymous()]
     assert core.current_auth() is core.AuthContext.anonymous()
+
+
+class Pair(core._CtxRecord):
+    """A record of two fields."""
+
+    __slots__ = ("left", "right")
+    __match_args__ = ("left", "right")
+
+    def __init__(self, left: int, right: int) -> None:
+        object.__setattr__(self, "left", left)
+        object.__setattr__(self, "right", right)
+
+
+def test_records_are_values() -> None:
+    pair = Pair(1, 2)
+    assert pair == Pair(1, 2) and pair != Pair(2, 1) and pair != (1, 2)
+    assert pickle.loads(pickle.dumps(pair)) == pair
+    match pair:
+        case Pair(left, 2):
+            assert left == 1
+        case _:
+            raise AssertionError("a record can be matched")
+    with pytest.raises(AttributeError, match="Pair is frozen"):
+        pair.left = 3
+    assert len({pair, Pair(1, 2), Pair(2, 1)}) == 2
 
 
 # ---- TransportKind, CallStatistics
@@ -272,7 +297,7 @@ def test_http_only_calls(call: Any, text: str) -> None:
 
 
 def test_cookie_signatures() -> None:
-    names = "name value expires max_age domain path secure http_only same_site partitioned".split()
+    names = ["name", "value", "expires", "max_age", "domain", "path", "secure", "http_only", "same_site", "partitioned"]
     assert list(inspect.signature(context().set_cookie).parameters) == names
     assert list(inspect.signature(context().delete_cookie).parameters) == ["name", "path", "domain"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 from dataclasses import dataclass, make_dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -15,8 +16,7 @@ from tests.core import core
 REFLECTION = "vgi_rpc.Reflection.v1"
 REFLECTION_HASH = "3c7db4cae8cdfc93dc4a76e73b8b759e18e45e6a5811adba4e520366344b919a"
 EMPTY_SCHEMA_MESSAGE = bytes.fromhex(
-    "ffffffff300000001000000000000a000c000600050008000a000000000104000c00000008000800000004000800000004000000"
-    "00000000"
+    "ffffffff300000001000000000000a000c000600050008000a000000000104000c0000000800080000000400080000000400000000000000"
 )
 ADD_SCHEMA_MESSAGE = bytes.fromhex(
     "ffffffffa00000001000000000000a000c000600050008000a000000000104000c0000000800080000000400080000000400000002"
@@ -148,7 +148,12 @@ SERVICE = [*SUMMARY, *fields(methods=pa.list_(pa.struct(METHOD)))]
 
 @pytest.mark.parametrize(
     ("name", "columns"),
-    [("ProtocolSummary", SUMMARY), ("MethodInfo", METHOD), ("ProtocolList", HOSTED), ("WireServiceDescription", SERVICE)],
+    [
+        ("ProtocolSummary", SUMMARY),
+        ("MethodInfo", METHOD),
+        ("ProtocolList", HOSTED),
+        ("WireServiceDescription", SERVICE),
+    ],
 )
 def test_payload_schemas(name: str, columns: list[pa.Field]) -> None:
     cls = getattr(WIRE, name)
@@ -242,7 +247,10 @@ def test_schemas_are_messages_without_an_end() -> None:
 
 def test_reflection_describes_itself() -> None:
     service = IMPL.describe(REFLECTION)
-    assert (service.protocol_hash, [m.name for m in service.methods]) == (REFLECTION_HASH, ["describe", "list_protocols"])
+    assert (service.protocol_hash, [m.name for m in service.methods]) == (
+        REFLECTION_HASH,
+        ["describe", "list_protocols"],
+    )
 
 
 def test_describe_of_an_unknown_name() -> None:
@@ -406,12 +414,18 @@ def test_a_description_that_makes_no_sense_is_an_rpc_error(changes: dict[str, An
 
 def test_views_take_what_newer_servers_send() -> None:
     newer = make_dataclass(
-        "Newer", [("protocol", str), ("methods", list[str]), ("invented", int)], bases=(core.ArrowSerializableDataclass,)
+        "Newer",
+        [("protocol", str), ("methods", list[str]), ("invented", int)],
+        bases=(core.ArrowSerializableDataclass,),
     )
     batch = ipc.open_stream(newer("P", ["m"], 7).serialize_to_bytes()).read_next_batch()
     with pytest.raises(ValueError, match="Missing fields"):  # these columns have no defaults
         WIRE.WireServiceDescription.deserialize_from_batch(batch)
-    row = {**{field.name: getattr(IMPL.describe("Calc"), field.name) for field in SUMMARY}, "methods": [], "invented": 7}
+    row = {
+        **{field.name: getattr(IMPL.describe("Calc"), field.name) for field in SUMMARY},
+        "methods": [],
+        "invented": 7,
+    }
     schema = pa.schema([*SERVICE, pa.field("invented", pa.int64())])
     found = WIRE.WireServiceDescription.deserialize_from_batch(pa.RecordBatch.from_pylist([row], schema=schema))
     assert (found.protocol, found.methods) == ("Calc", [])
@@ -440,8 +454,6 @@ def test_reflection_not_supported() -> None:
 
 def test_over_a_connection() -> None:
     client, server = core.make_pipe_pair()
-    import threading
-
     thread = threading.Thread(target=SERVER.serve, args=(server,))
     thread.start()
     try:

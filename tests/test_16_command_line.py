@@ -1,412 +1,768 @@
-"""Room 16: the command line."""
+"""The command line against real servers: started by `serve`, called in this process and as a program."""
 
 from __future__ import annotations
 
-import datetime
-import enum
+import base64
 import io
 import json
-import logging
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import pytest
-from pyarrow import ipc
 
 from tests.core import core
 
-ROOT = Path(__file__).resolve().parent.parent
-ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "PYTHONDONTWRITEBYTECODE": "1"}
-MYSELF = [sys.executable, "-W", "error", "-m", core.__name__]
-WORKER = [*MYSELF, "serve", f"{__name__}:Service", f"{__name__}:Impl"]
-NOTHING = pa.schema([])
-NUMBERS = pa.schema([("x", pa.float64())])
+SERVICE = """
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import decimal
+import enum
+import importlib
+import os
+import time
+from typing import Annotated, Protocol
+
+import pyarrow as pa
+
+core = importlib.import_module(os.environ["VGI_RPC_CORE"])
 
 
-class Colour(enum.Enum):
-    RED = "r"
+class Color(enum.Enum):
+    RED = 1
+    BLUE = 2
 
 
-class Service(Protocol):
-    def add(self, a: int, b: int = 5) -> int: ...
-    def shown(self, f: float, flag: bool, s: str, c: Colour, m: dict[str, int], items: list[float]) -> str: ...
+@dataclasses.dataclass(frozen=True)
+class Point(core.ArrowSerializableDataclass):
+    x: float
+    y: float
+
+
+class Kitchen(Protocol):
+    def add(self, a: float, b: float) -> float: ...
+    def scale(self, x: int, by: int = 3) -> int: ...
     def nothing(self) -> None: ...
-    def raw(self, x: bytes) -> bytes: ...
-    def day(self, x: datetime.date) -> datetime.date: ...
-    def moment(self, x: datetime.datetime) -> datetime.datetime: ...
-    def span(self, x: datetime.timedelta) -> datetime.timedelta: ...
-    def table(self) -> dict[str, int]: ...
-    def maybe(self, x: int | None) -> int | None: ...
-    def fail(self) -> None: ...
-    def count(self, n: int) -> core.Stream[core.ProducerState, None]: ...  # type: ignore[name-defined]
-    def double(self) -> core.Stream[core.ExchangeState, None]: ...  # type: ignore[name-defined]
+    def flag(self, v: bool) -> bool: ...
+    def paint(self, v: Color) -> Color: ...
+    def raw(self, v: bytes) -> bytes: ...
+    def at(self, v: datetime.datetime) -> datetime.datetime: ...
+    def day(self, v: datetime.date) -> datetime.date: ...
+    def clock(self, v: datetime.time) -> datetime.time: ...
+    def span(self, v: datetime.timedelta) -> datetime.timedelta: ...
+    def money(self, v: Annotated[decimal.Decimal, core.ArrowType(pa.decimal128(12, 2))]) -> Annotated[
+        decimal.Decimal, core.ArrowType(pa.decimal128(12, 2))]: ...
+    def tags(self, v: list[str]) -> list[str]: ...
+    def prices(self, v: dict[str, float]) -> dict[str, float]: ...
+    def numbered(self, v: dict[int, list[datetime.date]]) -> dict[int, list[datetime.date]]: ...
+    def maybe(self, v: int | None) -> int | None: ...
+    def points(self, v: list[Point]) -> list[Point]: ...
+    def shift(self, p: Point, by: float) -> Point: ...
+    def warn(self, text: str) -> int: ...
+    def fail(self, text: str) -> int: ...
+    def slow(self, seconds: float) -> int: ...
+    def count(self, n: int) -> core.Stream[core.ProducerState]: ...
+    def titled(self, n: int) -> core.Stream[core.ProducerState, Point]: ...
+    def breaks(self, n: int) -> core.Stream[core.ProducerState]: ...
+    def nanos(self) -> core.Stream[core.ProducerState]: ...
+    def double(self) -> core.Stream[core.ExchangeState]: ...
+    def either(self, n: int) -> core.Stream[core.StreamState]: ...
 
 
-class Count(core.ProducerState):  # type: ignore[misc,name-defined]
-    def __init__(self, n: int) -> None:
-        self.left = n
+class Other(Protocol):
+    def hello(self) -> str: ...
 
-    def produce(self, out: Any, ctx: Any) -> None:
-        if not self.left:
+
+class Count(core.ProducerState):
+    def __init__(self, n: int, end: str = "finish") -> None:
+        self.n, self.end, self.i = n, end, 0
+
+    def produce(self, out, ctx):
+        if self.i == self.n:
+            if self.end == "break":
+                raise RuntimeError("the stream broke")
             out.finish()
             return
-        out.emit_pydict({"left": [self.left], "text": ["a\nb"]})
-        self.left -= 1
+        ctx.client_log(core.Level.DEBUG, f"turn {self.i}")
+        out.emit_pydict({"i": [self.i], "text": ["x" * self.i]})
+        self.i += 1
 
 
-class Double(core.ExchangeState):  # type: ignore[misc,name-defined]
-    def exchange(self, input: Any, out: Any, ctx: Any) -> None:
-        out.emit_pydict({"x": [2 * value for value in input.batch.column("x").to_pylist()]})
+class Nanos(core.ProducerState):
+    done = False
+
+    def produce(self, out, ctx):
+        if self.done:
+            out.finish()
+            return
+        self.done = True
+        out.emit(NANOS)
 
 
-class Impl:
-    def add(self, a: int, b: int, ctx: Any) -> int:
-        ctx.client_log(core.Level.WARN, f"adding\x1b[2J {a}")
-        return a + b
-
-    def shown(self, f: float, flag: bool, s: str, c: Colour, m: dict[str, int], items: list[float]) -> str:
-        return repr((f, flag, s, c.name, m, items))
-
-    def nothing(self) -> None:
-        pass
-
-    def raw(self, x: bytes) -> bytes:
-        return x
-
-    day = moment = span = maybe = lambda self, x: x
-
-    def table(self) -> dict[str, int]:
-        return {"a": 1, "b": 2}
-
-    def fail(self) -> None:
-        raise ValueError("boom")
-
-    def count(self, n: int) -> Any:
-        return core.Stream(pa.schema([("left", pa.int64()), ("text", pa.string())]), Count(n))
-
-    def double(self) -> Any:
-        return core.Stream(NUMBERS, Double(), NUMBERS)
+NANOS = pa.record_batch(
+    {
+        "ts": pa.array([1_700_000_000_123_456_789], pa.timestamp("ns")),
+        "utc": pa.array([1_700_000_000_000_000_001], pa.timestamp("ns", tz="UTC")),
+        "clock": pa.array([3_600_000_000_001], pa.time64("ns")),
+        "span": pa.array([10_000_000_001], pa.duration("ns")),
+        "ten": pa.array([10], pa.duration("s")),
+        "kind": pa.array(["a"]).dictionary_encode(),
+        "big": pa.array([[b"\\xff"]], pa.large_list(pa.large_binary())),
+        "half": pa.array([1.5], pa.float16()),
+        "nan": pa.array([float("nan")]),
+    }
+)
 
 
-def make() -> Impl:
-    return Impl()
+class Double(core.ExchangeState):
+    def exchange(self, input, out, ctx):
+        out.emit_pydict({"y": [2.0 * v.as_py() for v in input.batch.column("x")]})
 
 
-class Ran:
-    def __init__(self, status: int, out: str, err: str) -> None:
-        self.status, self.out, self.err = status, out, err
+COUNT = pa.schema([("i", pa.int64()), ("text", pa.utf8())])
+
+
+class KitchenImpl:
+    def flag(self, v): return v
+    def paint(self, v): return v
+    def raw(self, v): return v
+    def at(self, v): return v
+    def day(self, v): return v
+    def clock(self, v): return v
+    def span(self, v): return v
+    def money(self, v): return v
+    def tags(self, v): return v
+    def prices(self, v): return v
+    def numbered(self, v): return v
+    def maybe(self, v): return v
+    def points(self, v): return v
+    def add(self, a, b): return a + b
+    def scale(self, x, by=3): return x * by
+    def nothing(self): pass
+    def shift(self, p, by): return Point(p.x + by, p.y + by)
+
+    def warn(self, text, ctx):
+        ctx.client_log(core.Level.WARN, text)
+        return len(text)
+
+    def fail(self, text): raise LookupError(text)
+
+    def slow(self, seconds):
+        time.sleep(seconds)
+        return 1
+
+    def count(self, n): return core.Stream(COUNT, Count(n))
+    def titled(self, n): return core.Stream(COUNT, Count(n), header=Point(1.5, -2.0))
+    def breaks(self, n): return core.Stream(COUNT, Count(n, "break"))
+    def nanos(self): return core.Stream(NANOS.schema, Nanos())
+    def double(self):
+        return core.Stream(pa.schema([("y", pa.float64())]), Double(), pa.schema([("x", pa.float64())]))
+    def either(self, n): return core.Stream(COUNT, Count(n))
+
+
+class OtherImpl:
+    def hello(self): return "hi"
+
+
+class Box:
+    kitchen = KitchenImpl()
+
+
+class NeedsArgument:
+    def __init__(self, path): ...
+
+
+def make(): return KitchenImpl()
+
+
+def two(): return core.RpcServer(Kitchen, KitchenImpl(), extra_protocols=[(Other, OtherImpl())], enable_describe=True)
+
+
+if __name__ == "__main__":
+    core.run_server(two())
+"""
+
+
+class Place:
+    """A directory with service.py, and how to run the command line in it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory
+        (directory / "service.py").write_text(SERVICE, encoding="utf-8")
+        path = os.pathsep.join(entry for entry in sys.path if entry)
+        self.env = {**os.environ, "PYTHONPATH": path, "VGI_RPC_CORE": core.__name__, "PYTHONIOENCODING": "utf-8"}
+        self.program = [sys.executable, "-m", core.__name__]
+        self.worker = shlex.join([sys.executable, "service.py"])
+        self.socket = str(directory / "s")
+
+    def run(self, *args: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*self.program, *args],
+            cwd=self.path,
+            env=self.env,
+            input=stdin,
+            stdin=subprocess.DEVNULL if stdin is None else None,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=60,
+            check=False,
+        )
+
+    def start(self, *args: str, **options: Any) -> subprocess.Popen[str]:
+        return subprocess.Popen([*self.program, *args], cwd=self.path, env=self.env, text=True, **options)
 
 
 @pytest.fixture(scope="module")
-def socket_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A worker of `serve`, on a Unix socket."""
-    path = str(tmp_path_factory.mktemp("cli") / "s")
-    worker = subprocess.Popen([*WORKER, "--unix", path], env=ENV, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        assert worker.stdout is not None
-        assert worker.stdout.readline() == f"UNIX:{path}\n"
-        yield path
-    finally:
-        worker.kill()
-        worker.communicate()
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    made = Place(tmp_path_factory.mktemp("cli"))
+    flags = ("--unix", made.socket, "--idle-timeout", "0")
+    with made.start("serve", "service:Kitchen", "service:KitchenImpl", *flags, stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == f"UNIX:{made.socket}\n"
+        yield made
+        server.terminate()
+
+
+class Ran:
+    """What a run of main() left behind."""
+
+    def __init__(self, status: int, out: bytes, err: str) -> None:
+        self.status, self.out, self.err = status, out, err
+
+    @property
+    def lines(self) -> list[Any]:
+        return [json.loads(line) for line in self.out.decode().splitlines()]
+
+    @property
+    def result(self) -> Any:
+        assert self.status == 0, self.err
+        (row,) = self.lines
+        return row["result"]
+
+
+class Cli:
+    """Runs main() in this process, against the module's server."""
+
+    def __init__(self, place: Place, capfdbinary: pytest.CaptureFixture[bytes], patch: pytest.MonkeyPatch) -> None:
+        self._where = ("--unix", place.socket)
+        self._captured = capfdbinary
+        self._patch = patch
+
+    def __call__(self, *args: str, stdin: str = "", where: tuple[str, ...] | None = None) -> Ran:
+        self._patch.setattr(sys, "stdin", io.StringIO(stdin))
+        status = core.main([*(self._where if where is None else where), *args])
+        sys.stdout.flush()
+        out, err = self._captured.readouterr()
+        return Ran(status, out, err.decode())
 
 
 @pytest.fixture
-def run(socket_path: str, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    def run(*args: str, stdin: str = "") -> Ran:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        capfd.readouterr()
-        status = core.main(["--unix", socket_path, *args])
-        return Ran(status, *capfd.readouterr())
-
-    return run
+def cli(place: Place, capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    return Cli(place, capfdbinary, monkeypatch)
 
 
-def command(*args: str, cwd: Path = ROOT, env: dict[str, str] = ENV, **options: Any) -> Ran:
-    ran = subprocess.run([*MYSELF, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=60, **options)
-    return Ran(ran.returncode, ran.stdout, ran.stderr)
+# ---- values
 
 
-# ---- describe, call
+@pytest.mark.parametrize(
+    ("method", "text", "result"),
+    [
+        ("flag", "true", True),
+        ("flag", "YES", True),
+        ("flag", "1", True),
+        ("flag", "on", False),
+        ("paint", "BLUE", "BLUE"),
+        ("raw", "/wBh", "/wBh"),
+        ("at", "2026-01-02T03:04:05.000006", "2026-01-02T03:04:05.000006"),
+        ("at", "2026-01-02", "2026-01-02T00:00:00"),
+        ("day", "2026-01-02", "2026-01-02"),
+        ("clock", "03:04:05.5", "03:04:05.500000"),
+        ("span", "PT10S", "PT10S"),
+        ("span", "PT0S", "PT0S"),
+        ("span", "P1DT2H", "PT93600S"),
+        ("span", "-PT1.5S", "-PT1.5S"),
+        ("money", "-12345.60", "-12345.60"),
+        ("tags", '["a", "ü"]', ["a", "ü"]),
+        ("tags", "[]", []),
+        ("prices", '{"a": 1, "b": 2.5}', {"a": 1.0, "b": 2.5}),
+        ("numbered", '{"7": ["2026-01-02"]}', {"7": ["2026-01-02"]}),
+        ("maybe", "9007199254740993", 9007199254740993),
+        ("points", '[{"x": 1, "y": -0.5}]', [{"x": 1.0, "y": -0.5}]),
+    ],
+)
+def test_values_come_back(cli: Cli, method: str, text: str, result: Any) -> None:
+    assert cli("call", method, f"v={text}").result == result
 
 
-def test_describe(run: Any) -> None:
-    found = json.loads(run("describe").out)
-    keys = "protocol_name, server_id, request_version, describe_version, protocol_hash, protocol_version, methods"
-    assert ", ".join(found) == keys
-    assert found["protocol_name"] == "Service"
+@pytest.mark.parametrize(
+    ("method", "value", "result"),
+    [
+        ("flag", "false", False),
+        ("maybe", "null", None),
+        ("raw", '"/wBh"', "/wBh"),
+        ("day", '"2026-01-02"', "2026-01-02"),
+        ("money", "1.5", "1.50"),
+        ("numbered", '{"1": []}', {"1": []}),
+    ],
+)
+def test_values_from_json(cli: Cli, method: str, value: str, result: Any) -> None:
+    assert cli("call", method, "-j", f'{{"v": {value}}}').result == result
+
+
+def test_text_is_taken_as_it_is(cli: Cli) -> None:
+    text = 'a=b "ü" \t{'
+    assert cli("call", "warn", f"text={text}").result == len(text)
+
+
+def test_defaults_and_missing_parameters(cli: Cli) -> None:
+    assert cli("call", "scale", "x=4").result == 12
+    assert cli("call", "scale", "x=4", "by=-2").result == -8
+    assert cli("call", "maybe").result is None
+    ran = cli("call", "add", "a=1")
+    assert ran.status == 1
+    assert "'b' is not optional but got None" in ran.err
+
+
+def test_void_is_null(cli: Cli) -> None:
+    assert cli("call", "nothing").out == b"null\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (("add", "a=notint", "b=1"), "parameter 'a'"),
+        (("scale", "x=1.5"), "parameter 'x'"),
+        (("scale", "x=9223372036854775808"), "parameter 'x'"),
+        (("at", "v=yesterday"), "parameter 'v'"),
+        (("span", "v=P"), "parameter 'v'"),
+        (("raw", "v=???"), "parameter 'v'"),
+        (("money", "v=x"), "parameter 'v'"),
+        (("money", "v=0.001"), "parameter 'v'"),
+        (("tags", "v=a"), "parameter 'v'"),
+        (("tags", "v={}"), "parameter 'v'"),
+        (("prices", "v=[1]"), "parameter 'v'"),
+        (("points", 'v=[{"z": 1}]'), "parameter 'v'"),
+        (("numbered", 'v={"x": []}'), "parameter 'v'"),
+        (("add", "-j", '{"a": "x", "b": 1}'), "parameter 'a'"),
+        (("add", "-j", "[1]"), "--json"),
+        (("add", "-j", "{"), "--json"),
+        (("add", "-j", "{}", "a=1"), "--json"),
+        (("add", "a=1", "zz=2"), "Unknown parameter 'zz'. Available: a, b"),
+        (("nothing", "zz=2"), "Unknown parameter 'zz'. Available: (none)"),
+        (("add", "a"), "Expected key=value, got: a"),
+        ((), "METHOD"),
+    ],
+)
+def test_misuse_of_call(cli: Cli, args: tuple[str, ...], text: str) -> None:
+    ran = cli("call", *args)
+    assert (ran.status, ran.out) == (2, b"")
+    assert text in ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_a_dataclass_parameter_is_bytes(cli: Cli) -> None:
+    batch = pa.record_batch(
+        {"x": [1.0], "y": [2.0]},
+        schema=pa.schema([pa.field("x", pa.float64(), nullable=False), pa.field("y", pa.float64(), nullable=False)]),
+    )
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    found = cli("call", "shift", f"p={base64.b64encode(sink.getvalue()).decode()}", "by=0.5").result
+    assert pa.ipc.open_stream(base64.b64decode(found)).read_all().to_pylist() == [{"x": 1.5, "y": 2.5}]
+    ran = cli("call", "shift", 'p={"x": 1, "y": 2}', "by=0.5")
+    assert ran.status == 2
+    assert "parameter 'p'" in ran.err
+
+
+# ---- formats and output
+
+
+def test_table(cli: Cli) -> None:
+    assert cli("-f", "table", "call", "add", "a=1", "b=2").out == b"result\n------\n3.0\n"
+    assert cli("-f", "table", "call", "titled", "n=2").out.decode() == (
+        "Header:\n  x: 1.5\n  y: -2.0\n\ni  text\n-  ----\n0\n1  x\n"
+    )
+
+
+def test_arrow(cli: Cli, tmp_path: Path) -> None:
+    table = pa.ipc.open_stream(cli("-f", "arrow", "call", "add", "a=1", "b=2").out).read_all()
+    assert table.to_pydict() == {"result": [3.0]}
+    file = tmp_path / "out.arrow"
+    assert cli("call", "titled", "n=3", "-f", "arrow", "-o", str(file)).out == b""
+    with file.open("rb") as source:
+        header = pa.ipc.open_stream(source).read_all()
+        data = pa.ipc.open_stream(source).read_all()
+        assert source.read() == b""
+    assert header.to_pylist() == [{"x": 1.5, "y": -2.0}]
+    assert data.to_pydict() == {"i": [0, 1, 2], "text": ["", "x", "xx"]}
+
+
+def test_arrow_of_an_empty_stream_has_the_schema(cli: Cli) -> None:
+    assert pa.ipc.open_stream(cli("-f", "arrow", "call", "count", "n=0").out).read_all().schema.names == ["i", "text"]
+
+
+def test_output_goes_to_the_file(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    assert cli("-o", str(file), "call", "tags", 'v=["ü"]').out == b""
+    assert json.loads(file.read_text(encoding="utf-8")) == {"result": ["ü"]}
+    ran = cli("-o", str(tmp_path / "none" / "x"), "call", "nothing")
+    assert ran.status == 1
+    assert "No such file or directory" in ran.err
+
+
+def test_options_before_and_after(cli: Cli) -> None:
+    want = b"result\n------\n3.0\n"
+    assert cli("call", "add", "a=1", "b=2", "--format", "table").out == want
+    assert cli("call", "add", "--format", "table", "a=1", "b=2").out == want
+    assert cli("call", "add", "a=1", "-f", "table", "b=2").out == want
+    assert cli("call", "-f", "table", "add", "a=1", "b=2").out == want
+    assert cli("-f", "json", "call", "add", "a=1", "b=2", "-f", "table").out == want
+
+
+# ---- streams
+
+
+def test_producer(cli: Cli) -> None:
+    assert cli("call", "count", "n=3").lines == [{"i": i, "text": "x" * i} for i in range(3)]
+
+
+def test_header_comes_first(cli: Cli) -> None:
+    assert cli("call", "titled", "n=1").lines == [{"__header__": {"x": 1.5, "y": -2.0}}, {"i": 0, "text": ""}]
+
+
+def test_every_kind_of_value_has_a_json_form(cli: Cli) -> None:
+    ran = cli("call", "nanos")
+    assert ran.status == 0, ran.err
+    (row,) = ran.lines
+    assert row["ts"] == "2023-11-14T22:13:20.123456789"
+    assert row["utc"] == "2023-11-14T22:13:20.000000001+00:00"
+    assert row["clock"] == "01:00:00.000000001"
+    assert (row["span"], row["ten"]) == ("PT10.000000001S", "PT10S")
+    assert (row["kind"], row["big"], row["half"]) == ("a", ["/w=="], 1.5)
+
+
+def test_exchange(cli: Cli) -> None:
+    ran = cli("call", "double", stdin='{"x": 1.5}\n\n{"x": 2}\n{"x": -1}\n')
+    assert (ran.status, ran.err) == (0, "")
+    assert ran.lines == [{"y": 3.0}, {"y": 4.0}, {"y": -2.0}]
+
+
+@pytest.mark.parametrize("writer", [pa.ipc.new_stream, pa.ipc.new_file])
+def test_exchange_from_a_file(cli: Cli, tmp_path: Path, writer: Any) -> None:
+    file = tmp_path / "in.arrow"
+    with writer(str(file), pa.schema([("x", pa.float64())])) as out:
+        out.write_batch(pa.record_batch({"x": [1.0, 2.0]}))
+        out.write_batch(pa.record_batch({"x": [5.0]}))
+    assert cli("call", "double", "-i", str(file)).lines == [{"y": 2.0}, {"y": 4.0}, {"y": 10.0}]
+
+
+def test_exchange_without_input(cli: Cli) -> None:
+    assert cli("call", "double", "--no-stdin", stdin='{"x": 1}').out == b""
+    assert cli("call", "double").out == b""
+
+
+@pytest.mark.parametrize("line", ['{"x": "text"}', "nonsense", "[1]", '{"z": 1}', '{"x": {}}'])
+def test_a_bad_line_is_named(cli: Cli, line: str) -> None:
+    ran = cli("call", "double", stdin=f'{{"x": 1.5}}\n{line}\n{{"x": 9.0}}\n')
+    assert ran.status == 1
+    assert ran.lines == [{"y": 3.0}]
+    assert "line 2" in ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_a_file_that_is_not_arrow(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "in.arrow"
+    file.write_bytes(b"not arrow at all")
+    for name, text in ((str(file), "--input"), (str(tmp_path / "absent"), "No such file")):
+        ran = cli("call", "double", "-i", name)
+        assert (ran.status, ran.out) == (1, b"")
+        assert text in ran.err
+
+
+def test_a_stream_that_breaks_shows_what_came_before(cli: Cli) -> None:
+    ran = cli("call", "breaks", "n=2")
+    assert ran.status == 1
+    assert [row["i"] for row in ran.lines] == [0, 1]
+    error = json.loads(ran.err)["error"]
+    assert error["type"] == "RuntimeError"
+    assert "the stream broke" in error["message"]
+
+
+def test_a_stream_of_unknown_kind_is_ticked_when_there_is_no_input(cli: Cli) -> None:
+    assert [row["i"] for row in cli("call", "either", "n=2", "--no-stdin").lines] == [0, 1]
+
+
+# ---- describe, loggers, logs
+
+
+def test_describe(cli: Cli) -> None:
+    (found,) = cli("describe").lines
+    assert list(found) == [
+        "protocol_name",
+        "server_id",
+        "request_version",
+        "describe_version",
+        "protocol_hash",
+        "protocol_version",
+        "methods",
+    ]
+    assert (found["protocol_name"], found["request_version"]) == ("Kitchen", "1")
+    assert len(found["protocol_hash"]) == 64
     assert found["methods"]["add"] == {
         "method_type": "unary",
         "has_return": True,
-        "params_schema": "a: int64 not null\nb: int64 not null",
-        "result_schema": "result: int64 not null",
+        "params_schema": "a: double not null\nb: double not null",
+        "result_schema": "result: double not null",
     }
-    assert run("describe", "--format", "table").out.startswith("RPC Service: Service\n")
+    text = cli("describe", "-f", "table").out.decode()
+    assert text.startswith("RPC Service: Kitchen\n")
+    assert "add(a: double, b: double) -> double" in text
 
 
-@pytest.mark.parametrize(
-    ("args", "result"),
-    [
-        (["add", "a=1", "b=2"], 3),
-        (["add", "a=1"], 6),  # null on the wire is the default
-        (["add", "-j", '{"a": 1, "b": 2}'], 3),
-        (["add", "a=1", "--timeout", "9", "b=2", "-v", "--protocol", "Service", "--no-stdin"], 3),
-        (
-            ["shown", "f=2", "flag=YES", "s=a=b", "c=RED", 'm={"k": 1}', "items=[1, 2.5]"],
-            repr((2.0, True, "a=b", "RED", {"k": 1}, [1.0, 2.5])),
-        ),
-        (["raw", "x=aGk="], "aGk="),
-        (["day", "x=2024-02-29"], "2024-02-29"),
-        (["moment", "x=2024-02-29T01:02:03.000004"], "2024-02-29T01:02:03.000004"),
-        (["span", "x=P1DT1H0.5S"], "PT90000.5S"),
-        (["span", "x=-PT1M40S"], "-PT100S"),
-        (["table"], {"a": 1, "b": 2}),
-        (["maybe"], None),
-        (["maybe", "x=3"], 3),
-    ],
-)
-def test_unary(run: Any, args: list[str], result: Any) -> None:
-    ran = run("call", *args)
-    assert (ran.status, [line for line in ran.err.splitlines() if "[WARN]" not in line]) == (0, [])
-    assert json.loads(ran.out) == {"result": result}
-    assert ran.out.count("\n") == 1
+def test_loggers(cli: Cli) -> None:
+    (found,) = cli("loggers", where=()).lines
+    assert {"vgi_rpc.access", "vgi_rpc.wire.request"} <= {row["name"] for row in found}
+    assert all(list(row) == ["name", "description", "scenario"] for row in found)
+    table = cli("-f", "table", "loggers", where=()).out.decode().splitlines()
+    assert table[0].split() == ["name", "description", "scenario"]
+    assert len(table) == len(found) + 2
 
 
-def test_void(run: Any) -> None:
-    assert run("call", "nothing").out == "null\n"
+def test_messages_of_the_server(cli: Cli) -> None:
+    ran = cli("call", "warn", "text=hm\x1b[2J", "-v")
+    assert ran.result == 6
+    assert ran.err == "[WARN] hm\\x1b[2J\n"
+    assert cli("call", "warn", "text=hm").err == ""
 
 
-def test_table(run: Any) -> None:
-    assert run("call", "add", "a=1", "b=2", "-f", "table").out == "result\n------\n3\n"
-    assert run("-f", "table", "call", "count", "n=2").out == "left  text\n----  ----\n2     a\\nb\n1     a\\nb\n"
+def test_debug_and_loggers(cli: Cli) -> None:
+    ran = cli("--debug", "call", "add", "a=1", "b=2")
+    assert "vgi_rpc.wire.request" in ran.err
+    assert "vgi_rpc.wire.batch" in ran.err
+    ran = cli("--log-logger", "vgi_rpc.wire.request", "call", "add", "a=1", "b=2", "--log-format", "json")
+    records = [json.loads(line) for line in ran.err.splitlines()]
+    assert {record["logger"] for record in records} == {"vgi_rpc.wire.request"}
+    ran = cli("--log-logger", "x", "call", "add", "a=1", "b=2", "--log-logger", "y")
+    assert ran.err.splitlines() == ["Warning: unknown logger 'x'", "Warning: unknown logger 'y'"]
+    assert cli("--log-level", "ERROR", "call", "nothing").err == ""
 
 
-@pytest.mark.parametrize("n", [0, 2])
-def test_arrow(run: Any, tmp_path: Path, n: int) -> None:
-    file = tmp_path / "out.arrow"
-    assert run("call", "count", f"n={n}", "-f", "arrow", "-o", str(file)).out == ""
-    with ipc.open_stream(file.read_bytes()) as reader:
-        assert reader.read_all().to_pydict() == {"left": list(range(n, 0, -1)), "text": ["a\nb"] * n}
+# ---- what goes wrong
 
 
-def test_producer(run: Any) -> None:
-    assert [json.loads(line) for line in run("call", "count", "n=2").out.splitlines()] == [
-        {"left": 2, "text": "a\nb"},
-        {"left": 1, "text": "a\nb"},
-    ]
-
-
-def test_exchange_takes_the_first_lines_types(run: Any) -> None:
-    ran = run("call", "double", stdin='{"x": 1.5}\n\n{"x": 2}\n')
-    assert (ran.status, ran.out) == (0, '{"x": 3.0}\n{"x": 4.0}\n')
-
-
-@pytest.mark.parametrize("line", ['{"y": 1}', '{"x": "a"}', "[1]", "{"])
-def test_exchange_names_the_bad_line(run: Any, line: str) -> None:
-    ran = run("call", "double", stdin=f'{{"x": 1.5}}\n{line}\n')
-    assert (ran.status, ran.out) == (1, '{"x": 3.0}\n')
-    assert ran.err.startswith("Error: line 2 of the input: ")
-
-
-def test_exchange_does_not_cut_fractions(run: Any) -> None:
-    ran = run("call", "double", stdin='{"x": 1}\n{"x": 1.5}\n')
-    assert ran.status == 1
-    assert "not a whole number" in ran.err
-
-
-@pytest.mark.parametrize("opened", [ipc.new_stream, ipc.new_file])
-def test_exchange_from_a_file(run: Any, tmp_path: Path, opened: Any) -> None:
-    file = tmp_path / "in.arrow"
-    with opened(str(file), NUMBERS) as writer:
-        for values in ([1.0, 2.0], [3.0]):
-            writer.write_batch(pa.RecordBatch.from_pydict({"x": values}, schema=NUMBERS))
-    assert run("call", "double", "-i", str(file)).out == '{"x": 2.0}\n{"x": 4.0}\n{"x": 6.0}\n'
-
-
-def test_exchange_without_input(run: Any) -> None:
-    ran = run("call", "double", "--no-stdin", stdin='{"x": 1.5}\n')
-    assert (ran.status, ran.out, ran.err) == (0, "", "")
-
-
-def test_messages_cannot_move_the_cursor(run: Any) -> None:
-    assert run("-v", "call", "add", "a=1").err == "[WARN] adding\\x1b[2J 1\n"
-
-
-def test_header_comes_first(tmp_path: Path) -> None:
-    batch = pa.RecordBatch.from_pydict({"total": [2]})
-    shown = {}
-    for form in ("json", "table", "arrow"):
-        out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-        printer = core._CliPrinter(out, form)
-        printer.header(batch)
-        printer.batch(pa.RecordBatch.from_pydict({"i": [1]}))
-        printer.close(None)
-        out.flush()
-        shown[form] = out.buffer.getvalue()  # type: ignore[attr-defined]
-    assert shown["json"] == b'{"__header__": {"total": 2}}\n{"i": 1}\n'
-    assert shown["table"] == b"Header:\n  total: 2\n\ni\n-\n1\n"
-    both = io.BytesIO(shown["arrow"])
-    assert [ipc.open_stream(both).read_all().to_pydict() for _ in range(2)] == [{"total": [2]}, {"i": [1]}]
-
-
-# ---- misuse and failure
-
-
-@pytest.mark.parametrize(
-    ("args", "status", "text"),
-    [
-        (["call", "nope"], 1, "Error: Unknown method 'nope'. Available: add, count, day, double, fail, "),
-        (["call", "add", "zz=1"], 2, "Error: Unknown parameter 'zz'. Available: a, b"),
-        (["call", "add", "a"], 2, "Error: Expected key=value, got: a"),
-        (["call", "add", "a=notint"], 2, "Error: parameter 'a': 'notint' is not a valid int64"),
-        (["call", "add", "a=99999999999999999999"], 2, "Error: parameter 'a': "),
-        (["call", "add", "-j", '{"a": 1.5}'], 2, "Error: parameter 'a': '1.5' is not a valid int64"),
-        (["call", "add", "-j", '{"a": "1"}'], 2, "Error: parameter 'a': "),
-        (["call", "add", "-j", "[]"], 2, "Error: --json: expected an object"),
-        (["call", "add", "-j", "{}", "a=1"], 2, "Error: --json and key=value exclude each other"),
-        (["call", "day", "x=yesterday"], 2, "Error: parameter 'x': 'yesterday' is not a valid date32[day]"),
-        (["call", "span", "x=PT"], 2, "Error: parameter 'x': 'PT' is not a valid duration[us]"),
-        (["call", "raw", "x=!"], 2, "Error: parameter 'x': '!' is not a valid binary"),
-        (["call", "shown", "m=[1"], 2, "Error: parameter 'm': "),
-        (["call", "double", "-i", "/nowhere"], 1, "Error: [Errno 2] "),
-        (["call", "add", "--tcp", "a:1"], 2, "not allowed with argument"),
-        (["call", "add", "--timeout", "0"], 2, "argument --timeout"),
-        (["describe", "--log-logger", "x"], 0, "Warning: unknown logger 'x'"),
-    ],
-)
-def test_complaints(run: Any, args: list[str], status: int, text: str) -> None:
-    ran = run(*args)
-    assert text in ran.err
-    assert ran.status == status
-
-
-def test_remote_error(run: Any) -> None:
-    ran = run("call", "fail")
+def test_remote_error(cli: Cli) -> None:
+    ran = cli("call", "fail", "text=ü")
+    assert (ran.status, ran.out) == (1, b"")
     error = json.loads(ran.err)["error"]
-    assert (ran.status, ran.out) == (1, "")
-    assert error["type"] == "ValueError"
-    assert "boom" in error["message"]
-    assert "Traceback" in error["traceback"]
+    assert set(error) == {"type", "message", "traceback"}
+    assert error["type"] == "LookupError"
+    assert "ü" in error["message"]
+
+
+def test_unknown_method(cli: Cli) -> None:
+    ran = cli("call", "nope")
+    assert (ran.status, ran.out) == (1, b"")
+    assert ran.err.startswith("Error: Unknown method 'nope'. Available: add, at, breaks,")
+
+
+def test_timeout(cli: Cli) -> None:
+    ran = cli("call", "slow", "seconds=30", "--timeout", "0.3")
+    assert ran.status == 1
+    assert json.loads(ran.err)["error"]["type"] == "DeadlineExceededError"
 
 
 @pytest.mark.parametrize(
     ("args", "status", "text"),
     [
-        (["describe"], 1, "Error: Either --url, --cmd, or --unix is required"),
-        (["describe", "-c", "/nowhere/at/all"], 1, "Error: [Errno 2] "),
-        (["describe", "-c", "'"], 2, "--cmd cannot be split"),
-        (["-c", "x", "--unix", "y", "describe"], 2, "argument --unix: not allowed with argument --cmd"),
-        (["describe", "--url", "http://localhost"], 1, "--url needs the http extra"),
-        (["describe", "--tcp", "localhost:x"], 1, "expects [HOST:]PORT, got 'localhost:x'"),
-        (["serve", "nowhere:A", "b:C"], 2, "Error: nowhere:A: no module named 'nowhere'\n"),
-        (["serve", "json", "b:C"], 2, "Error: expected MODULE:NAME, got 'json'\n"),
-        (["serve", "json:Nope", "b:C"], 2, "Error: json:Nope: module 'json' has no attribute 'Nope'\n"),
-        (["serve", "json:dumps", "b:C"], 2, "Error: json:dumps is not a Protocol class\n"),
-        (["nonsense"], 2, "invalid choice"),
-        (["describe", "more"], 2, "unrecognized arguments: more"),
-        (["call", "add", "--nonsense", "a=1"], 2, "unrecognized arguments: --nonsense a=1"),
+        (("describe",), 1, "Either --url, --cmd, or --unix is required"),
+        (("--cmd", "x", "--unix", "y", "describe"), 2, "not allowed with argument"),
+        (("--cmd", "x", "describe", "--tcp", "h:1"), 2, "not allowed with argument"),
+        (("--url", "http://h", "describe"), 1, "[http]"),
+        (("--cmd", "/nonexistent/program", "describe"), 1, "Error: [Errno 2]"),
+        (("--cmd", "'", "describe"), 2, "--cmd"),
+        (("--cmd", " ", "describe"), 2, "--cmd"),
+        (("--unix", "/nonexistent/s", "describe"), 1, "Error: [Errno 2]"),
+        (("--tcp", "127.0.0.1:1", "describe"), 1, "Connection refused"),
+        (("--tcp", "h:port", "describe"), 1, "--tcp"),
+        (("--timeout", "0", "loggers"), 2, "--timeout"),
+        (("--timeout", "nan", "loggers"), 2, "--timeout"),
+        (("--format", "xml", "loggers"), 2, "--format"),
+        (("frobnicate",), 2, "frobnicate"),
     ],
 )
-def test_complaints_without_a_server(capfd: Any, args: list[str], status: int, text: str) -> None:
-    assert core.main(args) == status
-    assert text in capfd.readouterr().err
+def test_misuse(cli: Cli, args: tuple[str, ...], status: int, text: str) -> None:
+    ran = cli(*args, where=())
+    assert (ran.status, ran.out) == (status, b"")
+    assert text in ran.err
+    assert "Traceback" not in ran.err
 
 
-def test_help_without_a_command(capfd: Any) -> None:
-    assert core.main([]) == 2
-    assert "describe" in capfd.readouterr().out
+def test_no_command_is_help(cli: Cli) -> None:
+    ran = cli(where=())
+    assert ran.status == 2
+    assert "describe" in ran.out.decode() + ran.err
 
 
-def test_version_names_the_file(capfd: Any) -> None:
-    assert core.main(["-V"]) == 0
-    assert capfd.readouterr().out == f"vgi-rpc {core.__version__} ({os.path.abspath(core.__file__)})\n"
+def test_version(cli: Cli) -> None:
+    for args in (("--version",), ("-V",), ("describe", "--version")):
+        ran = cli(*args, where=())
+        assert ran.status == 0
+        assert ran.out.decode().startswith(f"vgi-rpc {core.__version__} (")
+        assert core.__file__ in ran.out.decode()
 
 
-def test_server_that_does_not_describe_itself(tmp_path: Path) -> None:
-    code = f"import {__name__} as t; t.core.run_server(t.Service, t.Impl())"
-    ran = command("describe", "-c", shlex.join([sys.executable, "-c", code]))
-    assert ran.status == 1
-    message = json.loads(ran.err)["error"]["message"]
-    assert "--describe" in message and "enable_describe=True" in message
+def test_a_server_that_does_not_describe_itself(cli: Cli, place: Place, tmp_path: Path) -> None:
+    (tmp_path / "mute.py").write_text(SERVICE.replace("enable_describe=True", "enable_describe=False"))
+    ran = place.run("--cmd", shlex.join([sys.executable, str(tmp_path / "mute.py")]), "describe")
+    assert (ran.returncode, ran.stdout) == (1, "")
+    message = json.loads(ran.stderr)["error"]["message"]
+    assert "--describe" in message
+    assert "enable_describe=True" in message
 
 
-def test_loggers(capfd: Any) -> None:
-    assert core.main(["loggers"]) == 0
-    found = json.loads(capfd.readouterr().out)
-    assert {"vgi_rpc", "vgi_rpc.access", "vgi_rpc.wire.request"} <= {entry["name"] for entry in found}
-    assert {tuple(entry) for entry in found} == {("name", "description", "scenario")}
+def test_a_worker_that_is_no_worker(place: Place) -> None:
+    ran = place.run("--cmd", shlex.join([sys.executable, "-c", "print('hello')"]), "--timeout", "20", "describe")
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert "error" in json.loads(ran.stderr.splitlines()[-1])
+    assert "Traceback (most recent" not in ran.stderr
 
 
-def test_logging_is_undone(run: Any) -> None:
-    logger = logging.getLogger("vgi_rpc")
-    before = (logger.level, list(logger.handlers))
-    ran = run("call", "add", "a=1", "--debug", "--log-format", "json")
-    lines = [json.loads(line) for line in ran.err.splitlines()]
-    assert {"vgi_rpc.wire.request", "vgi_rpc.wire.response"} <= {line["logger"] for line in lines}
-    assert (logger.level, logger.handlers) == before
+# ---- as a program
 
 
-# ---- whole processes
+def test_several_protocols(place: Place) -> None:
+    for name, method in (("Kitchen", "nothing"), ("Other", "hello")):
+        ran = place.run("--cmd", place.worker, "--protocol", name, "describe")
+        assert json.loads(ran.stdout)["protocol_name"] == name
+        assert method in json.loads(ran.stdout)["methods"]
+    ran = place.run("call", "hello", "--cmd", place.worker, "--protocol", "Other")
+    assert ran.stdout == '{"result": "hi"}\n'
+    ran = place.run("describe", "--cmd", place.worker, "--protocol", "Absent")
+    assert ran.returncode == 1
+    assert "Absent" in json.loads(ran.stderr)["error"]["message"]
 
 
-@pytest.mark.parametrize("flags", [["--factory"], []])
-def test_serve(flags: list[str]) -> None:
-    worker = [*MYSELF, "serve", f"{__name__}:Service", f"{__name__}:{'make' if flags else 'Impl'}", *flags]
-    ran = command("-c", shlex.join(worker), "call", "add", "a=1", "b=2")
-    assert (ran.status, ran.out, ran.err) == (0, '{"result": 3}\n', "")
+def test_tcp(place: Place) -> None:
+    with place.start("serve", "service:Kitchen", "service:KitchenImpl", "--tcp", "0", stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        line = server.stdout.readline()
+        assert line.startswith("TCP:127.0.0.1:")
+        ran = place.run("--tcp", line.strip().removeprefix("TCP:"), "call", "add", "a=1", "b=2")
+        server.terminate()
+    assert ran.stdout == '{"result": 3.0}\n'
 
 
-def test_demo() -> None:
-    ran = command("demo")
-    assert (ran.status, ran.err) == (0, "")
-    for text in ("calc.add(1.5, 2.0) = 3.5", "[INFO] adding", "{'left': [1]}", "RPC Service: Calc", "ZeroDivision"):
-        assert text in ran.out
-    assert len(ran.out.splitlines()) < 20
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("service:Kitchen", "service:Box.kitchen"),
+        ("service:Kitchen", "service:make", "--factory"),
+        ("--factory", "service:Kitchen", "service:make"),
+    ],
+)
+def test_serve_over_stdio(place: Place, args: tuple[str, ...]) -> None:
+    command = shlex.join([*place.program, "serve", *args])
+    ran = place.run("--cmd", command, "call", "scale", "x=5")
+    assert (ran.stdout, ran.stderr) == ('{"result": 15}\n', "")
 
 
-def test_file_runs_alone(tmp_path: Path) -> None:
-    copy = tmp_path / "renamed.py"
-    copy.write_bytes(Path(core.__file__).read_bytes())
-    (tmp_path / "mine.py").write_text(
-        "from renamed import Stream, ProducerState\nfrom typing import Protocol\n"
-        "class P(Protocol):\n    def one(self) -> int: ...\n"
-        "class I:\n    def one(self): return 1\n"
-    )
-    env = {name: value for name, value in ENV.items() if name != "PYTHONPATH"}
-    worker = shlex.join([sys.executable, str(copy), "serve", "mine:P", "mine:I"])
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (("absent:Kitchen", "service:KitchenImpl"), "absent"),
+        (("service.deeper:Kitchen", "service:KitchenImpl"), "service"),
+        (("service:Absent", "service:KitchenImpl"), "Absent"),
+        (("service:Kitchen", "service:Box.absent"), "absent"),
+        (("service", "service:KitchenImpl"), "MODULE:NAME"),
+        (("service:make", "service:KitchenImpl"), "not a Protocol class"),
+        (("service:Kitchen", "service:OtherImpl"), "add"),
+        (("service:Kitchen", "service:NeedsArgument"), "path"),
+    ],
+)
+def test_misuse_of_serve(place: Place, args: tuple[str, ...], text: str) -> None:
+    ran = place.run("serve", *args)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert text in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_demo(place: Place) -> None:
+    ran = place.run("demo")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    for text in ("= 3.5", "ZeroDivisionError", "RPC Service: Calc", "[INFO]", "add(a: double, b: double) -> double"):
+        assert text in ran.stdout
+
+
+def test_a_copied_file_works_as_a_script(place: Place, tmp_path: Path) -> None:
+    script = tmp_path / "anything.py"
+    script.write_bytes(Path(core.__file__).read_bytes())
     ran = subprocess.run(
-        [sys.executable, str(copy), "-c", worker, "call", "one"], cwd=tmp_path, env=env, capture_output=True, text=True
+        [sys.executable, str(script), "demo"], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
-    assert (ran.returncode, ran.stdout) == (0, '{"result": 1}\n'), ran.stderr
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "RPC Service: Calc" in ran.stdout
 
 
-def test_reader_that_leaves() -> None:
-    line = f"{shlex.join([*MYSELF, '-c', shlex.join(WORKER), 'call', 'count', 'n=20000'])} | head -n 1"
-    ran = subprocess.run(["sh", "-c", line], env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (ran.stdout, ran.stderr) == ('{"left": 20000, "text": "a\\nb"}\n', "")
+def test_head_ends_an_endless_stream_quietly(place: Place) -> None:
+    count = ("call", "count", "n=1000000000", "--unix", place.socket)
+    with place.start(*count, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as ran:
+        assert ran.stdout is not None and ran.stderr is not None
+        assert json.loads(ran.stdout.readline())["i"] == 0
+        ran.stdout.close()
+        assert ran.stderr.read() == ""
+        assert ran.wait(30) == 0
 
 
-def test_interrupt(socket_path: str) -> None:
-    client = subprocess.Popen(
-        [*MYSELF, "--unix", socket_path, "call", "double"],
-        env=ENV,
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert client.stdin is not None and client.stdout is not None
-    client.stdin.write('{"x": 1.5}\n')
-    client.stdin.flush()
-    assert client.stdout.readline() == '{"x": 3.0}\n'
-    client.send_signal(signal.SIGINT)
-    assert client.wait(30) == 130
-    client.stdin.close()
-    client.stdout.close()
+def test_rows_are_written_as_they_arrive(place: Place) -> None:
+    double = ("call", "double", "--unix", place.socket)
+    with place.start(*double, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as ran:
+        assert ran.stdin is not None and ran.stdout is not None
+        for x in (1.0, 2.0):
+            ran.stdin.write(json.dumps({"x": x}) + "\n")
+            ran.stdin.flush()
+            assert json.loads(ran.stdout.readline()) == {"y": 2 * x}
+        ran.stdin.close()
+        assert ran.wait(30) == 0
+
+
+@pytest.mark.parametrize("over", ["unix", "cmd"])
+def test_interrupt(place: Place, over: str) -> None:
+    where = ("--unix", place.socket) if over == "unix" else ("--cmd", place.worker)
+    began = time.monotonic()
+    call = ("call", "count", "n=1000000000", *where)
+    with place.start(*call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as ran:
+        assert ran.stdout is not None and ran.stderr is not None
+        ran.stdout.readline()
+        os.killpg(ran.pid, signal.SIGINT)  # as a terminal does: the worker gets it too
+        ran.stdout.read()
+        errors = ran.stderr.read()
+        assert ran.wait(30) == 130
+    assert '"error"' not in errors
+    assert over == "cmd" or errors == ""
+    assert time.monotonic() - began < 20
+
+
+def test_progress_on_a_terminal(place: Place) -> None:
+    pty = pytest.importorskip("pty")
+    main, terminal = pty.openpty()
+    count = ("call", "count", "n=1000000000", "--unix", place.socket)
+    with place.start(*count, stdout=subprocess.DEVNULL, stderr=terminal, start_new_session=True) as ran:
+        os.close(terminal)
+        shown = b""
+        while b"rows" not in shown:
+            shown += os.read(main, 4096)
+        os.killpg(ran.pid, signal.SIGINT)
+        assert ran.wait(30) == 130
+    os.close(main)
+    for text in (b"batches", b"rows", b"B", b"/s"):
+        assert text in shown

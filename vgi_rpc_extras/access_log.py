@@ -18,6 +18,7 @@ import logging.handlers
 import os
 import queue
 import re
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -134,6 +135,36 @@ def configure_access_log(
     return _attach(handler, stop)
 
 
+class _Counting(logging.FileHandler):
+    """Counts the records that cannot be written (a full disk, say) and says so once: calls and stderr go on."""
+
+    lost = 0
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        self.lost += 1
+        if self.lost == 1 and sys.stderr is not None:
+            reason = sys.exc_info()[1]
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.write(f"access log {self.baseFilename}: {reason}; lost records are counted from now on\n")
+
+    def close(self) -> None:
+        try:
+            super().close()
+        finally:
+            if self.lost and sys.stderr is not None:
+                with contextlib.suppress(OSError, ValueError):
+                    sys.stderr.write(f"access log {self.baseFilename}: {self.lost} record(s) lost\n")
+                self.lost = 0
+
+
+class _BySize(_Counting, logging.handlers.RotatingFileHandler):
+    pass
+
+
+class _ByTime(_Counting, logging.handlers.TimedRotatingFileHandler):
+    pass
+
+
 def _place(path: str | os.PathLike[str], server_id: str) -> str:
     place = os.path.abspath(os.fspath(path).replace("{pid}", str(os.getpid())).replace("{server_id}", server_id))
     os.makedirs(os.path.dirname(place), exist_ok=True)
@@ -142,12 +173,8 @@ def _place(path: str | os.PathLike[str], server_id: str) -> str:
 
 def _open(place: str, max_bytes: int | None, backup_count: int, when: str | None) -> logging.Handler:
     if when is not None:
-        return logging.handlers.TimedRotatingFileHandler(
-            place, when=when, backupCount=backup_count, encoding="utf-8", utc=True
-        )
-    return logging.handlers.RotatingFileHandler(
-        place, maxBytes=max_bytes or 0, backupCount=backup_count, encoding="utf-8"
-    )
+        return _ByTime(place, when=when, backupCount=backup_count, encoding="utf-8", utc=True)
+    return _BySize(place, maxBytes=max_bytes or 0, backupCount=backup_count, encoding="utf-8")
 
 
 def _queued(writer: logging.Handler, queue_size: int) -> tuple[logging.Handler, Callable[[], None]]:

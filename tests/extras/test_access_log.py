@@ -1,12 +1,13 @@
-"""Access log files: sampling, dropping, rotation."""
+"""Access log files: what is written, rotated, sampled, dropped, and what a full disk does."""
 
 from __future__ import annotations
 
 import json
 import logging
+import logging.handlers
 import os
 import queue
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,103 +15,192 @@ import pytest
 
 from tests.core import core
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+LOGGER = logging.getLogger("vgi_rpc.access")
 
 
 class Service(Protocol):
-    def add(self, a: int) -> int: ...
+    def add(self, a: int, b: int) -> int: ...
+    def fail(self) -> int: ...
 
 
 class Impl:
-    def add(self, a: int) -> int:
-        return a + 1
+    def add(self, a: int, b: int) -> int:
+        return a + b
+
+    def fail(self) -> int:
+        raise ValueError("boom")
 
 
-def record(status: str = "ok", request_id: str = "r", **extra: Any) -> logging.LogRecord:
-    made = logging.LogRecord("vgi_rpc.access", logging.INFO, "", 0, "call", (), None)
-    made.__dict__.update({"status": status, "request_id": request_id, **extra})
-    return made
+def record(**fields: Any) -> logging.LogRecord:
+    return LOGGER.makeRecord(LOGGER.name, logging.INFO, "f", 1, "S.m ok", (), None, extra={"status": "ok", **fields})
 
 
-def test_sampler() -> None:
-    sampler = core.AccessLogSampler(0.25)
-    kept = [i for i in range(4000) if sampler.filter(record(request_id=f"{i:016x}"))]
-    assert 850 < len(kept) < 1150
-    assert kept == [i for i in range(4000) if core.AccessLogSampler(0.25).filter(record(request_id=f"{i:016x}"))]
-    failed = record("error")
-    assert sampler.filter(failed)
-    assert failed.__dict__["sample_rate"] == 0.25
-    assert not core.AccessLogSampler(0.0).filter(record())
-    assert core.AccessLogSampler(1.0).filter(record())
-    for rate in (-0.1, 1.1, float("nan")):
-        with pytest.raises(ValueError, match=r"within 0\.\.1"):
-            core.AccessLogSampler(rate)
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_full_queue_drops_and_says_so() -> None:
-    waiting: queue.Queue[Any] = queue.Queue(1)
-    handler = core.DroppingQueueHandler(waiting)
-    for _ in range(3):
-        handler.handle(record())
-    assert handler.dropped == 2
-    assert "dropped_records" not in waiting.get().__dict__
-    handler.handle(record())
-    assert waiting.get().__dict__["dropped_records"] == 2
-    handler.handle(record())
-    assert "dropped_records" not in waiting.get().__dict__
-    assert handler.dropped == 2
+def calls(good: int, bad: int = 0) -> None:
+    with core.serve_pipe(Service, Impl()) as proxy:
+        for i in range(good):
+            assert proxy.add(i, 1) == i + 1
+        for _ in range(bad):
+            with pytest.raises(core.RpcError, match="boom"):
+                proxy.fail()
+
+
+Configure = Callable[..., Callable[[], None]]
+
+
+@pytest.fixture
+def configure() -> Iterator[Configure]:
+    """configure_access_log, with every log closed and the logger left as it was found."""
+    before = (LOGGER.level, list(LOGGER.handlers))
+    closers: list[Callable[[], None]] = []
+
+    def start(*args: Any, **options: Any) -> Callable[[], None]:
+        close: Callable[[], None] = core.configure_access_log(*args, **options)
+        closers.append(close)
+        return close
+
+    yield start
+    for close in closers:
+        close()
+    assert (LOGGER.level, LOGGER.handlers) == before
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_access_log_file(tmp_path: Path, asynchronous: bool) -> None:
-    logger = logging.getLogger("vgi_rpc.access")
-    before = (logger.level, list(logger.handlers))
-    close = core.configure_access_log(
-        tmp_path / "new" / "{server_id}-{pid}.jsonl", server_id="srv", asynchronous=asynchronous, queue_size=2000
-    )
-    with core.serve_pipe(Service, Impl()) as proxy:
-        for i in range(500):
-            proxy.add(i)
+def test_one_line_per_call(configure: Configure, tmp_path: Path, asynchronous: bool) -> None:
+    close = configure(tmp_path / "log", asynchronous=asynchronous)
+    calls(3, 1)
     close()
-    close()
-    lines = (tmp_path / "new" / f"srv-{os.getpid()}.jsonl").read_text().splitlines()
-    assert len(lines) == 500
-    first = json.loads(lines[0])
-    assert (first["message"], first["status"], first["level"]) == ("Service.add ok", "ok", "INFO")
-    assert (logger.level, logger.handlers) == before
+    found = lines(tmp_path / "log")
+    assert [(line["method"], line["status"], line["error_type"]) for line in found] == [
+        ("add", "ok", ""),
+        ("add", "ok", ""),
+        ("add", "ok", ""),
+        ("fail", "error", "ValueError"),
+    ]
+    assert {line["logger"] for line in found} == {"vgi_rpc.access"}
+    assert all("sample_rate" not in line for line in found)
 
 
-def test_access_log_rotates(tmp_path: Path) -> None:
-    close = core.configure_access_log(tmp_path / "log", max_bytes=2000, backup_count=2)
-    for i in range(100):
-        logging.getLogger("vgi_rpc.access").info("x" * 100, extra={"number": i})
+def test_path_is_filled_in_and_made(configure: Configure, tmp_path: Path) -> None:
+    close = configure(str(tmp_path / "a" / "b" / "{server_id}-{pid}.log"), server_id="s1")
+    calls(1)
+    close()
+    assert len(lines(tmp_path / "a" / "b" / f"s1-{os.getpid()}.log")) == 1
+
+
+def test_files_are_appended_to(configure: Configure, tmp_path: Path) -> None:
+    for _ in range(2):
+        close = configure(tmp_path / "log")
+        calls(1)
+        close()
+        close()
+    calls(1)
+    assert len(lines(tmp_path / "log")) == 2
+
+
+def test_rotation_by_size_keeps_the_newest(configure: Configure, tmp_path: Path) -> None:
+    close = configure(tmp_path / "log", max_bytes=3000, backup_count=2)
+    calls(30)
     close()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["log", "log.1", "log.2"]
-    assert all(0 < file.stat().st_size <= 2000 for file in tmp_path.iterdir())
+    assert all(file.stat().st_size <= 3000 for file in tmp_path.iterdir())
+    assert all(lines(file) for file in tmp_path.iterdir())
+
+
+def test_rotation_by_time(configure: Configure, tmp_path: Path) -> None:
+    close = configure(tmp_path / "log", when="s", backup_count=3)
+    calls(1)
+    (handler,) = [found for found in LOGGER.handlers if isinstance(found, logging.handlers.TimedRotatingFileHandler)]
+    handler.rolloverAt -= 10  # ten seconds later
+    calls(1)
+    close()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_long_records_are_cut(configure: Configure, tmp_path: Path) -> None:
+    close = configure(tmp_path / "log", max_record_bytes=900)
+    LOGGER.handle(record(request_id="r", claims={"sub": "x" * 1000}))
+    close()
+    (found,) = lines(tmp_path / "log")
+    assert (found["claims"], found["truncated"]) == ({}, True)
+
+
+def test_sampling_keeps_errors_and_says_its_rate(configure: Configure, tmp_path: Path) -> None:
+    close = configure(tmp_path / "log", sample=0.0)
+    calls(20, 2)
+    close()
+    assert [(line["status"], line["sample_rate"]) for line in lines(tmp_path / "log")] == [("error", 0.0)] * 2
+
+
+def test_sampling_hangs_on_the_call() -> None:
+    sampler = core.AccessLogSampler(0.3)
+    kept = [i for i in range(2000) if sampler.filter(record(request_id=f"{i:016x}"))]
+    assert 480 < len(kept) < 720
+    assert kept == [i for i in range(2000) if sampler.filter(record(request_id=f"{i:016x}"))]
+    assert len({sampler.filter(record(stream_id="s", request_id=str(i))) for i in range(50)}) == 1
+    assert all(core.AccessLogSampler(1.0).filter(record(request_id=str(i))) for i in range(50))
+
+
+def test_a_full_queue_drops_and_counts() -> None:
+    waiting: queue.Queue[logging.LogRecord] = queue.Queue(2)
+    handler = core.DroppingQueueHandler(waiting)
+    for i in range(5):
+        handler.handle(record(request_id=str(i)))
+    assert handler.dropped == 3
+    assert [waiting.get().request_id for _ in range(2)] == ["0", "1"]  # type: ignore[attr-defined]
+    handler.handle(record(request_id="5"))
+    handler.handle(record(request_id="6"))
+    assert waiting.get().dropped_records == 3  # type: ignore[attr-defined]
+    assert not hasattr(waiting.get(), "dropped_records")
+
+
+def test_closing_a_full_queue_writes_what_waits(configure: Configure, tmp_path: Path) -> None:
+    close = configure(tmp_path / "log", asynchronous=True, queue_size=1)
+    for i in range(200):
+        LOGGER.handle(record(request_id=str(i)))
+    close()
+    found = lines(tmp_path / "log")
+    dropped = sum(line.get("dropped_records", 0) for line in found)
+    assert 1 <= len(found) <= 200
+    assert len(found) + dropped <= 200
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_full_disk_breaks_no_call(
+    configure: Configure, capsys: pytest.CaptureFixture[str], asynchronous: bool
+) -> None:
+    close = configure("/dev/full", asynchronous=asynchronous)
+    calls(5)
+    close()
+    shown = capsys.readouterr().err
+    assert shown.count("No space left on device") == 1
+    assert "5 record(s) lost" in shown
+    assert "Traceback" not in shown
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "text"),
     [
-        {"max_bytes": 1, "when": "D"},
-        {"sample": 2.0},
-        {"max_record_bytes": 0},
-        {"asynchronous": True, "queue_size": 0},
-        {"when": "X"},
+        ({"max_bytes": 1, "when": "D"}, "max_bytes"),
+        ({"when": "never"}, "when"),
+        ({"sample": 1.5}, "rate"),
+        ({"sample": -0.1}, "rate"),
+        ({"max_record_bytes": 0}, "max_record_bytes"),
+        ({"asynchronous": True, "queue_size": 0}, "queue_size"),
     ],
 )
-def test_access_log_refuses(tmp_path: Path, options: dict[str, Any]) -> None:
-    before = list(logging.getLogger("vgi_rpc.access").handlers)
-    with pytest.raises(ValueError):
+def test_numbers_out_of_range(tmp_path: Path, options: dict[str, Any], text: str) -> None:
+    before = list(LOGGER.handlers)
+    with pytest.raises(ValueError, match=text):
         core.configure_access_log(tmp_path / "log", **options)
-    assert logging.getLogger("vgi_rpc.access").handlers == before
+    assert before == LOGGER.handlers
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_access_log_of_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *(path for path in sys.path if path)]))
-    code = f"import {__name__} as t; t.core.run_server(t.Service, t.Impl())"
-    flags = ["--access-log", str(tmp_path / "log-{pid}"), "--access-log-async"]
-    with core.connect(Service, [sys.executable, "-c", code, *flags]) as proxy:
-        assert proxy.add(1) == 2
-    (file,) = tmp_path.iterdir()
-    assert [json.loads(line)["message"] for line in file.read_text().splitlines()] == ["Service.add ok"]
+def test_a_path_that_cannot_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError):
+        core.configure_access_log(tmp_path)

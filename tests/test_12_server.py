@@ -1,0 +1,376 @@
+"""Room 12: what a server hosts, checks, dispatches and records."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import ClassVar, Protocol
+
+import pytest
+
+from tests.core import core
+
+
+class Calc(Protocol):
+    def add(self, a: float, b: float) -> float: ...
+    def noop(self) -> None: ...
+
+
+class CalcImpl:
+    def add(self, a, b):
+        return a + b
+
+    def noop(self):
+        return None
+
+
+def wait_for(condition) -> None:
+    """The end of a call is told after its answer has been sent."""
+    deadline = time.monotonic() + 5
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def test_every_misfit_is_in_one_type_error() -> None:
+    class Misfit(Protocol):
+        def bare(self, x: int) -> int: ...
+        def col(self, a: int) -> int: ...
+        def noop(self) -> None: ...
+        def two(self, a: int, b: int) -> int: ...
+
+    class Impl:
+        noop = 5
+
+        def col(self, a, extra):
+            return a
+
+        def two(self, a, **kwargs):
+            return a
+
+    with pytest.raises(TypeError) as caught:
+        core.RpcServer(Misfit, Impl())
+    assert str(caught.value).splitlines() == [
+        "Impl does not implement Misfit:",
+        "  - missing method bare(x: int)",
+        "  - 'col()' has required parameter 'extra' not defined in Misfit",
+        "  - 'noop' exists but is not callable",
+        "  - 'two()' missing parameter 'b'",
+    ]
+
+
+def test_what_an_implementation_may_have_beyond_its_protocol() -> None:
+    class Impl(CalcImpl):
+        def add(self, a, b, ctx, extra=1, *args, **kwargs):
+            return a + b
+
+        def other(self, z):
+            return z
+
+    server = core.RpcServer(Calc, Impl())
+    assert server.ctx_methods == {"add"}
+
+
+def test_names_are_unique_and_not_reserved() -> None:
+    class Reserved(Protocol):
+        protocol_name: ClassVar[str] = "vgi_rpc.Mine"
+
+    with pytest.raises(ValueError, match="Two protocols are hosted under the same name 'Calc'"):
+        core.RpcServer(Calc, CalcImpl(), extra_protocols=[(Calc, CalcImpl())])
+    with pytest.raises(ValueError, match="reserved"):
+        core.RpcServer(Reserved, object())
+
+
+def test_bad_versions_are_refused_at_construction() -> None:
+    class Two(Protocol):
+        protocol_version: ClassVar[str] = "1.2"
+
+    class Number(Protocol):
+        protocol_version: ClassVar[int] = 1
+
+    with pytest.raises(ValueError, match="canonical semver"):
+        core.RpcServer(Two, object())
+    with pytest.raises(TypeError, match="must be a str, got int"):
+        core.RpcServer(Number, object())
+
+
+@pytest.fixture
+def connected():
+    """Serve a server from a thread; yields what connects a Protocol to it."""
+    threads, transports = [], []
+
+    def start(server, protocol, **options):
+        client, served = core.make_pipe_pair()
+        thread = threading.Thread(target=lambda: (server.serve(served), served.close()))
+        thread.start()
+        threads.append(thread)
+        transports.append(client)
+        return core.RpcProxy(protocol, client, **options)
+
+    yield start
+    for transport in transports:
+        transport.close()
+    for thread in threads:
+        thread.join(5)
+        assert not thread.is_alive()
+
+
+def test_several_protocols_on_one_connection(connected) -> None:
+    class Words(Protocol):
+        protocol_name: ClassVar[str] = "demo.Words.v1"
+
+        def add(self, a: str, b: str) -> str: ...
+
+    class WordsImpl:
+        def add(self, a, b):
+            return a + b
+
+    server = core.RpcServer(Calc, CalcImpl(), extra_protocols=[(Words, WordsImpl())], enable_describe=True)
+    calc = connected(server, Calc)
+    words = core.RpcProxy(Words, calc._transport)
+    assert (calc.add(1.0, 2.0), words.add("x", "y")) == (3.0, "xy")
+    assert [p.name for p in core.list_protocols(calc)] == ["Calc", "demo.Words.v1", "vgi_rpc.Reflection.v1"]
+    assert list(server.bindings) == ["Calc", "demo.Words.v1", "vgi_rpc.Reflection.v1"]
+
+
+@pytest.mark.parametrize(
+    ("client", "server", "side"),
+    [("2.2.0", "2.3.4", "client is too old"), ("3.0.0", "2.3.4", "server is too old"), ("2.3.9", "2.3.4", None)],
+)
+def test_version_gate(connected, client: str, server: str, side: str | None) -> None:
+    theirs = type("Calc", (Protocol,), {"protocol_version": client, "noop": Calc.noop})
+    ours = type("Calc", (Protocol,), {"protocol_version": server, "noop": Calc.noop})
+    proxy = connected(core.RpcServer(ours, CalcImpl()), theirs)
+    if side is None:
+        assert proxy.noop() is None
+        return
+    with pytest.raises(core.RpcError) as caught:
+        proxy.noop()
+    assert side in str(caught.value) and client in str(caught.value) and server in str(caught.value)
+    assert caught.value.error_kind == "protocol_version_mismatch"
+    assert caught.value.precondition_failure().violations[0].subject == "Calc"
+
+
+def test_unrouted_calls_need_a_switch() -> None:
+    for accept in (False, True):
+        client, served = core.make_pipe_pair()
+        server = core.RpcServer(Calc, CalcImpl(), accept_unrouted=accept)
+        batch = core.empty_batch(core.EMPTY_SCHEMA)
+        writer = core._IpcWriter(batch.schema)
+        writer.write(batch, {b"vgi_rpc.method": b"noop", b"vgi_rpc.request_version": b"1"})
+        writer.close()
+        client.channel.send(writer.take())
+        server.serve_one(served)
+        reader = core._IpcReader(client.channel, core.IpcValidation.FULL)
+        _, metadata = reader.read()
+        assert (metadata is None) is accept
+        if not accept:
+            assert metadata[b"vgi_rpc.error_kind"] == b"protocol_not_specified"
+        client.close()
+        served.close()
+
+
+def test_on_serve_start_runs_once_and_a_failure_ends_serving() -> None:
+    class Impl(CalcImpl):
+        def __init__(self, fail):
+            self.kinds, self.fail = [], fail
+
+        def on_serve_start(self, kind):
+            self.kinds.append(kind)
+            if self.fail:
+                raise RuntimeError("no")
+
+    impl = Impl(False)
+    server = core.RpcServer(Calc, impl)
+    for make in (core.make_pipe_pair, core.make_pipe_pair, core.make_unix_pair):
+        client, served = make()
+        client.close()
+        server.serve(served)
+        served.close()
+    assert impl.kinds == [core.TransportKind.PIPE, core.TransportKind.UNIX]
+    client, served = core.make_pipe_pair()
+    with pytest.raises(RuntimeError, match="no"):
+        core.RpcServer(Calc, Impl(True)).serve(served)
+    client.close()
+    served.close()
+
+
+def test_hooks_start_in_order_end_reversed_and_may_fail(connected) -> None:
+    seen = []
+
+    class Hook:
+        def __init__(self, name, fail=False):
+            self.name, self.fail = name, fail
+
+        def on_dispatch_start(self, info, auth, transport_metadata, kwargs):
+            if self.fail:
+                raise RuntimeError
+            seen.append(("start", self.name, info.name, dict(kwargs)))
+            return self.name
+
+        def on_dispatch_end(self, token, info, error, *, stats=None):
+            seen.append(("end", token, error, (stats.input_batches, stats.input_rows, stats.input_bytes)))
+
+    server = core.RpcServer(Calc, CalcImpl())
+    for hook in (Hook("a"), Hook("bad", fail=True), Hook("b")):
+        server.add_dispatch_hook(hook)
+    assert connected(server, Calc).add(1.0, 2.0) == 3.0
+    wait_for(lambda: len(seen) == 4)
+    arguments = {"a": 1.0, "b": 2.0}
+    assert seen == [
+        ("start", "a", "add", arguments),
+        ("start", "b", "add", arguments),
+        ("end", "b", None, (1, 1, 16)),
+        ("end", "a", None, (1, 1, 16)),
+    ]
+
+
+def test_access_record_of_a_success_and_a_failure(connected, caplog) -> None:
+    class Impl(CalcImpl):
+        def noop(self):
+            raise ValueError
+
+    caplog.set_level(logging.INFO, "vgi_rpc.access")
+    proxy = connected(core.RpcServer(Calc, Impl(), server_id="s1", server_version="1.2"), Calc)
+    proxy.add(1.0, 2.0)
+    with pytest.raises(core.RpcError):
+        proxy.noop()
+    with pytest.raises(core.RpcError):
+        core._client_unary(  # refused before dispatch: no record
+            proxy._link.channel, core._WirePlan(core.rpc_methods(Calc)["add"], "Nope", None), [1.0, 2.0], proxy._options
+        )
+    wait_for(lambda: sum(r.name == "vgi_rpc.access" for r in caplog.records) == 2)
+    ok, failed = [r for r in caplog.records if r.name == "vgi_rpc.access"]
+    assert ok.getMessage() == "Calc.add ok" and failed.getMessage() == "Calc.noop error"
+    counted = ["input_batches", "input_rows", "input_bytes", "output_batches", "output_rows", "output_bytes"]
+    assert [getattr(ok, name) for name in counted] == [1, 1, 16, 1, 1, 8]
+    assert ok.request_fields == [{"name": "a", "type": "double"}, {"name": "b", "type": "double"}]
+    assert (ok.server_id, ok.server_version, ok.status, ok.error_type, ok.request_rows) == ("s1", "1.2", "ok", "", 1)
+    assert len(ok.protocol_hash) == 64 and len(ok.request_id) == 16 and ok.duration_ms >= 0
+    assert (failed.error_type, failed.error_message, failed.error_code) == ("ValueError", "ValueError", "UNKNOWN")
+    assert not hasattr(ok, "error_message") and "request_data" not in vars(ok)
+
+
+def test_tracebacks_can_be_left_out(connected) -> None:
+    class Impl(CalcImpl):
+        def noop(self):
+            raise ValueError("x")
+
+    for include in (True, False):
+        proxy = connected(core.RpcServer(Calc, Impl(), include_tracebacks=include), Calc)
+        with pytest.raises(core.RpcError) as caught:
+            proxy.noop()
+        assert bool(caught.value.remote_traceback) is include
+
+
+@pytest.mark.parametrize("raised", [SystemExit(3), KeyboardInterrupt()])
+def test_an_implementation_that_exits_is_answered_and_obeyed(raised: BaseException) -> None:
+    class Impl(CalcImpl):
+        def noop(self):
+            raise raised
+
+    ended = []
+    client, served = core.make_pipe_pair()
+
+    def serve() -> None:
+        try:
+            core.RpcServer(Calc, Impl()).serve(served)
+        except BaseException as exc:
+            ended.append(exc)
+        served.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    proxy = core.RpcProxy(Calc, client)
+    with pytest.raises(core.RpcError) as caught:
+        proxy.noop()
+    assert caught.value.error_type == type(raised).__name__
+    thread.join(5)
+    assert ended == [raised]
+    with pytest.raises(core.ConnectionLostError):
+        proxy.add(1.0, 2.0)
+    client.close()
+
+
+def test_messages_from_helper_threads_stay_in_step_and_end_with_the_call(connected) -> None:
+    kept = []
+
+    class Impl(CalcImpl):
+        def add(self, a, b, ctx):
+            def talk():
+                for i in range(50):
+                    ctx.client_log(core.Level.INFO, str(i))
+
+            threads = [threading.Thread(target=talk) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            kept.append(ctx)
+            return a + b
+
+    seen = []
+    proxy = connected(core.RpcServer(Calc, Impl()), Calc, on_log=seen.append)
+    assert proxy.add(1.0, 2.0) == 3.0 and len(seen) == 200
+    with pytest.raises(RuntimeError, match="has ended"):
+        kept[0].client_log(core.Level.INFO, "late")
+    assert proxy.add(2.0, 2.0) == 4.0
+
+
+def test_an_exception_level_message_raises_at_the_caller(connected) -> None:
+    class Impl(CalcImpl):
+        def add(self, a, b, ctx):
+            ctx.client_log(core.Level.EXCEPTION, "bad")
+            return a + b
+
+    proxy = connected(core.RpcServer(Calc, Impl()), Calc)
+    with pytest.raises(core.RpcError) as caught:
+        proxy.add(1.0, 2.0)
+    assert caught.value.error_type == "EXCEPTION"
+    assert proxy.noop() is None
+
+
+def test_a_message_that_is_not_json_is_the_methods_error(connected) -> None:
+    class Impl(CalcImpl):
+        def add(self, a, b, ctx):
+            ctx.client_log(core.Level.INFO, "x", bad=object())
+            return a + b
+
+    proxy = connected(core.RpcServer(Calc, Impl()), Calc)
+    with pytest.raises(core.RpcError) as caught:
+        proxy.add(1.0, 2.0)
+    assert caught.value.error_type == "TypeError"
+    assert proxy.noop() is None
+
+
+@pytest.mark.parametrize(("value", "error"), [(None, "TypeError"), ("x", "ArrowInvalid"), (object(), "ArrowInvalid")])
+def test_a_result_that_does_not_fit_is_an_ordinary_error(connected, value: object, error: str) -> None:
+    class Impl(CalcImpl):
+        def add(self, a, b):
+            return value
+
+    proxy = connected(core.RpcServer(Calc, Impl()), Calc)
+    with pytest.raises(core.RpcError) as caught:
+        proxy.add(1.0, 2.0)
+    assert caught.value.error_type == error
+    assert proxy.noop() is None
+
+
+def test_log_level_follows_the_code(connected, caplog) -> None:
+    class Impl(CalcImpl):
+        def noop(self):
+            raise core.StatusError("no such thing", code="NOT_FOUND", kind="k")
+
+        def add(self, a, b):
+            raise ValueError("unexpected")
+
+    caplog.set_level(logging.DEBUG, "vgi_rpc.rpc")
+    proxy = connected(core.RpcServer(Calc, Impl()), Calc)
+    for call in (proxy.noop, lambda: proxy.add(1.0, 2.0)):
+        with pytest.raises(core.RpcError):
+            call()
+    found = [(r.levelname, r.getMessage(), bool(r.exc_info)) for r in caplog.records if "Error in" in r.getMessage()]
+    assert found == [
+        ("INFO", "Error in Calc.noop: NOT_FOUND (k) StatusError: no such thing", False),
+        ("ERROR", "Error in Calc.add: unexpected", True),
+    ]

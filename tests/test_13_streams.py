@@ -1,0 +1,330 @@
+"""Room 13: streams as their caller sees them, against a real server."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from typing import Protocol
+
+import pyarrow as pa
+import pytest
+
+from tests.core import core
+
+N = pa.schema([("n", pa.int64())])
+CANCELLED: list[str] = []
+
+
+@dataclass
+class Head(core.ArrowSerializableDataclass):
+    total: int
+    title: str = ""
+
+
+@dataclass
+class Count(core.ProducerState):
+    left: int
+    fail_at: int = -1
+    at: int = 0
+
+    def produce(self, out, ctx):
+        if self.at == self.fail_at:
+            raise ValueError(f"stopped at {self.at}")
+        if self.at == self.left:
+            out.client_log(core.Level.INFO, "done")
+            out.finish()
+            return
+        out.client_log(core.Level.INFO, f"turn {self.at}")
+        out.emit_pydict({"n": [self.at]}, metadata={"app.at": str(self.at)})
+        self.at += 1
+
+    def on_cancel(self, ctx):
+        CANCELLED.append("producer")
+        ctx.client_log(core.Level.WARN, "cancelled")
+
+
+@dataclass
+class TickEcho(core.StreamState):
+    def process(self, input, out, ctx):
+        seen = dict(input.custom_metadata or {}).get(b"app.k", b"-").decode()
+        out.emit_pydict({"n": [len(seen)]}, metadata={"app.seen": seen})
+
+
+@dataclass
+class Double(core.ExchangeState):
+    fail_on: int = -1
+
+    def exchange(self, input, out, ctx):
+        values = input.batch.column("n").to_pylist()
+        if self.fail_on in values:
+            raise KeyError("refused")
+        out.emit_pydict({"n": [2 * v for v in values]})
+
+    def on_cancel(self, ctx):
+        CANCELLED.append("exchange")
+
+
+@dataclass
+class Empty(core.ExchangeState):
+    turns: int = 0
+
+    def exchange(self, input, out, ctx):
+        self.turns += 1
+        out.emit(pa.RecordBatch.from_pydict({"n": [self.turns]}, schema=N))
+
+
+class Svc(Protocol):
+    def count(self, n: int, fail_at: int = -1) -> core.Stream[Count]: ...
+    def headed(self, n: int) -> core.Stream[Count, Head]: ...
+    def bad_head(self) -> core.Stream[Count, Head]: ...
+    def refused(self) -> core.Stream[Count]: ...
+    def refused_head(self) -> core.Stream[Count, Head]: ...
+    def not_a_stream(self) -> core.Stream[Count]: ...
+    def double(self, fail_on: int = -1) -> core.Stream[Double]: ...
+    def nothing(self) -> core.Stream[Empty]: ...
+    def ticks(self) -> core.Stream[TickEcho]: ...
+    def table(self, rows: int) -> core.Stream[core.ProducerState]: ...
+    def alive(self) -> str: ...
+
+
+class Impl:
+    def count(self, n, fail_at, ctx):
+        ctx.client_log(core.Level.INFO, "init")
+        return core.Stream(N, Count(n, fail_at))
+
+    def headed(self, n):
+        return core.Stream(N, Count(n), header=Head(n, "t"))
+
+    def bad_head(self):
+        return core.Stream(N, Count(1), header="no")
+
+    def refused(self):
+        raise RuntimeError("no stream today")
+
+    refused_head = refused
+
+    def not_a_stream(self):
+        return 5
+
+    def double(self, fail_on):
+        return core.Stream(N, Double(fail_on), input_schema=N)
+
+    def nothing(self):
+        return core.Stream(N, Empty())
+
+    def ticks(self):
+        return core.Stream(N, TickEcho())
+
+    def table(self, rows):
+        return core.Stream.from_arrow(pa.table({"n": list(range(rows))}))
+
+    def alive(self):
+        return "alive"
+
+
+LOGS: list[str] = []
+
+
+@pytest.fixture(params=["serve_pipe", "serve_unix_pipe", "serve_tcp_pipe"])
+def proxy(request):
+    LOGS.clear()
+    CANCELLED.clear()
+    with getattr(core, request.param)(Svc, Impl(), on_log=lambda m: LOGS.append(m.message)) as found:
+        yield found
+        assert found.alive() == "alive"  # whatever a test did, the connection is in step
+
+
+def ns(batches) -> list[list[int]]:
+    return [b.batch.column("n").to_pylist() for b in batches]
+
+
+def annotated(*values: int) -> object:
+    return core.AnnotatedBatch.from_pydict({"n": list(values)}, N)
+
+
+def test_a_producer_in_order_with_messages_and_metadata(proxy) -> None:
+    batches = list(proxy.count(2))
+    assert ns(batches) == [[0], [1]]
+    assert [b.custom_metadata[b"app.at"] for b in batches] == [b"0", b"1"]
+    assert LOGS == ["init", "turn 0", "turn 1", "done"]
+    assert ns(proxy.count(0)) == []
+
+
+def test_tick_ends_with_stop_iteration_and_then_is_closed(proxy) -> None:
+    session = proxy.count(1)
+    assert ns([session.tick()]) == [[0]]
+    with pytest.raises(StopIteration):
+        session.tick()
+    with pytest.raises(core.RpcError, match="closed or cancelled"):
+        session.tick()
+    session.close()
+    session.cancel()
+
+
+def test_tick_metadata_reaches_the_method(proxy) -> None:
+    with proxy.ticks() as session:
+        answer = session.tick(pa.KeyValueMetadata({"app.k": "hello"}))
+        assert answer.custom_metadata[b"app.seen"] == b"hello"
+        assert session.tick().custom_metadata[b"app.seen"] == b"-"
+
+
+def test_headers(proxy) -> None:
+    session = proxy.headed(2)
+    assert session.header == Head(2, "t") and session.typed_header(Head).total == 2
+    with pytest.raises(TypeError, match="Header type mismatch: expected Count, got Head"):
+        session.typed_header(Count)
+    assert ns(session) == [[0], [1]]
+    with proxy.count(0) as plain, pytest.raises(TypeError, match=r"Stream has no header \(expected Head\)"):
+        plain.typed_header(Head)
+
+
+@pytest.mark.parametrize(("method", "error"), [("refused", "RuntimeError"), ("not_a_stream", "TypeError")])
+def test_a_failed_init_shows_at_the_first_read_or_at_close(proxy, method: str, error: str) -> None:
+    with pytest.raises(core.RpcError) as caught:
+        getattr(proxy, method)().tick()
+    assert caught.value.error_type == error
+    assert proxy.alive() == "alive"
+    with pytest.raises(core.RpcError) as caught:
+        getattr(proxy, method)().close()
+    assert caught.value.error_type == error
+    getattr(proxy, method)().cancel()
+
+
+@pytest.mark.parametrize(("method", "error"), [("refused_head", "RuntimeError"), ("bad_head", "TypeError")])
+def test_a_failed_init_with_a_header_raises_at_once(proxy, method: str, error: str) -> None:
+    with pytest.raises(core.RpcError) as caught:
+        getattr(proxy, method)()
+    assert caught.value.error_type == error
+
+
+def test_an_error_in_a_turn_ends_the_stream(proxy) -> None:
+    session = proxy.count(5, fail_at=1)
+    assert ns([session.tick()]) == [[0]]
+    with pytest.raises(core.RpcError, match="stopped at 1"):
+        session.tick()
+    assert LOGS == ["init", "turn 0"]
+    with pytest.raises(core.RpcError, match="closed or cancelled"):
+        session.tick()
+
+
+def test_exchange(proxy) -> None:
+    with proxy.double() as session:
+        for value in range(50):
+            assert ns([session.exchange(annotated(value, 1))]) == [[2 * value, 2]]
+    with proxy.double(fail_on=3) as session:
+        session.exchange(annotated(1))
+        with pytest.raises(core.RpcError, match="refused"):
+            session.exchange(annotated(3))
+
+
+def test_an_exchange_input_is_reordered_cast_or_refused(proxy) -> None:
+    small = pa.RecordBatch.from_pydict({"n": pa.array([4], pa.int8())})
+    with proxy.double() as session:
+        assert ns([session.exchange(core.AnnotatedBatch(small))]) == [[8]]
+        with pytest.raises(core.RpcArgumentError, match="one schema"):
+            session.exchange(annotated(1))
+        assert ns([session.exchange(core.AnnotatedBatch(small))]) == [[8]]
+    for wrong in ({"m": [1]}, {"n": ["x"]}):
+        with pytest.raises(core.RpcError, match="Input schema mismatch"), proxy.double() as session:
+            session.exchange(core.AnnotatedBatch.from_pydict(wrong))
+
+
+def test_ticking_an_exchange_and_exchanging_with_a_producer_are_refused(proxy) -> None:
+    with pytest.raises(core.RpcError, match="Input schema mismatch"):
+        proxy.double().tick()
+    with pytest.raises(core.RpcError, match="Input schema mismatch"):
+        proxy.count(3).exchange(annotated(1))
+
+
+def test_a_zero_column_exchange_is_a_producer_for_many_turns(proxy) -> None:
+    empty = core.AnnotatedBatch(core.empty_batch(core.EMPTY_SCHEMA))
+    with proxy.nothing() as session:
+        assert [ns([session.exchange(empty)])[0][0] for _ in range(120)] == list(range(1, 121))
+
+
+def test_cancel_runs_on_cancel_and_close_does_not(proxy) -> None:
+    session = proxy.count(10**9)
+    session.tick()
+    session.cancel()
+    assert CANCELLED == ["producer"] and LOGS[-1] == "cancelled"
+    with proxy.count(10**9) as session:
+        session.tick()
+    assert CANCELLED == ["producer"]
+    proxy.double().cancel()
+    assert CANCELLED == ["producer", "exchange"]
+
+
+def test_early_close_before_and_after_reading(proxy) -> None:
+    proxy.count(10**9).close()
+    with proxy.count(10**9) as session:
+        for _ in range(3):
+            session.tick()
+
+
+def test_one_conversation_at_a_time(proxy) -> None:
+    with proxy.count(3) as session:
+        session.tick()
+        for attempt in (proxy.alive, lambda: proxy.count(1), lambda: core.ping(proxy)):
+            with pytest.raises(core.RpcError, match="a stream is open") as caught:
+                attempt()
+            assert caught.value.sent == "no"
+        assert ns([session.tick()]) == [[1]]
+
+
+def test_a_dropped_session_warns_and_frees_the_connection(proxy) -> None:
+    with pytest.warns(ResourceWarning, match="count"):
+        proxy.count(10**9).tick()
+        gc.collect()
+    assert proxy.alive() == "alive"
+
+
+def test_the_arrow_interface_reads_everything_once(proxy) -> None:
+    assert proxy.count(3).read_all().to_pydict() == {"n": [0, 1, 2]}
+    session = proxy.count(3)
+    assert session.schema == N and session.schema == N
+    reader = pa.RecordBatchReader.from_stream(session)
+    assert reader.schema == N and reader.read_all().num_rows == 3
+    with pytest.raises(core.RpcError, match="has been consumed"):
+        session.to_reader()
+    empty = proxy.count(0)
+    assert empty.read_all().schema == N
+    with proxy.double() as exchange, pytest.raises(core.RpcError, match="exchange"):
+        exchange.to_reader()
+
+
+def test_a_schema_asked_for_keeps_the_first_batch(proxy) -> None:
+    session = proxy.count(2)
+    assert session.schema == N
+    assert ns(session) == [[0], [1]]
+
+
+def test_serving_any_arrow_stream(proxy) -> None:
+    assert proxy.table(7).read_all().column("n").to_pylist() == list(range(7))
+    assert proxy.table(0).read_all().num_rows == 0
+
+
+KIND = pa.dictionary(pa.int16(), pa.utf8())
+WIDE = pa.schema([("k", KIND), ("v", pa.float64())])
+
+
+@dataclass
+class Echo(core.ExchangeState):
+    def exchange(self, input, out, ctx):
+        out.emit(input.batch)
+
+
+class Wide(Protocol):
+    def echo(self) -> core.Stream[Echo]: ...
+
+
+class WideImpl:
+    def echo(self):
+        return core.Stream(WIDE, Echo(), input_schema=WIDE)
+
+
+def test_large_batches_and_dictionaries() -> None:
+    with core.serve_unix_pipe(Wide, WideImpl()) as proxy, proxy.echo() as session:
+        for rows, words in ((0, ["a"]), (3, ["a", "b"]), (200_000, ["b", "c"]), (2, ["z"])):
+            keys = pa.array([words[i % len(words)] for i in range(rows)], pa.utf8()).cast(KIND)
+            batch = pa.RecordBatch.from_arrays([keys, pa.array([float(i) for i in range(rows)])], schema=WIDE)
+            assert session.exchange(core.AnnotatedBatch(batch)).batch.to_pydict() == batch.to_pydict()
