@@ -4254,6 +4254,7 @@ def compute_protocol_hash(protocol_name: str, methods: Mapping[str, RpcMethodInf
 #   location / shm_offset            pointer to a batch that is elsewhere
 #   anything else                    data (void result, zero-row output)
 
+_WIRE_PLAIN = (str, bytes, int, float, bool)
 _WIRE_DATA, _WIRE_LOG, _WIRE_ERROR, _WIRE_EXTERNAL, _WIRE_SHM = "data", "log", "error", "external", "shm"
 
 
@@ -4269,6 +4270,7 @@ class _WirePlan:
         "doing",
         "encode_result",
         "encoders",
+        "exact",
         "info",
         "metadata",
         "name",
@@ -4293,6 +4295,9 @@ class _WirePlan:
         hints = [None if raw else info.param_types[name] for name in self.names]
         self.encoders = tuple(None if raw else _types_encoder(hint, top=True) for hint in hints)
         self.decoders = tuple(None if raw else _types_decoder(hint, top=True) for hint in hints)
+        # Arguments of exactly these types need no conversion; (None,) when some may need one.
+        kinds = tuple(_types_strip(hint)[0] for hint in hints)
+        self.exact: tuple[Any, ...] = kinds if all(kind in _WIRE_PLAIN for kind in kinds) else (None,)
         converts = info.has_return and not raw
         self.encode_result = _types_encoder(info.result_type, top=True) if converts else None
         self.decode_result = _types_decoder(info.result_type, top=True) if converts else None
@@ -4372,6 +4377,8 @@ def _wire_request_metadata(method: str, protocol: str | None, version: str | Non
 def _wire_bind(plan: _WirePlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Arguments in declaration order, defaults filled in; RpcArgumentError before any byte is written (API.md 9)."""
     names = plan.names
+    if len(args) == len(names) and not kwargs and tuple(map(type, args)) == plan.exact:
+        return list(args)
     if len(args) > len(names):
         raise RpcArgumentError(f"{plan.name}() takes {len(names)} argument(s) but {len(args)} were given")
     values = list(args)
@@ -4404,6 +4411,8 @@ def _wire_unknown_argument(plan: _WirePlan, args: tuple[Any, ...], kwargs: dict[
 
 def _wire_cells(plan: _WirePlan, values: list[Any]) -> list[Any]:
     """Convert arguments to what a template or pa.array takes."""
+    if tuple(map(type, values)) == plan.exact:
+        return values
     cells = []
     for i, value in enumerate(values):
         encode = plan.encoders[i]
@@ -4793,6 +4802,7 @@ _TRANSPORT_CHUNK = 65_536
 _TRANSPORT_MAX_IO = 1 << 30  # sockets fail above 2^31, macOS pipes lose the tail (wire.md section 13)
 _TRANSPORT_MAX_PIECES = 1024  # IOV_MAX
 _TRANSPORT_ATOMIC = 4096  # a pipe or socket that polls writable takes this much without blocking
+_TRANSPORT_LINGER = 1.0  # seconds a refused peer has to read why
 _TRANSPORT_CLOSE_WAIT = 5.0  # seconds close() waits for a call of another thread to notice
 
 
@@ -4941,6 +4951,18 @@ class Channel(_IpcSource):
         wake()
         return self.lock.acquire(timeout=_TRANSPORT_CLOSE_WAIT)
 
+    def linger(self) -> None:
+        """Let the last words arrive: a socket that is closed with unread input takes them back (TCP reset)."""
+        if self.inp != self.out or self.inp < 0:
+            return
+        end = time.monotonic() + _TRANSPORT_LINGER
+        with socket.socket(fileno=os.dup(self.inp)) as sock:
+            sock.shutdown(socket.SHUT_WR)
+            while (left := end - time.monotonic()) > 0:
+                sock.settimeout(left)
+                if not sock.recv(_TRANSPORT_CHUNK):
+                    break
+
     # -- bytes
 
     def at_end(self) -> bool:
@@ -4994,7 +5016,9 @@ class Channel(_IpcSource):
 
     def send(self, pieces: Sequence[_IpcPiece]) -> None:
         """Write whole messages: small ones in one piece, large ones without joining them."""
-        if sum(map(len, pieces)) <= _IPC_LARGE:
+        if len(pieces) == 1 and isinstance(pieces[0], bytes) and len(pieces[0]) <= _IPC_LARGE:
+            self.write(pieces[0])
+        elif sum(map(len, pieces)) <= _IPC_LARGE:
             self.write(b"".join(pieces))
         else:
             self.write_views([memoryview(piece).cast("B") for piece in pieces if len(piece)])
@@ -6524,6 +6548,7 @@ class _ServerConnection:
         metadata = _wire_error(exc, server.server_id, _ctx_request_id(), server.include_tracebacks)
         with contextlib.suppress(OSError):
             self._send_stream(empty_batch(EMPTY_SCHEMA), metadata)
+            self.channel.linger()
         raise _ServerHangUp from exc
 
     def _send_stream(self, batch: pa.RecordBatch, metadata: _IpcMetadata) -> None:
@@ -8092,6 +8117,8 @@ def _door_run(
     close_log = _door_access_log(options, server)
     try:
         _door_serve_options(server, options)
+    except KeyboardInterrupt:  # Ctrl-C in a terminal reaches the worker too
+        raise SystemExit(130) from None
     finally:
         close_log()
 

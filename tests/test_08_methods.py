@@ -993,6 +993,26 @@ def imported_type(text: bytes) -> pa.DataType:
     return pa.DataType._import_from_c(ctypes.addressof(schema))
 
 
+class Extension(pa.ExtensionType):
+    """An extension whose text is that of a plain type."""
+
+    def __init__(self, name: str, storage: pa.DataType) -> None:
+        super().__init__(storage, name)
+
+    def __arrow_ext_serialize__(self) -> bytes:
+        return b""
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage_type: Any, serialized: Any) -> Extension:
+        return cls("", storage_type)
+
+    def __str__(self) -> str:
+        return "int64"
+
+
+UUID = pa.uuid() if hasattr(pa, "uuid") else Extension("arrow.uuid", pa.binary(16))  # pyarrow 18 has it
+
+
 TOKENS = [
     (pa.null(), "null"),
     (pa.bool_(), "bool"),
@@ -1050,9 +1070,9 @@ TOKENS = [
     (pa.dictionary(pa.int16(), pa.utf8()), "dictionary<index:int16,value:utf8>"),
     (pa.dictionary(pa.int8(), pa.int64(), ordered=True), "dictionary<index:int8,value:int64>,ordered"),
     (pa.run_end_encoded(pa.int32(), pa.utf8()), "run_end_encoded<run_ends:int32,values:utf8>"),
-    (pa.uuid(), "extension(arrow.uuid)<fixed_size_binary(16)>"),
+    (UUID, "extension(arrow.uuid)<fixed_size_binary(16)>"),
     (
-        pa.list_(pa.struct([pa.field("p", pa.map_(pa.utf8(), pa.list_(pa.uuid())))])),
+        pa.list_(pa.struct([pa.field("p", pa.map_(pa.utf8(), pa.list_(UUID)))])),
         "list<item?:struct<p?:map<key:utf8,value?:list<item?:extension(arrow.uuid)<fixed_size_binary(16)>>>>>",
     ),
 ]
@@ -1063,25 +1083,8 @@ def test_type_tokens(dtype: pa.DataType, token: str) -> None:
     assert core.type_token(dtype) == token
 
 
-class Disguised(pa.ExtensionType):
-    """An extension whose text is that of a plain type."""
-
-    def __init__(self) -> None:
-        super().__init__(pa.int32(), "demo.disguised")
-
-    def __arrow_ext_serialize__(self) -> bytes:
-        return b""
-
-    @classmethod
-    def __arrow_ext_deserialize__(cls, storage_type: Any, serialized: Any) -> Disguised:
-        return cls()
-
-    def __str__(self) -> str:
-        return "int64"
-
-
 def test_extensions_of_others() -> None:
-    assert core.type_token(Disguised()) == "extension(demo.disguised)<int32>"
+    assert core.type_token(Extension("demo.disguised", pa.int32())) == "extension(demo.disguised)<int32>"
 
 
 UNSUPPORTED = [getattr(pa, name)(5, 2) for name in ("decimal32", "decimal64") if hasattr(pa, name)]

@@ -387,7 +387,7 @@ def background(run: Callable[[], object]) -> Iterator[list[Any]]:
         except BaseException as exc:
             got.append(exc)
 
-    thread = threading.Thread(target=body)
+    thread = threading.Thread(target=body, daemon=True)
     thread.start()
     yield got
     thread.join(30)
@@ -502,11 +502,12 @@ def test_threads_share_a_proxy_and_every_answer_is_right(lab: Lab, svc: ModuleTy
             except Exception as exc:
                 outcomes.append(exc)
 
-        threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+        threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(8)]
         for thread in threads:
             thread.start()
+        end = time.monotonic() + 40
         for thread in threads:
-            thread.join(50)
+            thread.join(max(end - time.monotonic(), 0))
         assert outcomes == [[]] * 8
 
 
@@ -909,11 +910,12 @@ def test_threads_on_a_reconnecting_proxy_keep_their_connection(lab: Lab, svc: Mo
             except Exception as exc:
                 outcomes.append(exc)
 
-        threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+        threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(8)]
         for thread in threads:
             thread.start()
+        end = time.monotonic() + 40
         for thread in threads:
-            thread.join(50)
+            thread.join(max(end - time.monotonic(), 0))
         assert outcomes == [[]] * 8
         assert p.pid() == pid
         assert p._transport is transport

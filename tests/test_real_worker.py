@@ -20,7 +20,7 @@ import pytest
 
 from tests.core import core
 
-WORKER = '''
+WORKER = """
 from __future__ import annotations
 
 import dataclasses
@@ -118,7 +118,7 @@ if __name__ == "__main__":  # files first; the flags are for run_server
     files = sys.argv[1:3]
     del sys.argv[1:3]
     core.run_server(Sales, SalesImpl(*files))
-'''
+"""
 START = datetime.datetime(2026, 1, 1, 12)
 ROWS = [
     {

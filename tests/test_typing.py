@@ -16,6 +16,7 @@ from tests.core import core
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECK = ROOT / "tests" / "typing" / "check_typing.py"
+MISUSE = ROOT / "tests" / "typing" / "misuse.py"
 CONFIG = "[mypy]\nstrict = True\n[mypy-pyarrow.*]\nignore_missing_imports = True\n"
 OFFLINE = ("Could not find a version", "Temporary failure", "ConnectionError", "Failed to establish", "Max retries")
 
@@ -45,30 +46,42 @@ def expected() -> dict[int, str]:
     return {number: match[1] for number, line in lines if (match := re.search(r"# reveals: (.+)$", line))}
 
 
+def mistakes() -> set[int]:
+    lines = enumerate(MISUSE.read_text(encoding="utf-8").splitlines(), 1)
+    return {number for number, line in lines if line.endswith("  # wrong")}
+
+
 def project(where: Path, module: str) -> Path:
-    """Write the check file for a user whose core is called `module`."""
+    """Write the checked files for a user whose core is called `module`."""
     where.mkdir(parents=True, exist_ok=True)
-    text = CHECK.read_text(encoding="utf-8")
-    assert text.count("\nfrom vgi_rpc import (") == 1
-    (where / "check_typing.py").write_text(text.replace("from vgi_rpc import", f"from {module} import"))
+    for file in (CHECK, MISUSE):
+        text = file.read_text(encoding="utf-8")
+        assert text.count("\nfrom vgi_rpc import (") == 1
+        (where / file.name).write_text(text.replace("from vgi_rpc import", f"from {module} import"))
     (where / "mypy.ini").write_text(CONFIG)
     return where
 
 
 def check_mypy(where: Path, python: str) -> None:
-    ran = run(where, sys.executable, "-m", "mypy", "--strict", "--python-executable", python, "check_typing.py")
+    mypy = (sys.executable, "-m", "mypy", "--strict", "--python-executable", python)
+    ran = run(where, *mypy, "check_typing.py")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     found = re.findall(r'check_typing\.py:(\d+): note: Revealed type is "(.*)"', ran.stdout)
     assert {int(number): plain_type(text) for number, text in found} == expected()
+    ran = run(where, *mypy, "misuse.py")
+    assert {int(number) for number in re.findall(r"misuse\.py:(\d+): error", ran.stdout)} == mistakes(), ran.stdout
 
 
 def check_pyright(where: Path, python: str) -> None:
-    ran = run(where, tool("pyright"), "--pythonpath", python, "check_typing.py")
+    pyright = (tool("pyright"), "--pythonpath", python)
+    ran = run(where, *pyright, "check_typing.py")
     if any(text in ran.stdout + ran.stderr for text in ("npm ERR", "getaddrinfo", "URLError")):
         pytest.skip("pyright cannot fetch its Node program without a network")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     found = re.findall(r'check_typing\.py:(\d+):\d+ - information: Type of ".*" is "(.*)"', ran.stdout)
     assert {int(number): plain_type(text) for number, text in found} == expected()
+    ran = run(where, *pyright, "misuse.py")
+    assert {int(number) for number in re.findall(r"misuse\.py:(\d+):\d+ - error", ran.stdout)} == mistakes(), ran.stdout
 
 
 CHECKERS = pytest.mark.parametrize("check", [check_mypy, check_pyright], ids=["mypy", "pyright"])
@@ -76,6 +89,7 @@ CHECKERS = pytest.mark.parametrize("check", [check_mypy, check_pyright], ids=["m
 
 def test_expectations_are_found() -> None:
     assert len(expected()) == CHECK.read_text(encoding="utf-8").count(" reveal_type(") >= 10
+    assert len(mistakes()) >= 10
 
 
 @CHECKERS

@@ -1,11 +1,12 @@
 """Optional parts of vgi_rpc that need more than pyarrow.
 
-The extras never import the core by name, because the core may be a vendored copy. Instead the core calls `bind` with
-itself, and the extras' modules ask `core()` for it.
+The extras never import the core by a fixed name, because the core may be a vendored copy. The core calls `bind` with
+itself; when an extra is imported directly, `core` finds the one that belongs to this folder.
 """
 
 from __future__ import annotations
 
+import importlib
 import threading
 from types import ModuleType
 
@@ -25,18 +26,43 @@ def bind(core: ModuleType) -> None:
     global _core
     version = getattr(core, "__version__", None)
     if version != __version__:
-        raise ImportError(f"vgi_rpc_extras {__version__} needs the same version of vgi_rpc; {_name(core)} is {version}")
+        raise ImportError(
+            f"vgi_rpc_extras {__version__} needs the same version of vgi_rpc; {_name(core)} is {version}:"
+            " copy or install both from one release"
+        )
     with _lock:
         if _core is not None and _core is not core:
-            raise ImportError(f"vgi_rpc_extras is bound to {_name(_core)}; a second core ({_name(core)}) cannot use it")
+            raise ImportError(
+                f"vgi_rpc_extras is bound to {_name(_core)}; a second core ({_name(core)}) cannot use it:"
+                f" copy the folder vgi_rpc_extras beside {core.__name__}"
+            )
         _core = core
 
 
 def core() -> ModuleType:
-    """Return the bound core. Raises ImportError if there is none yet."""
+    """Return the bound core; if there is none yet, bind the `vgi_rpc` beside this folder.
+
+    Raises ImportError if there is no such module. A core copied under another name binds itself when an extra is
+    reached through it.
+    """
     if _core is None:
-        raise ImportError("vgi_rpc_extras is not bound to a core; import it through vgi_rpc")
+        bind(_beside())
+    assert _core is not None
     return _core
+
+
+def _beside() -> ModuleType:
+    name = f"{__name__.rpartition('.')[0]}.vgi_rpc".lstrip(".")
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as exc:
+        if exc.name != name:
+            raise
+        raise ImportError(
+            f"vgi_rpc_extras is not bound to a core, and there is no module {name}: copy vgi_rpc.py beside this folder,"
+            " or reach the extra through your copy of it",
+            name=name,
+        ) from exc
 
 
 def _name(module: ModuleType) -> str:

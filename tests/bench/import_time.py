@@ -36,7 +36,8 @@ def main() -> None:
     base = 1000 * statistics.median(pair[0] for pair in pairs)
     full = 1000 * statistics.median(pair[1] for pair in pairs)
     over = 1000 * statistics.median(pair[1] - pair[0] for pair in pairs)
-    print(f"pyarrow {base:.1f} ms   vgi_rpc {full:.1f} ms   over pyarrow {over:.1f} ms   ({rounds} rounds)")
+    ratio = f"ratio {full / base:.2f}"
+    print(f"pyarrow {base:.1f} ms   vgi_rpc {full:.1f} ms   over pyarrow {over:.1f} ms   {ratio}   ({rounds} rounds)")
 
 
 if __name__ == "__main__":

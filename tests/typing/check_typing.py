@@ -1,3 +1,4 @@
+# pyright: strict
 """What type checkers see of a user's calls; tests/test_typing.py compares each `reveal_type` with its comment.
 
 This file is read by checkers only. `vgi_rpc` in the import is replaced when a vendored copy is checked.
