@@ -2063,7 +2063,7 @@ class _IpcDictionaries:
     def __init__(self, schema_message: _IpcPiece) -> None:
         self.feed = _IpcFeed()
         self.feed.push(schema_message)
-        self._reader: ipc.RecordBatchStreamReader | None = None
+        self._reader: Any = None
 
     def batch(self, message: _IpcPiece) -> pa.RecordBatch:
         self.feed.push(message)
@@ -2104,7 +2104,7 @@ class _IpcWriter:
         self._dictionaries = _ipc_has_dictionaries(schema)
         self._pieces: list[_IpcPiece] = [self._schema_message]
         self._sink: list[_IpcPiece] = []
-        self._stream: ipc.RecordBatchStreamWriter | None = None
+        self._stream: Any = None
 
     def write(self, batch: pa.RecordBatch, metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None = None) -> None:
         """Append a batch. A small plain one is one serialize(); all else goes through pyarrow's stream writer."""
@@ -4873,7 +4873,8 @@ class Channel(_IpcSource):
         if self.pid != os.getpid():
             raise WrongProcessError(f"this connection was made in process {self.pid}; connect again")
         if self._owned():
-            raise RpcError("ProtocolError", f"a call from inside {self.busy or 'a callback'}, on the same connection")
+            inside = self.busy or "a callback"
+            raise RpcError("ProtocolError", f"a call from inside {inside}, on the same connection", sent="no")
         if self.stream is not None and self.stream is not stream and self.stream_thread == threading.get_ident():
             raise RpcError(
                 "ProtocolError",
@@ -4900,6 +4901,8 @@ class Channel(_IpcSource):
     def leave(self) -> None:
         """End a conversation whose last byte has been read."""
         self.busy = None
+        if self.broken is not None:  # closed meanwhile by a thread that could not wait for this call
+            self.abort()
         self.lock.release()
 
     def fail(self, exc: BaseException) -> BaseException:
@@ -4943,13 +4946,21 @@ class Channel(_IpcSource):
         self.idle.notify_all()
 
     def shut(self, wake: Callable[[], None]) -> bool:
-        """Mark the channel closed and take its lock, waking a call of another thread; False if it did not yield."""
+        """Mark the channel closed and take its lock, waking calls of other threads.
+
+        False: a call did not yield, and its `leave` will close; or this is the child of a fork, which only lets go.
+        """
+        if self.pid != os.getpid():
+            self.abort()
+            return False
         if self.broken is None:
             self.broken = "it was closed"
-        if self.lock.acquire(blocking=False):
-            return True
-        wake()
-        return self.lock.acquire(timeout=_TRANSPORT_CLOSE_WAIT)
+        if not self.lock.acquire(blocking=False):
+            wake()
+            if not self.lock.acquire(timeout=_TRANSPORT_CLOSE_WAIT):
+                return False
+        self.end_stream()
+        return True
 
     def linger(self) -> None:
         """Let the last words arrive: a socket that is closed with unread input takes them back (TCP reset)."""
@@ -4976,12 +4987,19 @@ class Channel(_IpcSource):
         return False
 
     def gone(self) -> bool:
-        """Whether an idle connection has lost its peer: nothing may arrive now but the end."""
+        """Whether the connection is idle and has lost its peer: nothing may arrive now but the end."""
         if self.broken is not None:
             return True
-        poll = select.poll()
-        poll.register(self.inp, select.POLLIN)
-        return bool(poll.poll(0))
+        if not self.lock.acquire(blocking=False):
+            return False  # in use
+        try:
+            if self.stream is not None or self.inp < 0:
+                return False
+            poll = select.poll()
+            poll.register(self.inp, select.POLLIN)
+            return bool(poll.poll(0))
+        finally:
+            self.lock.release()
 
     def more(self, missing: int) -> None:
         """Read once."""
@@ -6192,7 +6210,7 @@ class RpcServer:
         binding = self._bindings.get(name)
         if binding is None:
             raise ProtocolNotSupportedError(
-                f"Protocol '{name}' is not hosted here. Available: {sorted(self._bindings)}"
+                f"This server does not host protocol '{name}'. Hosted: {list(self._bindings)}"
                 + ("" if self.describe_enabled or name != REFLECTION_PROTOCOL_NAME else _SERVER_DESCRIBE_HINT)
             )
         return binding
@@ -6908,10 +6926,14 @@ class _ClientLink:
         """Replace a lost connection; of several threads the first does it."""
         assert self.reopen is not None
         with lost.lock:
-            if self.channel is lost:
-                self.transport.close()
+            if self.channel is not lost or not lost.gone():
+                return
+            self.transport.close()
+            try:
                 self.transport = self.reopen()
-                self.channel = _transport_channel(self.transport)
+            except OSError as exc:
+                raise ConnectionLostError(f"could not connect again: {exc}", sent="no") from exc
+            self.channel = _transport_channel(self.transport)
 
 
 class RpcProxy:
@@ -7030,7 +7052,7 @@ def _client_retry(
 ) -> _T:
     """`connect(..., reconnect=True)`: one new connection, and only for what was never sent."""
     channel = link.channel
-    if channel.pid == os.getpid() and channel.stream is None and channel.gone():
+    if channel.pid == os.getpid() and channel.gone():
         link.reconnect(channel)
         channel = link.channel
     try:

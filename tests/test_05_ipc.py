@@ -221,7 +221,9 @@ def test_the_default_limits_of_the_design() -> None:
 
 def test_the_body_limit_holds_for_batches_that_look_like_earlier_ones() -> None:
     small, big = batch_of(NUMBERS, a=[1.0], b=[2.0]), batch_of(NUMBERS, a=[1.0] * 9, b=[2.0] * 9)
-    reader = core._IpcReader(core._IpcSource(by_core(NUMBERS, small, small, big), core.IpcLimits(max_message_bytes=16)), FULL)
+    reader = core._IpcReader(
+        core._IpcSource(by_core(NUMBERS, small, small, big), core.IpcLimits(max_message_bytes=16)), FULL
+    )
     assert reader.read()[0].equals(small)
     assert reader.read()[0].equals(small)
     with pytest.raises(pa.ArrowInvalid, match="max_message_bytes=16"):

@@ -1021,7 +1021,7 @@ def _dial(lab: Lab, svc: ModuleType, kind: str) -> tuple[Any, Callable[[], None]
     return client, thread.join
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "pipe"])  # nothing wakes a read of a pipe
 def test_closing_from_another_thread_wakes_a_call(
     lab: Lab, svc: ModuleType, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
