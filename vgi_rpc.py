@@ -2154,7 +2154,37 @@ def _ipc_message(source: _IpcSource) -> _IpcMessage | None:
         return None
     kind, body, metadata = _ipc_parse(source.buf[source.pos + 8 : source.pos + 8 + size], source.limits)
     head = 8 + size
-    return _IpcMessage(kind, source.take(head + body, head), metadata)
+    data = source.take(head + body, head)
+    if kind != _IPC_SCHEMA:
+        _ipc_check_compressed(data, head, body, source.limits)
+    return _IpcMessage(kind, data, metadata)
+
+
+def _ipc_check_compressed(data: _IpcPiece, head: int, body: int, limits: IpcLimits) -> None:
+    """Bound what compressed buffers claim to become, before pyarrow allocates it (each begins with its real size)."""
+    view = memoryview(data)
+    meta = bytes(view[:head])
+    try:
+        table = 8 + _IPC_U32(meta, 8)[0]
+        at = _ipc_slot(meta, table, 2)
+        header = at + _IPC_U32(meta, at)[0]
+        if meta[_ipc_slot(meta, table, 1)] == _IPC_DICTIONARY:
+            at = _ipc_slot(meta, header, 1)
+            header = at + _IPC_U32(meta, at)[0]
+        buffers = _ipc_slot(meta, header, 2)
+        if not buffers or not _ipc_slot(meta, header, 3):
+            return
+        buffers += _IPC_U32(meta, buffers)[0]
+        total = 0
+        for entry in range(buffers + 4, buffers + 4 + 16 * _IPC_U32(meta, buffers)[0], 16):
+            start, size = _IPC_I64(meta, entry)[0], _IPC_I64(meta, entry + 8)[0]
+            if size >= 8 and 0 <= start <= body - 8:
+                total += max(_IPC_I64(view, head + start)[0], 0)
+    except (struct.error, IndexError) as exc:
+        raise pa.ArrowInvalid("malformed flatbuffer in an IPC message") from exc
+    limit = limits.max_message_bytes
+    if total > (_IPC_EAGER + 1024 * body if limit is None else limit):
+        raise pa.ArrowInvalid(f"compressed buffers claim {total} bytes; max_message_bytes={limit} does not allow them")
 
 
 def _ipc_plain_head(message: _IpcPiece, batch: pa.RecordBatch) -> tuple[bytes, int] | None:
@@ -4935,6 +4965,14 @@ class Channel(_IpcSource):
         self.end_stream()
         self.abort()
 
+    def abandon(self, stream: object, reason: str) -> None:
+        """Poison a channel whose stream nobody can close any more, so that no one waits for it."""
+        if self.stream is stream and self.lock.acquire(timeout=_TRANSPORT_CLOSE_WAIT):
+            try:
+                self.poison(reason)
+            finally:
+                self.lock.release()
+
     def begin_stream(self, stream: object) -> None:
         """Keep the channel for `stream` between its turns; to be called within a conversation."""
         self.stream = stream
@@ -6915,12 +6953,20 @@ class _ClientOptions(_NamedTuple):
 class _ClientLink:
     """The connection behind a proxy; `reopen` replaces it when it is lost before anything was sent."""
 
-    __slots__ = ("channel", "reopen", "transport")
+    __slots__ = ("channel", "limits", "reopen", "transport")
 
-    def __init__(self, transport: Any, reopen: Callable[[], Any] | None = None) -> None:
+    def __init__(
+        self, transport: Any, reopen: Callable[[], Any] | None = None, limits: IpcLimits | None = None
+    ) -> None:
+        self.reopen = reopen
+        self.limits = limits
+        self._use(transport)
+
+    def _use(self, transport: Any) -> None:
         self.transport = transport
         self.channel = _transport_channel(transport)
-        self.reopen = reopen
+        if self.limits is not None:
+            self.channel.limits = self.limits
 
     def reconnect(self, lost: Channel) -> None:
         """Replace a lost connection; of several threads the first does it."""
@@ -6930,10 +6976,9 @@ class _ClientLink:
                 return
             self.transport.close()
             try:
-                self.transport = self.reopen()
+                self._use(self.reopen())
             except OSError as exc:
                 raise ConnectionLostError(f"could not connect again: {exc}", sent="no") from exc
-            self.channel = _transport_channel(self.transport)
 
 
 class RpcProxy:
@@ -7075,9 +7120,10 @@ class RpcConnection(Generic[_P]):
         *,
         ipc_validation: IpcValidation = IpcValidation.FULL,
         timeout: float | None = None,
+        limits: IpcLimits | None = None,
     ) -> None:
         options = _ClientOptions(on_log, ipc_validation, _client_check_timeout(timeout))
-        self._proxy = _client_proxy(cast(type, protocol), _ClientLink(transport), options)
+        self._proxy = _client_proxy(cast(type, protocol), _ClientLink(transport, None, limits), options)
 
     def __enter__(self) -> _P:
         if _LOG_WIRE_TRANSPORT.isEnabledFor(logging.DEBUG):
@@ -7349,8 +7395,10 @@ class StreamSession:
 
         warnings.warn(f"stream of {self._plan.name}() was not closed", ResourceWarning, source=self, stacklevel=2)
         self._options = self._options._replace(timeout=5.0)
-        with contextlib.suppress(Exception):
+        try:
             self._end("stream close")
+        except Exception:  # collected while this thread was waiting for that very stream, or the peer is silent
+            self._channel.abandon(self._token, f"stream of {self._plan.name}() was not closed")
 
     # -- below here: turns
 
@@ -7749,6 +7797,7 @@ def connect(
     ipc_validation: IpcValidation = IpcValidation.FULL,
     timeout: float | None = None,
     reconnect: bool = False,
+    limits: IpcLimits | None = None,
 ) -> Iterator[_P]:
     """Start a worker process and talk over its stdin and stdout; leaving the block ends it.
 
@@ -7757,6 +7806,7 @@ def connect(
         on_log: receives the Messages that methods send while they run.
         timeout: seconds for each call and each turn of a stream; None waits for ever.
         reconnect: start the worker again when it is gone, and repeat only what was never sent.
+        limits: what the peer may claim before memory is allocated for it.
 
     Raises the operating system's own error when the worker cannot be started.
     """
@@ -7764,7 +7814,7 @@ def connect(
     def spawn() -> SubprocessTransport:
         return SubprocessTransport(cmd, stderr=stderr, stderr_logger=stderr_logger)
 
-    with _door_client(protocol, spawn, _ClientOptions(on_log, ipc_validation, timeout), reconnect) as proxy:
+    with _door_client(protocol, spawn, _ClientOptions(on_log, ipc_validation, timeout), reconnect, limits) as proxy:
         yield proxy
 
 
@@ -7777,13 +7827,14 @@ def unix_connect(
     ipc_validation: IpcValidation = IpcValidation.FULL,
     timeout: float | None = None,
     reconnect: bool = False,
+    limits: IpcLimits | None = None,
 ) -> Iterator[_P]:
-    """Connect to a server on a Unix socket; `timeout` and `reconnect` as in `connect`, also for connecting."""
+    """Connect to a server on a Unix socket; options as in `connect`; `timeout` also bounds connecting."""
 
     def dial() -> UnixTransport:
         return _door_dial_unix(path, timeout)
 
-    with _door_client(protocol, dial, _ClientOptions(on_log, ipc_validation, timeout), reconnect) as proxy:
+    with _door_client(protocol, dial, _ClientOptions(on_log, ipc_validation, timeout), reconnect, limits) as proxy:
         yield proxy
 
 
@@ -7800,6 +7851,7 @@ def tcp_connect(
     ipc_validation: IpcValidation = IpcValidation.FULL,
     timeout: float | None = None,
     reconnect: bool = False,
+    limits: IpcLimits | None = None,
 ) -> Iterator[_P]:
     """Connect to a server over TCP, through TLS when a context is given.
 
@@ -7813,14 +7865,16 @@ def tcp_connect(
     def dial() -> TcpTransport:
         return _door_dial_tcp(host, port, connect_timeout, tls_context, server_hostname)
 
-    with _door_client(protocol, dial, _ClientOptions(on_log, ipc_validation, timeout), reconnect) as proxy:
+    with _door_client(protocol, dial, _ClientOptions(on_log, ipc_validation, timeout), reconnect, limits) as proxy:
         yield proxy
 
 
 @contextlib.contextmanager
-def _door_client(protocol: Any, dial: Callable[[], Any], options: _ClientOptions, reconnect: bool) -> Iterator[Any]:
+def _door_client(
+    protocol: Any, dial: Callable[[], Any], options: _ClientOptions, reconnect: bool, limits: IpcLimits | None
+) -> Iterator[Any]:
     _client_check_timeout(options.timeout)
-    link = _ClientLink(dial(), dial if reconnect else None)
+    link = _ClientLink(dial(), dial if reconnect else None, limits)
     try:
         yield _client_proxy(protocol, link, options)
     finally:

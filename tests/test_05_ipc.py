@@ -215,6 +215,8 @@ def test_the_default_limits_of_the_design() -> None:
     assert core.IpcLimits() == (16 << 20, 10_000, 64, 1 << 20, None)
     with pytest.raises(pa.ArrowInvalid, match="max_columns=10000"):
         read_bytes(by_pyarrow(wide(10_001)))
+    read_bytes(by_pyarrow(wide(10_000)))
+    read_bytes(by_pyarrow(nested(64)))
     with pytest.raises(pa.ArrowInvalid, match="max_nesting=64"):
         read_bytes(by_pyarrow(nested(65)))
 
@@ -260,11 +262,11 @@ def with_body_size(stream: bytes, size: int) -> bytes:
     return stream[:at] + struct.pack("<q", size) + stream[at + 8 :]
 
 
-@pytest.mark.parametrize("size", [24, 1 << 16, 1 << 30, 1 << 40, (1 << 63) - 1])
+@pytest.mark.parametrize("size", [25, 32, 1 << 16, 1 << 30, 1 << 40, (1 << 63) - 1])
 def test_a_body_that_does_not_come_is_an_end_of_file(size: int) -> None:
-    with pytest.raises(EOFError):
-        read_bytes(with_body_size(REQUEST, size + len(EOS)))
-    reader = core._IpcReader(core._IpcSource(with_body_size(REQUEST, size + len(EOS))), FULL)
+    with pytest.raises(EOFError):  # 16 bytes and the end marker are there
+        read_bytes(with_body_size(REQUEST, size))
+    reader = core._IpcReader(core._IpcSource(with_body_size(REQUEST, size)), FULL)
     with pytest.raises(EOFError):
         reader.drain()
 
@@ -315,23 +317,21 @@ def test_every_mutated_byte_is_read_or_refused(name: str) -> None:
 
 
 def test_metadata_entries_that_share_bytes_are_refused() -> None:
-    batch = batch_of(NUMBERS, a=[1.0], b=[2.0])
-    many = by_pyarrow(NUMBERS, batch, metadata={b"k%d" % i: b"v" * 3000 for i in range(8)})
-    message = bytearray(core._ipc_split(many)[1])
-    table = 8 + struct.unpack_from("<I", message, 8)[0]
-    at = core._ipc_slot(bytes(message), table, 4)
-    vector = at + struct.unpack_from("<I", message, at)[0]
-    target = vector + 4 + 28 + struct.unpack_from("<I", message, vector + 4 + 28)[0]
-    for i in range(8):
-        struct.pack_into("<I", message, vector + 4 + 4 * i, target - (vector + 4 + 4 * i))
-    assert read_bytes(many)
-    data = core._ipc_schema_message(NUMBERS) + bytes(message) + EOS
-    assert len(read_bytes(data)) == 1  # eight times one entry is still within the message
-    struct.pack_into("<I", message, vector, 7)
-    limits = core.IpcLimits()
-    assert core._ipc_custom_metadata(bytes(message), vector, limits)
+    metadata = {b"k%d" % i: b"v" * (24_000 if i == 3 else 1) for i in range(8)}
+    stream = by_pyarrow(NUMBERS, batch_of(NUMBERS, a=[1.0], b=[2.0]), metadata=metadata)
+    assert read_bytes(stream)[0][1] == metadata
+    schema_message, batch = core._ipc_split(stream)
+    message = bytearray(batch)
+    slot = core._ipc_slot(batch, 8 + struct.unpack_from("<I", batch, 8)[0], 4)
+    vector = slot + struct.unpack_from("<I", batch, slot)[0]
+    entries = [vector + 4 + 4 * i for i in range(8)]
+    tables = [at + struct.unpack_from("<I", batch, at)[0] for at in entries]
+    target = next(table for table in tables if len(core._ipc_string(batch, table, 1)) == 24_000)
+    for at in entries:
+        if at < target:
+            struct.pack_into("<I", message, at, target - at)  # all of them are the large one
     with pytest.raises(pa.ArrowInvalid, match="overlap"):
-        core._ipc_custom_metadata(bytes(message[: target + 3100]), vector, limits)
+        read_bytes(schema_message + bytes(message) + EOS)
 
 
 def test_metadata_is_bytes_and_need_not_be_utf8() -> None:

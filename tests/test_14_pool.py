@@ -224,7 +224,7 @@ def test_an_abandoned_stream_discards_the_worker(worker, caplog) -> None:
 
 def test_a_worker_that_dies_during_a_call_is_discarded(worker, caplog) -> None:
     with core.WorkerPool() as pool:
-        with pool.connect(Svc, worker) as svc, pytest.raises(core.TransportError):
+        with pool.connect(Svc, worker) as svc, pytest.raises(core.ConnectionLostError):
             svc.die()
         assert pool.metrics == ZERO._replace(borrows=1, spawns=1, discards=1)
         (text,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
