@@ -2315,22 +2315,26 @@ def _ipc_string(meta: bytes, table: int, slot: int) -> bytes:
 # Schemas repeat on every call; bounded, and filled only with what pyarrow has accepted.
 _IPC_SCHEMAS: dict[bytes, tuple[pa.Schema, bool]] = {}
 _IPC_SCHEMAS_MAX = 256
+_IPC_USUAL = IpcLimits()  # stricter readers measure for themselves
 _IPC_SCHEMAS_MAX_BYTES = 16_384
 
 
 def _ipc_schema(message: _IpcPiece, limits: IpcLimits) -> tuple[pa.Schema, bool]:
     """Decode a schema message -> (schema, whether any column or nested field is a dictionary)."""
     key = bytes(message)
-    known = _IPC_SCHEMAS.get(key)
-    if known is not None:
+    known = _IPC_SCHEMAS.get(key) if limits.max_columns >= _IPC_USUAL.max_columns else None
+    if known is not None and limits.max_nesting >= _IPC_USUAL.max_nesting:
         return known
     try:
         _ipc_measure_schema(key[8:], limits)
     except struct.error as exc:
         raise pa.ArrowInvalid("malformed flatbuffer in a schema message") from exc
     schema = ipc.read_schema(pa.py_buffer(key))
-    found = (schema, _ipc_has_dictionaries(schema))
-    if len(key) <= _IPC_SCHEMAS_MAX_BYTES:
+    try:
+        found = (schema, _ipc_has_dictionaries(schema))
+    except UnicodeDecodeError as exc:
+        raise pa.ArrowInvalid("a column name of a schema is not UTF-8") from exc
+    if len(key) <= _IPC_SCHEMAS_MAX_BYTES and limits == _IPC_USUAL:
         if len(_IPC_SCHEMAS) >= _IPC_SCHEMAS_MAX:
             _IPC_SCHEMAS.clear()
         _IPC_SCHEMAS[key] = found
@@ -2351,8 +2355,11 @@ def _ipc_measure_schema(meta: bytes, limits: IpcLimits) -> None:
         count = _IPC_U32(meta, vector)[0]
         total += count
         if count > limits.max_columns or total > 16 * limits.max_columns:
-            raise pa.ArrowInvalid(f"a schema of {count} columns; the limit is max_columns={limits.max_columns}")
-        if depth > limits.max_nesting:
+            raise pa.ArrowInvalid(
+                f"a schema of {max(count, total)} columns and nested fields; the limit is"
+                f" max_columns={limits.max_columns}, with 16 nested fields each"
+            )
+        if count and depth > limits.max_nesting:
             raise pa.ArrowInvalid(f"a schema nested deeper than max_nesting={limits.max_nesting}")
         for entry in range(vector + 4, vector + 4 + 4 * count, 4):
             children = _ipc_slot(meta, entry + _IPC_U32(meta, entry)[0], 5)
@@ -2365,7 +2372,8 @@ def _ipc_schema_message(schema: pa.Schema) -> bytes:
 
 
 def _ipc_has_dictionaries(schema: pa.Schema) -> bool:
-    return any(_ipc_type_has_dictionary(field.type) for field in schema)
+    """Look at every field; UnicodeDecodeError for a name that is not UTF-8."""
+    return any([field.name is None or _ipc_type_has_dictionary(field.type) for field in schema])
 
 
 def _ipc_type_has_dictionary(dtype: pa.DataType) -> bool:
@@ -2373,7 +2381,8 @@ def _ipc_type_has_dictionary(dtype: pa.DataType) -> bool:
         return True
     if isinstance(dtype, pa.BaseExtensionType):
         return _ipc_type_has_dictionary(dtype.storage_type)
-    return any(_ipc_type_has_dictionary(dtype.field(i).type) for i in range(dtype.num_fields))
+    children = [dtype.field(i) for i in range(dtype.num_fields)]
+    return any([child.name is None or _ipc_type_has_dictionary(child.type) for child in children])
 
 
 def _ipc_key_values(metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None) -> pa.KeyValueMetadata | None:
@@ -5223,7 +5232,10 @@ def _transport_allocate(size: int) -> pa.Buffer:
         return pa.allocate_buffer(size)
     import mmap
 
-    return pa.py_buffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    try:
+        return pa.py_buffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    except (OSError, OverflowError) as exc:
+        raise pa.ArrowInvalid(f"a message of {size} bytes has no room here; max_message_bytes= can bound it") from exc
 
 
 # -- pipes
@@ -5334,6 +5346,12 @@ class StderrMode(enum.Enum):
     DEVNULL = "devnull"
 
 
+def _transport_command(cmd: Sequence[str]) -> list[str]:
+    if isinstance(cmd, str):
+        raise TypeError(f"cmd must be a list of arguments such as {cmd.split()!r}, got a str")
+    return list(cmd)
+
+
 class SubprocessTransport:
     """Starts `cmd` and talks over its stdin and stdout. Raises the operating system's own error if it cannot start."""
 
@@ -5346,9 +5364,7 @@ class SubprocessTransport:
     ) -> None:
         import subprocess
 
-        if isinstance(cmd, str):
-            raise TypeError(f"cmd must be a list of arguments such as {cmd.split()!r}, got a str")
-        self._cmd = list(cmd)
+        self._cmd = _transport_command(cmd)
         self._started = time.monotonic()
         try:
             self.proc: subprocess.Popen[bytes] = subprocess.Popen(
@@ -5706,7 +5722,7 @@ def _transport_listen_unix(path: str, backlog: int) -> socket.socket:
             os.unlink(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        mask = os.umask(0o077)
+        mask = os.umask(0o177)
         try:
             listener.bind(path)
         finally:
@@ -7646,7 +7662,7 @@ class WorkerPool:
     ) -> Iterator[_P]:
         """Borrow a worker, or start one; it is given back when the block ends. RuntimeError once the pool is closed."""
         options = _ClientOptions(on_log, ipc_validation, _client_check_timeout(timeout))
-        key = tuple(cmd)
+        key = tuple(_transport_command(cmd))
         transport = self._borrow(key)
         try:
             yield cast(_P, _client_proxy(cast(type, protocol), _ClientLink(transport), options))
@@ -7707,8 +7723,8 @@ class WorkerPool:
             self._counts["discards"] += len(dead)
             self._counts["reuses" if found else "spawns"] += 1
         for worker in dead:
+            worker.close()  # reaps it, which gives the exit code
             _LOG_POOL.warning("idle worker died: pid=%d, exit_code=%s", worker.proc.pid, worker.proc.returncode)
-            worker.close()
         if found is not None:
             return found
         try:
@@ -8202,6 +8218,8 @@ def _door_run(
 def _door_serve_options(server: RpcServer, options: Any) -> None:
     if options.http:
         raise SystemExit("--http needs the http extra, which this version does not have yet")
+    if (options.unix or options.tcp) and options.idle_timeout and not options.threaded:
+        raise SystemExit("idle_timeout requires threaded=True: give --idle-timeout 0 with --no-threaded")
     sockets: dict[str, Any] = {
         "threaded": options.threaded,
         "max_connections": options.max_connections or None,

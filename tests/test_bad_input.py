@@ -257,7 +257,11 @@ def test_a_server_ends_what_cannot_be_right_without_waiting(name: str, server: S
 
 @pytest.mark.parametrize("name", HALVES)
 def test_a_server_survives_a_peer_that_closes_in_the_middle(name: str, server: Server, bystander: Service) -> None:
-    assert answers(server.talk(HALVES[name], close=True)) == (["data"] if name.startswith("good call") else [])
+    found = answers(server.talk(HALVES[name], close=True))
+    if name == "body of a terabyte":  # some machines refuse to promise that much memory, and say so
+        assert found in ([], ["OSError: [Errno 12] Cannot allocate memory"])
+    else:
+        assert found == (["data"] if name.startswith("good call") else [])
     assert bystander.add(1.0, 2.0) == 3.0
 
 
@@ -452,6 +456,11 @@ def test_a_client_that_reads_garbage_has_lost_its_connection(data: bytes, close:
     assert time.monotonic() - began < PATIENCE
     assert caught.value.error_type == "TransportError"
     assert caught.value.sent == "maybe"
+
+
+def test_a_reply_whose_column_name_is_not_utf8_is_an_rpc_error() -> None:
+    with pytest.raises(core.RpcError):
+        call_against(reply(3.0).replace(b"result", b"re\xffult"), close=True)
 
 
 def test_a_client_never_raises_anything_but_the_family_of_rpc_error() -> None:

@@ -1,0 +1,1 @@
+"""Tools around workers; each module is loaded when it is needed."""
