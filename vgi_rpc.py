@@ -2125,10 +2125,16 @@ class _IpcWriter:
     def _gather(
         self, batch: pa.RecordBatch, metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None
     ) -> list[_IpcPiece]:
+        key_values = _ipc_key_values(metadata)
         first = self._stream is None
-        if self._stream is None:
+        if first:
             self._stream = new_ipc_stream(_IpcSink(self._sink), self.schema)
-        self._stream.write_batch(batch, custom_metadata=_ipc_key_values(metadata))
+        try:
+            self._stream.write_batch(batch, custom_metadata=key_values)
+        except BaseException:  # half a message, or a schema: begin again with the next batch
+            self._stream = None
+            self._sink.clear()
+            raise
         pieces, self._sink[:] = self._sink[:], []
         return pieces if not first else _ipc_without(pieces, len(self._schema_message))
 
@@ -2526,7 +2532,17 @@ def _ipc_dictionary_id(message: bytes) -> int:
 class _IpcLayout:
     """Reads one-row streams that look like `sample`, a complete stream that pyarrow has validated."""
 
-    __slots__ = ("_exact", "_length", "_parts", "_readers", "_rest", "_schema_message", "_unpack", "deadline_at")
+    __slots__ = (
+        "_exact",
+        "_length",
+        "_parts",
+        "_readers",
+        "_rest",
+        "_schema_message",
+        "_sizes",
+        "_unpack",
+        "deadline_at",
+    )
 
     def __init__(self, sample: bytes, schema: pa.Schema, deadline: bytes | None = None) -> None:
         """`deadline` is the value of a metadata entry that differs from message to message (a hole more)."""
@@ -2543,6 +2559,7 @@ class _IpcLayout:
         self._rest = b""
         self._unpack: Callable[[bytes, int], tuple[Any, ...]] | None = None
         self._length = len(sample)
+        self._sizes = [len(message) for message in messages[1:-1]]
         self._parts: list[_IpcPart] = []
         self._readers: list[_IpcColumn] = []
         if len(schema) == 0:
@@ -2552,6 +2569,17 @@ class _IpcLayout:
         self._parts = [_IpcPart(message, None if message is not messages[-1] else deadline) for message in messages[1:]]
         self._readers = _ipc_column_readers(schema, messages)
         self._learn_fixed(sample, schema, messages)
+
+    def deadline(self, data: bytes, pos: int) -> bytes:
+        """Return the 16 digits of a stream that matches; dictionaries in front of them vary in size."""
+        at = pos + self.deadline_at
+        for part, size in zip(self._parts[:-1], self._sizes, strict=True):
+            found = part.match(data, pos + len(self._schema_message))
+            if found is not None:
+                body, body_size, _, _ = found
+                at += body + body_size - pos - len(self._schema_message) - size
+                pos = body + body_size - len(self._schema_message)
+        return data[at : at + 16]
 
     def match(self, data: bytes, pos: int) -> tuple[Sequence[Any], int] | None:
         """Return (the row, the position after the stream); None when it is not this layout, or not all there."""
@@ -2878,7 +2906,7 @@ class _IpcTemplate:
                 return self._prefix + self._pack(*values) + _EOS
             at, prefix = self._deadline_at, self._prefix
             return b"".join((prefix[:at], deadline, prefix[at + 16 :], self._pack(*values), _EOS))
-        except (_IpcUnfamiliar, struct.error, OverflowError, UnicodeEncodeError):
+        except (_IpcUnfamiliar, struct.error, OverflowError, ValueError):
             return None
 
     def _encode(self, values: Sequence[Any], deadline: bytes) -> bytes:
@@ -4387,7 +4415,9 @@ class _WirePlan:
         return template.encode((value,))
 
     def learn_reply(self, sample: bytes, batch: pa.RecordBatch) -> None:
-        """Remember how a reply looks; bounded, and never twice the same."""
+        """Remember how a reply looks that is what the method declares; bounded, and never twice the same."""
+        if batch.schema.names != (["result"] if self.info.has_return else []):
+            return
         if len(self.replies) < _IPC_LAYOUTS_MAX and not any(layout.match(sample, 0) for layout in self.replies):
             layout = _ipc_learn(sample, batch)
             if layout is not None:
@@ -4721,9 +4751,10 @@ def _wire_read_reply(
     if source.pos == len(source.buf):
         source.more(8)
     begin, data = source.pos, source.buf
+    limit = source.limits.max_message_bytes
     for layout in plan.replies:
         found = layout.match(data, begin)
-        if found is not None:
+        if found is not None and (limit is None or found[1] - begin <= limit):
             source.pos = found[1]
             return _WireReply(None, None, None, found[0])
     reader = _IpcReader(source, validation)
@@ -4932,6 +4963,8 @@ class Channel(_IpcSource):
             self.poison(f"{self.busy} did not end cleanly")
         if self.broken is not None:
             raise self.lost()
+        if stream is not None:
+            self.stream_thread = threading.get_ident()
         self.deadline = deadline
         self.timeout = timeout
         self.sent = "no"
@@ -4941,6 +4974,7 @@ class Channel(_IpcSource):
         """End a conversation whose last byte has been read."""
         self.busy = None
         if self.broken is not None:  # closed meanwhile by a thread that could not wait for this call
+            self._let_go()
             self.abort()
         self.lock.release()
 
@@ -4951,7 +4985,7 @@ class Channel(_IpcSource):
         try:
             if self.busy is None:
                 return exc
-            doing, self.busy = self.busy, None
+            doing = self.busy  # cleared by poison(), so that an interrupt in between is noticed by the next `enter`
             if isinstance(exc, Exception):
                 exc = self._explained(_errors_translate(exc, doing, self.sent))
                 self.poison(str(exc))
@@ -4970,9 +5004,15 @@ class Channel(_IpcSource):
         if self.broken is None:
             self.broken = reason
         self.busy = None
-        self.buf, self.pos = b"", 0
         self.end_stream()
+        self._let_go()
         self.abort()
+
+    def _let_go(self) -> None:
+        """Forget the descriptors: their numbers may soon mean something else."""
+        self.buf, self.pos = b"", 0
+        self.inp = self.out = -1
+        self._polls.clear()
 
     def abandon(self, stream: object, reason: str) -> None:
         """Poison a channel whose stream nobody can close any more, so that no one waits for it."""
@@ -5007,6 +5047,7 @@ class Channel(_IpcSource):
             if not self.lock.acquire(timeout=_TRANSPORT_CLOSE_WAIT):
                 return False
         self.end_stream()
+        self._let_go()
         return True
 
     def linger(self) -> None:
@@ -5147,11 +5188,14 @@ class Channel(_IpcSource):
             poll.register(fd, event)
         left = deadline - time.monotonic()
         if left <= 0 or not poll.poll(left * 1000 + 1):
-            raise DeadlineExceededError(
-                f"{self.busy} did not finish within its timeout of {self.timeout} s;"
-                " the connection is closed, because the answer may still come",
-                sent=self.sent,
-            )
+            raise self._late()
+
+    def _late(self) -> DeadlineExceededError:
+        return DeadlineExceededError(
+            f"{self.busy} did not finish within its timeout of {self.timeout} s;"
+            " the connection is closed, because the answer may still come",
+            sent=self.sent,
+        )
 
     def _wait_for_stream(self, doing: str, deadline: float | None, stream: object | None) -> None:
         """Queue behind another thread's stream. A session whose stream is over never comes here to wait."""
@@ -5222,7 +5266,9 @@ class _FileChannel(Channel):
 
     def _arm(self) -> None:
         if self._settimeout is not None:
-            left = None if self.deadline is None else max(self.deadline - time.monotonic(), 0.001)
+            left = None if self.deadline is None else self.deadline - time.monotonic()
+            if left is not None and left <= 0:
+                raise self._late()
             self._settimeout(left)
 
 
@@ -5332,7 +5378,10 @@ def _transport_stdio() -> PipeTransport:
     except OSError:  # started without a stderr
         os.dup2(null, 1)
     os.close(null)
-    return PipeTransport(os.fdopen(inp, "rb"), os.fdopen(out, "wb", buffering=0))
+    transport = PipeTransport(os.fdopen(inp, "rb"), os.fdopen(out, "wb", buffering=0))
+    # A forked child of a method must not keep the protocol open after its parent has died.
+    os.register_at_fork(after_in_child=transport.close)
+    return transport
 
 
 # -- subprocess
@@ -5492,12 +5541,14 @@ class _TransportTee:
         poll.register(self._stop, select.POLLIN)
         rest = b""
         stopping = False
-        while True:
+        left = 1 << 20  # bytes to read once stopping: a grandchild may go on writing for ever
+        while left > 0:
             ready = dict(poll.poll(0 if stopping else None))
             data = os.read(self._pipe.fileno(), _TRANSPORT_CHUNK) if self._pipe.fileno() in ready else b""
             if not data and (stopping or self._pipe.fileno() in ready):
                 break
             stopping = stopping or self._stop in ready
+            left -= len(data) if stopping else 0
             if self._logger is None:
                 with contextlib.suppress(OSError):
                     os.write(2, data)
@@ -6280,6 +6331,8 @@ class RpcServer:
         key = sample[: 8 + _IPC_I32(sample, 4)[0]]
         with self._layout_lock:
             known = self._layouts.get(key, ())
+            if any(entry.layout.match(sample, 0) for entry in known):
+                return
             if len(known) < _SERVER_LAYOUTS_PER_SCHEMA and (known or len(self._layouts) < _SERVER_LAYOUT_SCHEMAS):
                 binding = self._bindings[plan.protocol]
                 self._layouts[key] = (_ServerLayout(layout, binding, plan), *known)
@@ -6464,11 +6517,13 @@ class _ServerConnection:
         if found is None or last is None:
             return False
         row, end = found
+        limit = self.channel.limits.max_message_bytes
+        if limit is not None and end - pos > limit:
+            return False
         kwargs = _wire_row_arguments(last.plan, row)
         budget = None
         if last.layout.deadline_at >= 0:
-            at = pos + last.layout.deadline_at
-            budget = _server_budget({DEADLINE_KEY: data[at : at + 16]})
+            budget = _server_budget({DEADLINE_KEY: last.layout.deadline(data, pos)})
             if budget is None:
                 return False
         if kwargs is None:
@@ -7119,7 +7174,7 @@ def _client_retry(
     try:
         return call(channel, plan, values, options)
     except ConnectionLostError as exc:
-        if exc.sent != "no":
+        if exc.sent != "no" or channel.broken is None:  # it was sent, or it is another connection's error
             raise
     link.reconnect(channel)
     return call(link.channel, plan, values, options)
@@ -7429,11 +7484,10 @@ class StreamSession:
         if self._closed:
             raise RpcError("ProtocolError", "Stream has been closed or cancelled", sent="no")
         channel = self._channel
-        pieces = self._pieces(batch, metadata)
         channel.check(self._token)
         try:
             channel.enter(doing, self._options.timeout if timeout is _UNSET else timeout, self._token)
-            channel.send(pieces)
+            channel.send(self._pieces(batch, metadata))
             item = self._read()
             if item is None or isinstance(item, RpcError) or self._logs.failure is not None:
                 self._finish()
@@ -7454,6 +7508,16 @@ class StreamSession:
         return AnnotatedBatch(item[0], _ipc_key_values(item[1]))
 
     def _pieces(self, batch: pa.RecordBatch, metadata: pa.KeyValueMetadata | None) -> list[_IpcPiece]:
+        """What a turn writes. A refusal leaves the conversation before anything has been sent."""
+        try:
+            return self._write(batch, metadata)
+        except RpcArgumentError:
+            self._channel.leave()
+            raise
+
+    def _write(self, batch: pa.RecordBatch, metadata: pa.KeyValueMetadata | None) -> list[_IpcPiece]:
+        if self._closed:  # by another thread, since `_turn` looked
+            raise RpcArgumentError("Stream has been closed or cancelled")
         writer = self._writer
         if writer is None:
             writer = self._writer = _IpcWriter(batch.schema)
@@ -7901,12 +7965,23 @@ def _door_dial_unix(path: str, timeout: float | None) -> UnixTransport:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.settimeout(timeout)
-        sock.connect(path)
+        _door_connect_unix(sock, path, None if timeout is None else time.monotonic() + timeout)
     except OSError as exc:
         sock.close()
         exc.add_note(f"no server answers on {path}; start one with --unix {path}")
         raise
     return UnixTransport(sock)
+
+
+def _door_connect_unix(sock: socket.socket, path: str, deadline: float | None) -> None:
+    """Connect, waiting while the server's backlog is full: with a timeout the kernel says EAGAIN instead."""
+    while True:
+        try:
+            return sock.connect(path)
+        except BlockingIOError:
+            if deadline is None or time.monotonic() >= deadline:
+                raise TimeoutError(f"the server on {path} did not accept the connection in time") from None
+            time.sleep(0.01)
 
 
 def _door_dial_tcp(
@@ -8448,9 +8523,9 @@ def _cli_parser() -> Any:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
-    def command(name: str, run: Callable[[Any], int], text: str, *, client: bool = True) -> Any:
+    def command(name: str, run: Callable[[Any], int], text: str, *, client: bool = True, **settings: Any) -> Any:
         made = commands.add_parser(
-            name, help=text, description=text, parents=[after] if client else [], allow_abbrev=False
+            name, help=text, description=text, parents=[after] if client else [], allow_abbrev=False, **settings
         )
         made.set_defaults(run=run)
         return made
@@ -8470,7 +8545,8 @@ def _cli_parser() -> Any:
     serve.add_argument("implementation", metavar="MODULE:IMPLEMENTATION", help="an object, or a class to instantiate")
     serve.add_argument("--factory", action="store_true", help="IMPLEMENTATION is called, and returns the object")
     serve.add_argument("flags", nargs=argparse.REMAINDER, metavar="...", help="--unix PATH, --tcp [HOST:]PORT ...")
-    launch = command("launch", _cli_launch, "start a shared worker, or find the running one", client=False)
+    text = "start a shared worker, or find the running one"  # the launcher parses its own options
+    launch = command("launch", _cli_launch, text, client=False, prefix_chars="\0", add_help=False)
     launch.add_argument("flags", nargs=argparse.REMAINDER, metavar="...")
     return parser
 

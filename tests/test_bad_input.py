@@ -21,7 +21,7 @@ from pyarrow import ipc
 from tests.core import core
 
 pytestmark = pytest.mark.timeout(120)
-PATIENCE = 5.0  # seconds in which every peer of a bad byte must know
+PATIENCE = 20.0  # seconds; a bound, not a speed
 EOS = b"\xff\xff\xff\xff\0\0\0\0"
 
 SERVICE = """
@@ -259,7 +259,7 @@ def test_a_server_ends_what_cannot_be_right_without_waiting(name: str, server: S
 def test_a_server_survives_a_peer_that_closes_in_the_middle(name: str, server: Server, bystander: Service) -> None:
     found = answers(server.talk(HALVES[name], close=True))
     if name == "body of a terabyte":  # some machines refuse to promise that much memory, and say so
-        assert found in ([], ["OSError: [Errno 12] Cannot allocate memory"])
+        assert found == [] or "max_message_bytes" in found[0]
     else:
         assert found == (["data"] if name.startswith("good call") else [])
     assert bystander.add(1.0, 2.0) == 3.0
