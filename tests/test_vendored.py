@@ -49,7 +49,8 @@ def test_whole_suite(app: Path) -> None:
         shutil.copytree(ROOT / name, app / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "CHANGELOG.md"):
         shutil.copyfile(ROOT / name, app / name)
-    choice = "not vendored and not typing and not readme"
+    # What starts many processes takes minutes and does not depend on the module's name; `.ci/run` must stay short.
+    choice = "not vendored and not typing and not readme and not transports and not interop and not bad_input"
     ran = run(app, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", "-k", choice, timeout=880)
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
     assert " passed" in ran.stdout
