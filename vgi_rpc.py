@@ -221,7 +221,7 @@ class Code(enum.StrEnum):
     @classmethod
     def parse(cls, value: object) -> Code:
         """Return the code of that name; anything unknown is UNKNOWN."""
-        return cls.__members__.get(str(value), cls.UNKNOWN)
+        return cls.__members__.get(value, cls.UNKNOWN) if isinstance(value, str) else cls.UNKNOWN
 
 
 CLIENT_ERROR_CODES: Final = frozenset(
@@ -241,14 +241,7 @@ TRANSIENT_ERROR_CODES: Final = frozenset(
     {Code.UNAVAILABLE, Code.ABORTED, Code.DEADLINE_EXCEEDED, Code.RESOURCE_EXHAUSTED}
 )
 OTEL_SERVER_ERROR_CODES: Final = frozenset(
-    {
-        Code.UNKNOWN,
-        Code.DEADLINE_EXCEEDED,
-        Code.UNIMPLEMENTED,
-        Code.INTERNAL,
-        Code.UNAVAILABLE,
-        Code.DATA_LOSS,
-    }
+    {Code.UNKNOWN, Code.DEADLINE_EXCEEDED, Code.UNIMPLEMENTED, Code.INTERNAL, Code.UNAVAILABLE, Code.DATA_LOSS}
 )
 
 
@@ -279,6 +272,13 @@ class _ErrorsRecord:
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
+    @classmethod
+    def _build(cls, obj: Any) -> Self:
+        try:
+            return cls(**{name: obj[name] for name in cls.FIELDS if name in obj})
+        except (TypeError, KeyError) as exc:
+            raise ValueError(f"malformed {cls.__name__}: {exc}") from exc
+
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object that travels; a detail carries its `@type`."""
         found: dict[str, Any] = {"@type": self.TYPE} if isinstance(self, _ErrorsDetail) else {}
@@ -305,10 +305,7 @@ class _ErrorsDetail(_ErrorsRecord):
         """Build from the wire's object; ValueError on another shape."""
         if not isinstance(obj, Mapping) or obj.get("@type") != cls.TYPE:
             raise ValueError(f"not a {cls.TYPE} object")
-        try:
-            return cls(**{name: obj[name] for name in cls.FIELDS if name in obj})
-        except (TypeError, KeyError) as exc:
-            raise ValueError(f"malformed {cls.TYPE}: {exc}") from exc
+        return cls._build(obj)
 
 
 def _errors_texts(**values: object) -> None:
@@ -320,14 +317,7 @@ def _errors_texts(**values: object) -> None:
 def _errors_parts(kind: type[Any], values: Iterable[Any]) -> tuple[Any, ...]:
     if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
         raise ValueError(f"expected a list of {kind.__name__}")
-    return tuple(item if isinstance(item, kind) else _errors_part(kind, item) for item in values)
-
-
-def _errors_part(kind: type[Any], obj: Any) -> Any:
-    try:
-        return kind(**{name: obj[name] for name in kind.FIELDS if name in obj})
-    except (TypeError, KeyError) as exc:
-        raise ValueError(f"malformed {kind.__name__}: {exc}") from exc
+    return tuple(item if isinstance(item, kind) else kind._build(item) for item in values)
 
 
 class FieldViolation(_ErrorsRecord):
@@ -553,7 +543,7 @@ def decode_error_details(raw: str | bytes | None) -> list[dict[str, Any]]:
     if not raw:
         return []
     try:
-        found = json.loads(raw)
+        found = json.loads(raw if isinstance(raw, str) else raw.decode())  # bytes alone would be guessed as UTF-16
     except (ValueError, RecursionError):
         return []
     if not isinstance(found, list):
@@ -585,8 +575,7 @@ def _errors_declared(exc: BaseException, name: str) -> Any:
 
 def error_code_of(exc: BaseException) -> Code:
     """Return the code an exception declares, else UNKNOWN; never raises."""
-    code = _errors_declared(exc, "error_code")
-    return Code.parse(code) if isinstance(code, str) else Code.UNKNOWN
+    return Code.parse(_errors_declared(exc, "error_code"))
 
 
 def error_kind_of(exc: BaseException) -> str | None:
@@ -696,7 +685,7 @@ class RpcError(Exception):
 
 
 def _errors_restore(cls: type[Exception], args: tuple[Any, ...], state: dict[str, Any]) -> Exception:
-    """Unpickle: constructors differ along the family, state does not."""
+    """Unpickle without the constructors: they differ from class to class, what an instance holds does not."""
     error = cls.__new__(cls, *args)
     error.args = args
     error.__dict__.update(state)
@@ -858,7 +847,7 @@ class AuthUnavailableError(Exception):
         self.error_details = [RetryInfo(retry_after)]
 
 
-def _errors_translate(exc: Exception, doing: str, sent: _Sent) -> RpcError:
+def _errors_translate(exc: BaseException, doing: str, sent: _Sent) -> RpcError:
     """The one table for what is raised between sending a request and reading its answer; RpcErrors pass."""
     if isinstance(exc, RpcError):
         return exc
@@ -889,6 +878,7 @@ _LOG_WIRE_TRANSPORT = logging.getLogger("vgi_rpc.wire.transport")
 
 MAX_TRACEBACK_CHARS: Final = 16_000
 MAX_TRACEBACK_FRAMES: Final = 5
+_LOG_ENTRY_BYTES: Final = 1_000_000  # readers refuse a metadata entry over 1 MiB (room 5), and the connection with it
 REDACTED: Final = "[redacted]"
 
 
@@ -969,9 +959,7 @@ class Message:
         found[LOG_MESSAGE_KEY.decode()] = self.message
         if not self.extra:
             return found
-        import json
-
-        found[LOG_EXTRA_KEY.decode()] = json.dumps(self.extra)
+        found[LOG_EXTRA_KEY.decode()] = _log_json(self.extra)
         if isinstance(self.extra.get("error_kind"), str):
             found[ERROR_KIND_KEY.decode()] = self.extra["error_kind"]
         if self.level is Level.EXCEPTION:
@@ -992,21 +980,33 @@ class Message:
         return f"Message({self.level}, {self.message!r}{extra})"
 
 
+def _log_json(extra: dict[str, Any]) -> str:
+    """The ASCII JSON of the extras; a lone surrogate becomes "?", since most JSON readers refuse its escape."""
+    import json
+
+    text = json.dumps(extra)
+    if "\\ud" not in text:
+        return text
+    return json.dumps(json.loads(json.dumps(extra, ensure_ascii=False).encode(errors="replace")))
+
+
+def _log_cut(text: str, what: str) -> str:
+    return text if len(text) <= MAX_TRACEBACK_CHARS else f"{text[:MAX_TRACEBACK_CHARS]}\n… <{what} truncated>"
+
+
 def _log_traceback(exc: BaseException) -> dict[str, Any]:
     """The traceback keys of an error, cut to a size that fits into metadata."""
     import traceback
 
     def text(of: BaseException) -> str:
-        full = "".join(traceback.format_exception(type(of), of, of.__traceback__, chain=False))
-        cut = full[:MAX_TRACEBACK_CHARS]
-        return full if cut == full else cut + "\n… <traceback truncated>"
+        return _log_cut("".join(traceback.format_exception(type(of), of, of.__traceback__, chain=False)), "traceback")
 
     found: dict[str, Any] = {"traceback": text(exc)}
     if exc.__cause__ is not None:
         found["cause"] = text(exc.__cause__)
     elif exc.__context__ is not None and not exc.__suppress_context__:
         found["context"] = text(exc.__context__)
-    frames = traceback.extract_tb(exc.__traceback__)[-MAX_TRACEBACK_FRAMES:]
+    frames = traceback.extract_tb(exc.__traceback__, limit=-MAX_TRACEBACK_FRAMES)
     found["frames"] = [
         {"file": frame.filename, "line": frame.lineno, "function": frame.name, "code": frame.line or None}
         for frame in frames
@@ -1014,14 +1014,33 @@ def _log_traceback(exc: BaseException) -> dict[str, Any]:
     return found
 
 
-def _log_metadata_bytes(message: Message, *, server_id: str = "", request_id: str = "") -> dict[bytes, bytes]:
-    """The complete metadata of a log or error batch; always valid UTF-8."""
-    found = message.add_to_metadata()
+def _log_metadata_bytes(message: Message, server_id: str = "", request_id: str = "") -> dict[bytes, bytes]:
+    """The complete metadata of a log or error batch; valid UTF-8, and short enough for every reader."""
+    found = _log_encoded(message)
+    if max(map(len, found.values())) > _LOG_ENTRY_BYTES:
+        found = _log_encoded(_log_shortened(message))
     if server_id:
-        found[SERVER_ID_KEY.decode()] = server_id
+        found[SERVER_ID_KEY] = server_id.encode(errors="replace")
     if request_id:
-        found[REQUEST_ID_KEY.decode()] = request_id
-    return {key.encode(): value.encode(errors="replace") for key, value in found.items()}
+        found[REQUEST_ID_KEY] = request_id.encode(errors="replace")
+    return found
+
+
+def _log_encoded(message: Message) -> dict[bytes, bytes]:
+    return {key.encode(): value.encode(errors="replace") for key, value in message.add_to_metadata().items()}
+
+
+def _log_shortened(message: Message) -> Message:
+    """The same message with its texts cut; extras that are no text, or still too many, are left out."""
+    extra: dict[str, Any] = {}
+    for key, value in (message.extra or {}).items():
+        if isinstance(value, str):
+            extra[key] = _log_cut(value, "traceback" if key in ("traceback", "cause", "context") else "text")
+        elif key == "error_details" and encode_error_details(value) is not None:
+            extra[key] = value
+    short = Message(message.level, _log_cut(message.message, "text"))
+    short.extra = extra if extra and len(_log_json(extra)) <= _LOG_ENTRY_BYTES else None
+    return short
 
 
 def _log_from_wire(metadata: Mapping[bytes, bytes]) -> Message | RpcError:
@@ -1044,9 +1063,7 @@ def _log_from_wire(metadata: Mapping[bytes, bytes]) -> Message | RpcError:
     mirrored = extra.get("error_details")
     if not details and isinstance(mirrored, list):
         details = [obj for obj in mirrored if isinstance(obj, dict) and isinstance(obj.get("@type"), str)]
-    if extra.get("exception_type") == DeadlineExceededError.__name__:  # the method looked at its own clock
-        return DeadlineExceededError(str(extra.get("exception_message") or message), sent="answered")
-    return RpcError(
+    error = RpcError(
         str(extra.get("exception_type") or level),
         message,
         str(extra.get("traceback") or ""),
@@ -1055,6 +1072,11 @@ def _log_from_wire(metadata: Mapping[bytes, bytes]) -> Message | RpcError:
         error_kind=text(ERROR_KIND_KEY) or str(extra.get("error_kind") or ""),
         error_details=details,
     )
+    if error.error_type != DeadlineExceededError.__name__:
+        return error
+    late = DeadlineExceededError(str(extra.get("exception_message") or message))  # the method looked at its own clock
+    late.__dict__ |= vars(error) | {"error_message": late.error_message, "error_code": late.error_code}
+    return late
 
 
 def _log_extra(raw: bytes | None) -> dict[str, Any]:
@@ -1064,7 +1086,7 @@ def _log_extra(raw: bytes | None) -> dict[str, Any]:
     import json
 
     try:
-        found = json.loads(raw)
+        found = json.loads(raw.decode(errors="replace"))
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -1180,8 +1202,8 @@ def apply_claim_redaction(claims: Mapping[str, object]) -> dict[str, object]:
     """Return the claims as logs may show them; none when the redactor fails."""
     try:
         return dict(_log_redactor(claims))
-    except Exception:
-        _LOG_RPC.warning("the claim redactor failed; claims are left out of the log", exc_info=True)
+    except Exception as exc:  # without its text or traceback: they may quote the claims
+        _LOG_RPC.warning("the claim redactor failed with %s; claims are left out of the log", type(exc).__name__)
         return {}
 
 

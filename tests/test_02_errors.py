@@ -351,6 +351,11 @@ def test_decode_takes_any_bytes(raw: Any) -> None:
     assert all(isinstance(obj["@type"], str) for obj in core.decode_error_details(raw))
 
 
+@pytest.mark.parametrize("coding", ["utf-16", "utf-16-le", "utf-32"])
+def test_details_are_utf8_only(coding: str) -> None:
+    assert core.decode_error_details('[{"@type":"app.X"}]'.encode(coding)) == []
+
+
 def test_encode_then_decode() -> None:
     details = [core.RetryInfo(5), {"@type": "app.Mine", "deep": {"a": [1, 2.5, "x"]}}]
     assert core.decode_error_details(core.encode_error_details(details)) == [details[0].to_json(), details[1]]
@@ -432,6 +437,10 @@ def test_declared_details_that_break_a_rule_are_dropped_whole(details: Any) -> N
     exc = ValueError("x")
     exc.error_details = details  # type: ignore[attr-defined]
     assert core.error_details_of(exc) == []
+
+
+def test_code_parse_never_asks_a_foreign_object_for_its_text() -> None:
+    assert core.Code.parse(Unprintable()) is core.Code.UNKNOWN
 
 
 def test_exception_str() -> None:
@@ -663,6 +672,7 @@ def test_pickled_table_is_complete() -> None:
         (core.pa.ArrowInvalid("bad"), "ConnectionLostError", "Transport failed during add(): bad"),
         (core.IPCError("broken"), "ConnectionLostError", "Transport failed during add(): broken"),
         (ValueError("v"), "ConnectionLostError", "Transport failed during add(): v"),
+        (KeyboardInterrupt(), "ConnectionLostError", "Transport failed during add(): KeyboardInterrupt"),
         (Unprintable(), "ConnectionLostError", "Transport failed during add(): <exception str() failed>"),
     ],
 )

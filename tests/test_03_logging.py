@@ -279,6 +279,40 @@ def test_surrogates_in_keys_of_kind_and_details(text: str) -> None:
         value.decode()
 
 
+def test_lone_surrogates_in_extras_become_question_marks_and_pairs_stay() -> None:
+    found = core.Message.info("m", a="\ud800x", b="\U0001f600", c="\\ud800").add_to_metadata()
+    assert json.loads(found["vgi_rpc.log_extra"]) == {"a": "?x", "b": "\U0001f600", "c": "\\ud800"}
+    assert found["vgi_rpc.log_extra"].isascii()
+
+
+READER_LIMIT = 1_048_576
+
+
+@pytest.mark.parametrize("letter", ["x", "\u00e9", "\U0001f600"])
+def test_overlong_errors_are_cut_and_keep_what_programs_branch_on(letter: str) -> None:
+    exc = core.StatusError(letter * 1_200_000, code="ABORTED", kind="k", details=[core.RetryInfo(1)])
+    exc.__cause__ = raised(ValueError(letter * 20_000))
+    found = core._log_metadata_bytes(core.Message.from_exception(raised(exc)), "s", "r")
+    assert max(map(len, found.values())) <= READER_LIMIT
+    error = core._log_from_wire(found)
+    assert error.error_message == f"StatusError: {letter * 1_200_000}"[:16_000] + "\n\u2026 <text truncated>"
+    assert (error.error_type, error.error_code, error.error_kind) == ("StatusError", "ABORTED", "k")
+    assert (error.error_details, error.request_id) == ([core.RetryInfo(1).to_json()], "r")
+    assert error.remote_traceback.count("truncated>") == 1
+
+
+def test_long_errors_that_fit_are_whole() -> None:
+    found = core._log_metadata_bytes(core.Message.from_exception(ValueError("x" * 500_000)))
+    assert found[core.LOG_MESSAGE_KEY] == b"ValueError: " + b"x" * 500_000
+
+
+def test_overlong_extras_are_left_out() -> None:
+    one = core._log_from_wire(core._log_metadata_bytes(core.Message.info("m", a=[0] * 1_000_000, b="kept")))
+    assert one == core.Message.info("m", b="kept")
+    many = core.Message.info("m", **{f"k{i}": "x" * 16_000 for i in range(100)})
+    assert core._log_from_wire(core._log_metadata_bytes(many)) == core.Message.info("m")
+
+
 @pytest.mark.parametrize("name", LEVELS[1:])
 def test_message_survives_the_wire_with_text_extras(name: str) -> None:
     sent = core.Message(core.Level[name], "text \u00e9", a=1, b=[1, None], c="x")
@@ -346,6 +380,26 @@ def test_code_kind_and_details_are_mirrored_from_extra() -> None:
         )
     )
     assert (top.error_code, top.error_kind, top.error_details) == ("INTERNAL", "top", [{"@type": "app.Top"}])
+
+
+def test_undecodable_bytes_inside_extra_do_not_lose_the_rest() -> None:
+    raw = b'{"exception_type": "Val\xff", "traceback": "tb\xfe"}'
+    error = core._log_from_wire(wire(log_level=b"EXCEPTION", log_message=b"m", log_extra=raw))
+    assert (error.error_type, error.remote_traceback) == ("Val\ufffd", "tb\ufffd")
+
+
+def test_deadline_of_the_far_side_has_its_class_and_all_fields() -> None:
+    sent = core.Message.from_exception(raised(core.DeadlineExceededError("too late", sent="no")))
+    error = core._log_from_wire(core._log_metadata_bytes(sent, "s", "r"))
+    assert type(error) is core.DeadlineExceededError
+    assert str(error) == "DeadlineExceededError: " + error.error_message
+    assert (error.request_id, error.code, error.sent) == ("r", core.Code.DEADLINE_EXCEEDED, "answered")
+    assert error.remote_traceback == sent.extra["traceback"]
+    assert len(error.__notes__) == 1
+    bare = core._log_from_wire(
+        wire(log_level=b"EXCEPTION", log_message=b"m", log_extra=b'{"exception_type": "DeadlineExceededError"}')
+    )
+    assert (bare.error_message, bare.code) == ("m", core.Code.DEADLINE_EXCEEDED)
 
 
 def test_undecodable_bytes_are_replaced() -> None:
@@ -617,15 +671,16 @@ def test_redaction_leaves_the_source_alone() -> None:
 
 def test_claim_redactor_can_be_chosen(caplog: pytest.LogCaptureFixture) -> None:
     def broken(claims: Any) -> Any:
-        raise RuntimeError("no")
+        raise ValueError(f"cannot redact {claims}")
 
     try:
         assert core.apply_claim_redaction({"email": "x"}) == {"email": "[redacted]"}
         core.set_claim_redactor(core.no_redaction)
         assert core.apply_claim_redaction({"email": "x"}) == {"email": "x"}
         core.set_claim_redactor(broken)
-        assert core.apply_claim_redaction({"email": "x"}) == {}
-        assert "the claim redactor failed" in caplog.text
+        assert core.apply_claim_redaction({"email": "s3cret"}) == {}
+        assert "the claim redactor failed with ValueError" in caplog.text
+        assert "s3cret" not in caplog.text  # neither in the text nor in a traceback
         core.set_claim_redactor(lambda claims: None)
         assert core.apply_claim_redaction({"email": "x"}) == {}
     finally:
