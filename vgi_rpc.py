@@ -14,7 +14,7 @@
 #
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["pyarrow>=17"]
+# dependencies = ["pyarrow>=19"]
 # ///
 """Call Python services across a process or machine boundary; arguments and results travel as Apache Arrow batches.
 

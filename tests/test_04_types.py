@@ -384,6 +384,10 @@ def test_values_round_trip(annotation: Any, value: Any, top: bool) -> None:
 
 def test_uuid_round_trips() -> None:
     value = uuid.UUID(int=5)
+    try:
+        pa.array([value], pa.uuid())
+    except pa.ArrowTypeError:
+        pytest.skip("this pyarrow does not take UUID objects yet (19 does not)")
     assert through(Annotated[uuid.UUID, Arrow(pa.uuid())], value) == value
 
 
