@@ -2056,6 +2056,8 @@ class _IpcReader:
     def _read_learned(self, begin: bytes, head: int) -> pa.RecordBatch | None:
         """Read a batch that begins like an earlier one without metadata, if it is all there."""
         source = self._source
+        if source.pos == len(source.buf):
+            source.more(8)
         data, pos = source.buf, source.pos
         if not data.startswith(begin, pos) or len(data) - pos < head:
             return None
@@ -2130,7 +2132,7 @@ class _IpcWriter:
 
     def write(self, batch: pa.RecordBatch, metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None = None) -> None:
         """Append a batch. A small plain one is one serialize(); all else goes through pyarrow's stream writer."""
-        if metadata or self._dictionaries or batch.nbytes > _IPC_LARGE:
+        if metadata or self._dictionaries or batch.get_total_buffer_size() > _IPC_LARGE:  # nbytes costs 10 us
             self._pieces += self._gather(batch, metadata)
         else:
             self._pieces.append(batch.serialize())
@@ -5156,7 +5158,8 @@ class Channel(_IpcSource):
         if self.deadline is not None:
             if len(data) > _TRANSPORT_ATOMIC:
                 return self.write_views([memoryview(data)])
-            self._wait(self.out, select.POLLOUT)
+            if self.sent != "no":  # the first write of a conversation finds the way empty: the last one was answered
+                self._wait(self.out, select.POLLOUT)
         before, self.sent = self.sent, "maybe"
         try:
             done = os.write(self.out, data)
