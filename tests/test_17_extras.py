@@ -29,7 +29,11 @@ def test_unknown_name() -> None:
 def test_missing_extra_says_what_to_install(tmp_path: Path) -> None:
     copy = tmp_path / "alone.py"
     copy.write_bytes(Path(core.__file__).read_bytes())
-    code = "import alone\ntry: alone.http_connect\nexcept ImportError as exc: print(exc.name, exc)"
+    code = (  # an editable install puts the project, and with it the folder, on the path
+        "import os, sys\n"
+        "sys.path[:] = [p for p in sys.path if not p or not os.path.exists(os.path.join(p, 'vgi_rpc.py'))]\n"
+        "import alone\ntry: alone.http_connect\nexcept ImportError as exc: print(exc.name, exc)"
+    )
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENV, capture_output=True, text=True)
     assert re.match(r"vgi_rpc_extras http_connect needs .*'vgi_rpc_extras'", ran.stdout), ran.stderr
     assert "a lone copied file" in ran.stdout
