@@ -5,8 +5,9 @@ from __future__ import annotations
 import enum
 import threading
 import time
-from typing import Protocol
+from typing import Annotated, Protocol
 
+import pyarrow as pa
 import pytest
 
 from tests.core import core
@@ -250,3 +251,83 @@ def test_foreign_transport_objects_work() -> None:
                 proxy.fail("x")
         thread.join(5)
         served.close()
+
+
+class Words(Protocol):
+    def echo(self, word: Annotated[str, core.ArrowType(pa.dictionary(pa.int16(), pa.utf8()))]) -> str: ...
+    def long(self, text: str) -> int: ...
+
+
+class WordsImpl:
+    def echo(self, word, ctx):
+        ctx.check_deadline()
+        return word
+
+    def long(self, text):
+        return len(text)
+
+
+def test_a_deadline_is_found_behind_dictionaries_of_any_size() -> None:
+    with core.serve_pipe(Words, WordsImpl(), timeout=30) as proxy:
+        for word in ("A", "B", "0" * 1000, "1" * 16, "A", "2" * 333):
+            assert proxy.echo(word) == word  # its own digits must not be taken for the budget
+
+
+def test_a_limit_holds_also_for_requests_that_look_familiar() -> None:
+    client, served = core.make_pipe_pair()
+    server = core.RpcServer(Words, WordsImpl(), limits=core.IpcLimits(max_message_bytes=1024))
+    thread = threading.Thread(target=server.serve, args=(served,))
+    thread.start()
+    proxy = core.RpcProxy(Words, client)
+    assert [proxy.long("x" * n) for n in (1, 2, 3)] == [1, 2, 3]
+    with pytest.raises(core.RpcError, match="max_message_bytes=1024"):
+        proxy.long("x" * 20_000)
+    client.close()
+    thread.join(5)
+    served.close()
+
+
+@pytest.mark.parametrize("columns", [{"other": 1, "result": 2}, {"wrong": 5}, {}])
+def test_a_reply_of_another_shape_is_read_alike_every_time(columns: dict[str, int]) -> None:
+    plan = core._WirePlan(core.rpc_methods(Words)["long"], "Words", None)
+    fields = [pa.field(name, pa.int64(), nullable=False) for name in columns]
+    arrays = [pa.array([value], pa.int64()) for value in columns.values()]
+    writer = core._IpcWriter(pa.schema(fields))
+    writer.write(pa.RecordBatch.from_arrays(arrays, schema=pa.schema(fields)))
+    writer.close()
+    data = b"".join(bytes(memoryview(piece)) for piece in writer.take())
+    found = []
+    for _ in range(3):
+        reply = core._wire_read_reply(plan, core._IpcSource(data), core.IpcValidation.FULL, None)
+        try:
+            found.append(core._wire_value(plan, reply))
+        except core.RpcError as exc:
+            found.append(exc.error_type)
+    assert found == ([2] * 3 if "result" in columns else ["ProtocolError"] * 3)
+
+
+def test_an_error_of_another_connection_is_no_reason_to_call_again(tmp_path) -> None:
+    runs = []
+
+    class Counting(Impl):
+        def talk(self, n, ctx):
+            runs.append(n)
+            ctx.client_log(core.Level.INFO, "x")
+            return n
+
+    def on_log(message):
+        raise core.ConnectionLostError("another connection", sent="no")
+
+    path = str(tmp_path / "s")
+    bound = threading.Event()
+    server = core.RpcServer(Svc, Counting())
+    options = {"threaded": True, "idle_timeout": 0.1, "on_bound": lambda _: bound.set()}
+    thread = threading.Thread(target=core.serve_unix, args=(server, path), kwargs=options)
+    thread.start()
+    assert bound.wait(5)
+    with core.unix_connect(Svc, path, on_log=on_log, reconnect=True) as proxy:
+        with pytest.raises(core.ConnectionLostError, match="another connection"):
+            proxy.talk(1)
+        assert runs == [1] and proxy.join("a") == "a-"
+    thread.join(10)
+    assert not thread.is_alive()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -328,3 +329,34 @@ def test_large_batches_and_dictionaries() -> None:
             keys = pa.array([words[i % len(words)] for i in range(rows)], pa.utf8()).cast(KIND)
             batch = pa.RecordBatch.from_arrays([keys, pa.array([float(i) for i in range(rows)])], schema=WIDE)
             assert session.exchange(core.AnnotatedBatch(batch)).batch.to_pydict() == batch.to_pydict()
+
+
+def test_a_turn_that_was_refused_leaves_the_stream_as_it_was() -> None:
+    def words(*values: str) -> object:
+        keys = pa.array(values, pa.utf8()).cast(KIND)
+        batch = pa.RecordBatch.from_arrays([keys, pa.array([0.0] * len(values))], schema=WIDE)
+        return core.AnnotatedBatch(batch)
+
+    with core.serve_pipe(Wide, WideImpl()) as proxy, proxy.echo() as session:
+        channel = session._channel
+        taken, done = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with channel.lock:
+                taken.set()
+                done.wait(10)
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        assert taken.wait(5)
+        for _ in range(2):  # the schema, then a new dictionary, must not be lost with the refused turn
+            with pytest.raises(core.DeadlineExceededError) as caught:
+                session.exchange(words("right"), timeout=0.05)
+            assert caught.value.sent == "no"
+        done.set()
+        thread.join()
+        assert session.exchange(words("right")).batch.column("k").to_pylist() == ["right"]
+        with pytest.raises(core.RpcArgumentError):
+            session.exchange(core.AnnotatedBatch(words("x").batch, {"a": 1}))
+        answer = session.exchange(core.AnnotatedBatch(words("y").batch, pa.KeyValueMetadata({"a": "1"})))
+        assert answer.batch.column("k").to_pylist() == ["y"]
