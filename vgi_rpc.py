@@ -1958,6 +1958,7 @@ _IPC_MARKER = b"\xff\xff\xff\xff"
 
 _IpcMetadata = dict[bytes, bytes]
 _IpcPiece: TypeAlias = "bytes | pa.Buffer"
+_IpcMessages: TypeAlias = "bytes | list[_IpcPiece]"  # whole messages, in one piece or in several
 
 
 class IpcLimits(_NamedTuple):
@@ -2553,46 +2554,192 @@ def _ipc_dictionary_id(message: bytes) -> int:
 # -- reading
 
 
-class _IpcLayout:
-    """Reads one-row streams that look like `sample`, a complete stream that pyarrow has validated."""
+class _IpcFlat:
+    """One-row streams of plain columns (numbers, bool, utf8, binary) without nulls, read and written.
+
+    Everything in front of the body follows from the sizes of the values. Writing computes it; reading computes what
+    it would have to be for the sizes found, and demands equal bytes: what is accepted is what we would have written.
+    """
 
     __slots__ = (
-        "_exact",
-        "_length",
-        "_parts",
-        "_readers",
+        "_batch_at",
+        "_columns",
+        "_first",
+        "_head",
+        "_heads",
+        "_pack",
         "_rest",
-        "_schema_message",
-        "_sizes",
+        "_shape",
+        "_size",
+        "_types",
         "_unpack",
         "deadline_at",
     )
 
-    def __init__(self, sample: bytes, schema: pa.Schema, deadline: bytes | None = None) -> None:
+    def __init__(self, schema: pa.Schema, messages: list[bytes], deadline: bytes | None) -> None:
+        if len(messages) != 2:
+            raise _IpcUnfamiliar("dictionaries, or more than one batch")
+        names = [str(field.type) for field in schema]
+        self._columns = tuple(_IPC_PLAIN.get(name) for name in names)
+        if None in self._columns:
+            raise _IpcUnfamiliar("a nested column")
+        self._types = tuple(_IPC_EXACT[name] for name in names)
+        self._batch_at = len(messages[0])
+        self._shape = _ipc_shape(messages[1]) if names else None
+        self._head = messages[0] + messages[1][: 8 + _IPC_I32(messages[1], 4)[0]]
+        self.deadline_at = -1 if deadline is None else self._head.find(deadline)
+        fixed = b"" not in self._columns and bool not in self._types
+        row = struct.Struct("<" + "".join(column.format for column in self._columns if column)) if fixed else None
+        self._pack = None if row is None else row.pack
+        self._unpack = None if row is None else row.unpack_from
+        self._heads: dict[tuple[int, ...], tuple[bytes, bytes]] = {}
+        self._size = len(self._head) + 8 * len(names)  # without the end-of-stream marker; of fixed width only
+        self._first, self._rest = (b"", b"") if row is None else self._divide(())
+
+    def encode(self, values: Sequence[Any], deadline: bytes = b"") -> _IpcMessages | None:
+        """Return the complete stream, or None when another path has to look at the values."""
+        if tuple(map(type, values)) != self._types:
+            return None
+        try:
+            if self._pack is not None:
+                if not deadline:
+                    return self._first + self._pack(*values) + _EOS
+                return b"".join((self._first, deadline, self._rest, self._pack(*values), _EOS))
+            return self._encode(values, deadline)
+        except (struct.error, OverflowError, UnicodeEncodeError):
+            return None
+
+    def match(self, data: bytes, pos: int) -> tuple[Sequence[Any], int] | None:
+        """Return (the row, the position after the stream); None when it is not this layout, or not all there."""
+        try:
+            if self._unpack is None:
+                return self._match(data, pos)
+            end = pos + self._size
+            if not data.startswith(self._first, pos) or not data.startswith(_EOS, end):
+                return None
+            if self._rest and not data.startswith(self._rest, pos + self.deadline_at + 16):
+                return None
+            return self._unpack(data, pos + len(self._head)), end + 8
+        except (struct.error, UnicodeDecodeError, IndexError):
+            return None
+
+    def deadline(self, data: bytes, pos: int) -> bytes:
+        """Return the 16 digits of a stream that matches."""
+        at = pos + self.deadline_at
+        return data[at : at + 16]
+
+    def _encode(self, values: Sequence[Any], deadline: bytes) -> _IpcMessages:
+        sizes: list[int] = []
+        body: list[_IpcPiece] = []
+        for value, column in zip(values, self._columns, strict=True):
+            if column:
+                body.append(column.pack(value))
+                continue
+            data = value if type(value) is bytes else value.encode()
+            size = len(data)
+            sizes.append(size)
+            body += (_IPC_OFFSETS_ONE(0, size), data, _IPC_PAD[size & 7])
+        key = tuple(sizes)
+        first, rest = self._heads.get(key) or self._divide(key)
+        if sum(sizes) > _IPC_LARGE:  # left in pieces: joining would copy
+            return [b"".join((first, deadline, rest)), *body, _EOS]
+        return b"".join((first, deadline, rest, *body, _EOS))
+
+    def _match(self, data: bytes, pos: int) -> tuple[Sequence[Any], int] | None:
+        row: list[Any] = []
+        sizes: list[int] = []
+        at = pos + len(self._head)
+        for column in self._columns:
+            if column:
+                row += column.unpack_from(data, at)
+                at += 8
+                continue
+            zero, size = _IPC_OFFSETS_READ(data, at)
+            if zero or size < 0:
+                return None
+            row.append(data[at + 8 : at + 8 + size])
+            sizes.append(size)
+            at += 8 + size + (-size & 7)
+        key = tuple(sizes)
+        first, rest = self._heads.get(key) or self._divide(key)
+        if not data.startswith(first, pos) or not data.startswith(_EOS, at):
+            return None
+        if rest and not data.startswith(rest, pos + self.deadline_at + 16):
+            return None
+        for i, kind in enumerate(self._types):
+            if kind is str:
+                row[i] = row[i].decode()
+            elif kind is bool:
+                row[i] = row[i] & 1 == 1
+        return row, at + 8
+
+    def _divide(self, sizes: tuple[int, ...]) -> tuple[bytes, bytes]:
+        """Return what is in front of the body for values of these sizes, before and after the deadline."""
+        head = bytearray(self._head)
+        if self._shape is not None:
+            at, todo = 0, list(sizes)
+            buffers: list[int] = []
+            for column in self._columns:
+                if column:
+                    buffers += (at, 0, at, column.width)
+                    at += 8
+                else:
+                    size = todo.pop(0)
+                    buffers += (at, 0, at, 8, at + 8, size)
+                    at += 8 + size + (-size & 7)
+            _IPC_PACK_I64(head, self._batch_at + self._shape.body_size, at)
+            struct.pack_into(f"<{len(buffers)}q", head, self._batch_at + self._shape.buffers, *buffers)
+        hole = self.deadline_at
+        found = (bytes(head), b"") if hole < 0 else (bytes(head[:hole]), bytes(head[hole + 16 :]))
+        if len(self._heads) >= _IPC_HEADS_MAX:
+            self._heads.clear()
+        self._heads[sizes] = found
+        return found
+
+
+class _IpcPlain(_NamedTuple):
+    """A column of one fixed-width value, padded to 8 bytes."""
+
+    format: str
+    width: int
+    pack: Callable[[Any], bytes]
+    unpack_from: Callable[[bytes, int], tuple[Any, ...]]
+
+
+def _ipc_plain(code: str, width: int) -> _IpcPlain:
+    row = struct.Struct(f"<{code}{8 - width}x")
+    return _IpcPlain(row.format[1:], width, row.pack, row.unpack_from)
+
+
+# By type name; empty for the types whose values differ in size.
+_IPC_PLAIN: dict[str, _IpcPlain | Literal[b""]] = {
+    **{name: _ipc_plain(code, struct.calcsize(code)) for name, code in _IPC_FIXED.items()},
+    "bool": _ipc_plain("B", 1),
+    "string": b"",
+    "binary": b"",
+}
+_IPC_EXACT: dict[str, type] = {
+    **{name: float if code in "fd" else int for name, code in _IPC_FIXED.items()},
+    "bool": bool,
+    "string": str,
+    "binary": bytes,
+}
+_IPC_HEADS_MAX = 64  # sizes of which a layout remembers the computed bytes
+_IPC_OFFSETS_READ = struct.Struct("<ii").unpack_from
+
+
+class _IpcLayout:
+    """Reads one-row streams that look like `sample`, a complete stream that pyarrow has validated."""
+
+    __slots__ = ("_parts", "_readers", "_schema_message", "_sizes", "deadline_at")
+
+    def __init__(self, sample: bytes, schema: pa.Schema, messages: list[bytes], deadline: bytes | None) -> None:
         """`deadline` is the value of a metadata entry that differs from message to message (a hole more)."""
-        messages = _ipc_split(sample)
-        if len(messages) < 2:
-            raise _IpcUnfamiliar("no batch")
         self._schema_message = messages[0]
-        self.deadline_at = -1  # where its 16 digits are
-        if deadline is not None:
-            if sample.count(deadline) != 1:
-                raise _IpcUnfamiliar("the deadline cannot be located")
-            self.deadline_at = sample.index(deadline)
-        self._exact: bytes | None = None
-        self._rest = b""
-        self._unpack: Callable[[bytes, int], tuple[Any, ...]] | None = None
-        self._length = len(sample)
+        self.deadline_at = -1 if deadline is None else sample.index(deadline)
         self._sizes = [len(message) for message in messages[1:-1]]
-        self._parts: list[_IpcPart] = []
-        self._readers: list[_IpcColumn] = []
-        if len(schema) == 0:
-            if len(messages) != 2:
-                raise _IpcUnfamiliar("more than one batch")
-            return self._learn_exact(sample[:-8])
         self._parts = [_IpcPart(message, None if message is not messages[-1] else deadline) for message in messages[1:]]
         self._readers = _ipc_column_readers(schema, messages)
-        self._learn_fixed(sample, schema, messages)
 
     def deadline(self, data: bytes, pos: int) -> bytes:
         """Return the 16 digits of a stream that matches; dictionaries in front of them vary in size."""
@@ -2607,19 +2754,7 @@ class _IpcLayout:
 
     def match(self, data: bytes, pos: int) -> tuple[Sequence[Any], int] | None:
         """Return (the row, the position after the stream); None when it is not this layout, or not all there."""
-        exact = self._exact
         try:
-            if exact is not None:
-                end = pos + self._length
-                if not data.startswith(exact, pos) or not data.startswith(_EOS, end - 8):
-                    return None
-                at = pos + len(exact)
-                if self._rest:
-                    at += 16
-                    if not data.startswith(self._rest, at):
-                        return None
-                    at += len(self._rest)
-                return (() if self._unpack is None else self._unpack(data, at)), end
             return self._match(data, pos)
         except (_IpcUnfamiliar, struct.error, UnicodeDecodeError, IndexError):
             return None
@@ -2640,30 +2775,6 @@ class _IpcLayout:
             return None
         row = [read(data, dictionaries) for read in self._readers]
         return row, pos + 8
-
-    def _learn_exact(self, prefix: bytes) -> None:
-        """Nothing but the deadline varies in front of the body."""
-        at = self.deadline_at
-        self._exact, self._rest = (prefix, b"") if at < 0 else (prefix[:at], prefix[at + 16 :])
-
-    def _learn_fixed(self, sample: bytes, schema: pa.Schema, messages: list[bytes]) -> None:
-        """Fixed-width columns without nulls leave no variable hole: compare one prefix, unpack the body."""
-        codes = [_IPC_FIXED.get(str(field.type)) for field in schema]
-        if len(messages) != 2 or None in codes:
-            return
-        found = self._parts[0].match(messages[1], 0)
-        if found is None:
-            return
-        body, _, _, buffers = found
-        form, at = "<", 0
-        for i, code in enumerate(codes):
-            validity, offset = buffers[4 * i + 1], buffers[4 * i + 2]
-            if validity or offset < at:
-                return
-            form += f"{offset - at}x{code}"
-            at = offset + struct.calcsize(f"<{code}")
-        self._learn_exact(sample[: len(messages[0]) + body])
-        self._unpack = struct.Struct(form).unpack_from
 
 
 class _IpcPart:
@@ -2890,22 +3001,17 @@ class _IpcTemplate:
         "_buffers",
         "_deadline_at",
         "_dictionaries",
+        "_flat",
         "_head",
         "_nodes",
-        "_pack",
         "_prefix",
         "_shape",
-        "_simple",
         "_writers",
     )
 
-    def __init__(self, schema: pa.Schema, metadata: _IpcMetadata | None) -> None:
-        samples = [_ipc_sample(field.type) for field in schema]
-        arrays = [pa.array([value], type=field.type) for value, field in zip(samples, schema, strict=True)]
-        writer = _IpcWriter(schema)
-        writer.write(pa.RecordBatch.from_arrays(arrays, schema=schema), metadata)
-        writer.close()
-        messages = _ipc_split(b"".join(writer.take()))
+    def __init__(self, schema: pa.Schema, messages: list[bytes], flat: _IpcFlat | None) -> None:
+        """`messages` are what pyarrow wrote; `flat` is asked first, and knows no nulls."""
+        self._flat = flat
         self._shape = _ipc_shape(messages[-1])
         self._prefix = messages[0]
         self._head = messages[-1][: self._shape.head]
@@ -2914,22 +3020,13 @@ class _IpcTemplate:
         self._dictionaries = _ipc_dictionary_writers(schema, messages)
         self._nodes = struct.Struct(f"<{2 * self._shape.node_count}q").pack_into
         self._buffers = struct.Struct(f"<{2 * self._shape.buffer_count}q").pack_into
-        self._simple = tuple(_IPC_EXACT.get(str(field.type)) for field in schema)
-        self._pack: Callable[..., bytes] | None = None
-        if None not in self._simple:
-            self._learn_exact(schema)
 
-    def encode(self, values: Sequence[Any], deadline: bytes = b"") -> bytes | None:
+    def encode(self, values: Sequence[Any], deadline: bytes = b"") -> _IpcMessages | None:
         """Return the complete stream, or None when pyarrow has to look at the values."""
+        if self._flat is not None and (found := self._flat.encode(values, deadline)) is not None:
+            return found
         try:
-            if self._pack is None:
-                return self._encode(values, deadline)
-            if tuple(map(type, values)) != self._simple:
-                return None
-            if not deadline:
-                return self._prefix + self._pack(*values) + _EOS
-            at, prefix = self._deadline_at, self._prefix
-            return b"".join((prefix[:at], deadline, prefix[at + 16 :], self._pack(*values), _EOS))
+            return self._encode(values, deadline)
         except (_IpcUnfamiliar, struct.error, OverflowError, ValueError):
             return None
 
@@ -2951,53 +3048,57 @@ class _IpcTemplate:
             return b"".join((self._prefix, head, *body, _EOS))
         return b"".join((self._prefix, *[write(values) for write in self._dictionaries], head, *body, _EOS))
 
-    def _learn_exact(self, schema: pa.Schema) -> None:
-        """Fixed-width columns only: everything in front of the body is constant."""
-        codes = [_IPC_FIXED[str(field.type)] for field in schema]
-        if any(field.nullable for field in schema):
-            return
-        nodes = [1, 0] * len(codes)
-        buffers: list[int] = []
-        form = "<"
-        for i, code in enumerate(codes):
-            width = struct.calcsize(f"<{code}")
-            buffers += [8 * i, 0, 8 * i, width]
-            form += f"{code}{8 - width}x" if width < 8 else code
-        head = bytearray(self._head)
-        _IPC_PACK_I64(head, self._shape.body_size, 8 * len(codes))
-        self._nodes(head, self._shape.nodes, *nodes)
-        self._buffers(head, self._shape.buffers, *buffers)
-        if self._deadline_at >= 0:
-            self._deadline_at += len(self._prefix)
-        self._prefix += bytes(head)
-        self._pack = struct.Struct(form).pack
 
-
-def _ipc_template(schema: pa.Schema, metadata: _IpcMetadata | None) -> _IpcTemplate | None:
+def _ipc_template(schema: pa.Schema, metadata: _IpcMetadata | None) -> _IpcTemplate | _IpcFlat | None:
     """Return a template, or None when pyarrow has to write this schema."""
-    if not _ipc_learning or len(schema) == 0:
+    if not _ipc_learning:
         return None
     try:
-        return _IpcTemplate(schema, metadata)
+        messages = _ipc_split(_ipc_sample_stream(schema, metadata))
+        flat = _ipc_flat(schema, messages, _IPC_DEADLINE if metadata and DEADLINE_KEY in metadata else None)
+        if flat is not None and not any(field.nullable for field in schema):
+            return flat
+        return _IpcTemplate(schema, messages, flat)
     except _IpcUnfamiliar:
         return None
 
 
-def _ipc_learn(sample: bytes, batch: pa.RecordBatch, deadline: bytes | None = None) -> _IpcLayout | None:
+def _ipc_flat(schema: pa.Schema, messages: list[bytes], deadline: bytes | None) -> _IpcFlat | None:
+    try:
+        return _IpcFlat(schema, messages, deadline)
+    except _IpcUnfamiliar:
+        return None
+
+
+def _ipc_learn(sample: bytes, batch: pa.RecordBatch, deadline: bytes | None = None) -> _IpcLayout | _IpcFlat | None:
     """Learn how a stream looks that pyarrow has read; it must read the same from it, or it is not learned."""
-    if not _ipc_learning or len(sample) > _IPC_LARGE:
+    if not _ipc_learning or len(sample) > _IPC_LARGE or (deadline is not None and sample.count(deadline) != 1):
         return None
     try:
         validate_batch(batch, IpcValidation.FULL)
-        layout = _IpcLayout(sample, batch.schema, deadline)
-        found = layout.match(sample, 0)
+        messages = _ipc_split(sample)
         row = [column[0].as_py() for column in batch.columns]
-        return layout if found is not None and list(found[0]) == row and found[1] == len(sample) else None
+        flat = _ipc_flat(batch.schema, messages, deadline)
+        if flat is not None and _ipc_reads(flat, sample, row):
+            return flat
+        layout = _IpcLayout(sample, batch.schema, messages, deadline)
+        return layout if _ipc_reads(layout, sample, row) else None
     except (_IpcUnfamiliar, IPCError, pa.ArrowException, struct.error, IndexError, ValueError):
         return None
 
 
-_IPC_EXACT = {name: float if code in "fd" else int for name, code in _IPC_FIXED.items()}
+def _ipc_reads(layout: _IpcLayout | _IpcFlat, sample: bytes, row: list[Any]) -> bool:
+    found = layout.match(sample, 0)
+    return found is not None and list(found[0]) == row and found[1] == len(sample)
+
+
+def _ipc_sample_stream(schema: pa.Schema, metadata: _IpcMetadata | None) -> bytes:
+    """What pyarrow writes for a row of simple values."""
+    arrays = [pa.array([_ipc_sample(field.type)], type=field.type) for field in schema]
+    writer = _IpcWriter(schema)
+    writer.write(pa.RecordBatch.from_arrays(arrays, schema=schema) if arrays else empty_batch(schema), metadata)
+    writer.close()
+    return b"".join(writer.take())
 
 
 def _ipc_sample(dtype: pa.DataType) -> Any:
@@ -4361,12 +4462,14 @@ class _WirePlan:
         "doing",
         "encode_result",
         "encoders",
-        "exact",
         "info",
+        "is_stream",
         "metadata",
         "name",
         "names",
         "nullable",
+        "plain",
+        "plain_result",
         "protocol",
         "replies",
         "result_nullable",
@@ -4386,25 +4489,28 @@ class _WirePlan:
         hints = [None if raw else info.param_types[name] for name in self.names]
         self.encoders = tuple(None if raw else _types_encoder(hint, top=True) for hint in hints)
         self.decoders = tuple(None if raw else _types_decoder(hint, top=True) for hint in hints)
-        # Arguments of exactly these types need no conversion; (None,) when some may need one.
-        kinds = tuple(_types_strip(hint)[0] for hint in hints)
-        self.exact: tuple[Any, ...] = kinds if all(kind in _WIRE_PLAIN for kind in kinds) else (None,)
+        # Templates take values of exactly these types as they are; others are converted first.
+        self.plain = all(_types_strip(hint)[0] in _WIRE_PLAIN for hint in hints)
+        self.plain_result = not raw and info.has_return and _types_strip(info.result_type)[0] in _WIRE_PLAIN
         converts = info.has_return and not raw
         self.encode_result = _types_encoder(info.result_type, top=True) if converts else None
         self.decode_result = _types_decoder(info.result_type, top=True) if converts else None
         self.result_nullable = info.has_return and info.result_schema.field(0).nullable
         self.metadata = _wire_request_metadata(info.name, protocol, version)
-        self._request_template: _IpcTemplate | bytes | None = b""  # b"": not tried yet
-        self._deadline_template: _IpcTemplate | bytes | None = b""
-        self._result_template: _IpcTemplate | bytes | None = b""
-        self.replies: list[_IpcLayout] = []  # how replies of peers have looked
-        self.doing = f"{'unary call to' if info.method_type is MethodType.UNARY else 'stream init for'} '{info.name}'"
+        self._request_template: _IpcTemplate | _IpcFlat | Literal[b""] | None = b""  # b"": not tried yet
+        self._deadline_template: _IpcTemplate | _IpcFlat | Literal[b""] | None = b""
+        self._result_template: _IpcTemplate | _IpcFlat | Literal[b""] | None = b""
+        self.replies: list[_IpcLayout | _IpcFlat] = []  # how replies of peers have looked
+        self.is_stream = info.method_type is MethodType.STREAM
+        self.doing = f"{'stream init for' if self.is_stream else 'unary call to'} '{info.name}'"
 
-    @property
-    def is_stream(self) -> bool:
-        return self.info.method_type is MethodType.STREAM
+    def encode_call(self, args: tuple[Any, ...], timeout: float | None) -> _IpcMessages | None:
+        """The request for arguments that need neither names nor defaults nor conversion; None: `_wire_request` does."""
+        if not self.plain or _LOG_WIRE_REQUEST.isEnabledFor(logging.DEBUG):
+            return None
+        return self.encode_request(args, b"" if timeout is None else _wire_budget(timeout))
 
-    def encode_request(self, cells: list[Any], budget: bytes) -> bytes | None:
+    def encode_request(self, cells: Sequence[Any], budget: bytes) -> _IpcMessages | None:
         """The request by a template, or None: pyarrow has to write it."""
         if budget:
             template = self._deadline_template
@@ -4414,26 +4520,20 @@ class _WirePlan:
         else:
             template = self._request_template
             if template == b"":
-                if _ipc_learning and not cells:
-                    template = b"".join(_wire_write_request(self, empty_batch(EMPTY_SCHEMA), None))
-                else:
-                    template = _ipc_template(self.info.params_schema, self.metadata)
-                self._request_template = template
-        if isinstance(template, _IpcTemplate):
-            return template.encode(cells, budget)
-        return template
+                template = self._request_template = _ipc_template(self.info.params_schema, self.metadata)
+        return None if template is None else template.encode(cells, budget)
 
-    def encode_reply(self, value: Any) -> bytes | None:
+    def encode_reply(self, value: Any) -> _IpcMessages | None:
         """The reply by a template, or None: pyarrow has to look at the value."""
         template = self._result_template
         if template == b"":
-            if self.info.has_return:
-                template = _ipc_template(self.info.result_schema, None)
-            else:
-                template = _wire_void_reply() if _ipc_learning else None
-            self._result_template = template
-        if not isinstance(template, _IpcTemplate):
-            return template
+            template = self._result_template = _ipc_template(self.info.result_schema, None)
+        if template is None:
+            return None
+        if not self.info.has_return:
+            return template.encode(())
+        if self.plain_result and (data := template.encode((value,))) is not None:
+            return data
         if value is not None and self.encode_result is not None:
             value = self.encode_result(value)
         return template.encode((value,))
@@ -4446,13 +4546,6 @@ class _WirePlan:
             layout = _ipc_learn(sample, batch)
             if layout is not None:
                 self.replies.append(layout)
-
-
-def _wire_void_reply() -> bytes:
-    writer = _IpcWriter(EMPTY_SCHEMA)
-    writer.write(empty_batch(EMPTY_SCHEMA))
-    writer.close()
-    return b"".join(writer.take())
 
 
 def _wire_request_metadata(method: str, protocol: str | None, version: str | None) -> _IpcMetadata:
@@ -4470,8 +4563,6 @@ def _wire_request_metadata(method: str, protocol: str | None, version: str | Non
 def _wire_bind(plan: _WirePlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Arguments in declaration order, defaults filled in; RpcArgumentError before any byte is written (API.md 9)."""
     names = plan.names
-    if len(args) == len(names) and not kwargs and tuple(map(type, args)) == plan.exact:
-        return list(args)
     if len(args) > len(names):
         raise RpcArgumentError(f"{plan.name}() takes {len(names)} argument(s) but {len(args)} were given")
     values = list(args)
@@ -4504,8 +4595,6 @@ def _wire_unknown_argument(plan: _WirePlan, args: tuple[Any, ...], kwargs: dict[
 
 def _wire_cells(plan: _WirePlan, values: list[Any]) -> list[Any]:
     """Convert arguments to what a template or pa.array takes."""
-    if tuple(map(type, values)) == plan.exact:
-        return values
     cells = []
     for i, value in enumerate(values):
         encode = plan.encoders[i]
@@ -4534,11 +4623,13 @@ def _wire_request_batch(plan: _WirePlan, cells: list[Any]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(arrays, schema=plan.info.params_schema)
 
 
-def _wire_request(plan: _WirePlan, values: list[Any], timeout: float | None = None) -> list[_IpcPiece]:
+def _wire_request(plan: _WirePlan, values: list[Any], timeout: float | None = None) -> _IpcMessages:
     """The complete request stream; with a timeout it carries the remaining time (DESIGN.md section 7)."""
     cells = _wire_cells(plan, values)
-    budget = b"" if timeout is None else b"%016d" % max(int(timeout * 1e6), 0)
+    budget = b"" if timeout is None else _wire_budget(timeout)
     if _LOG_WIRE_REQUEST.isEnabledFor(logging.DEBUG):
+        if not plan.is_stream:
+            _LOG_WIRE_REQUEST.debug("Unary call: method=%s", plan.name)
         _LOG_WIRE_REQUEST.debug(
             "Write request: method=%s, schema=%s, kwargs={%s}, metadata=%s",
             plan.name,
@@ -4548,8 +4639,13 @@ def _wire_request(plan: _WirePlan, values: list[Any], timeout: float | None = No
         )
     data = plan.encode_request(cells, budget)
     if data is not None:
-        return [data]
+        return data
     return _wire_write_request(plan, _wire_request_batch(plan, cells), {DEADLINE_KEY: budget} if budget else None)
+
+
+@functools.lru_cache(maxsize=64)
+def _wire_budget(timeout: float) -> bytes:
+    return b"%016d" % max(int(timeout * 1e6), 0)
 
 
 def _wire_write_request(plan: _WirePlan, batch: pa.RecordBatch, extra: Mapping[bytes, bytes] | None) -> list[_IpcPiece]:
@@ -4703,6 +4799,8 @@ def _wire_arguments(plan: _WirePlan, batch: pa.RecordBatch) -> dict[str, Any]:
 def _wire_row_arguments(plan: _WirePlan, row: Sequence[Any]) -> dict[str, Any] | None:
     """A row that a layout has read, as keyword arguments; None: let the pyarrow path decide."""
     kwargs = dict(zip(plan.names, row, strict=True))
+    if plan.plain:
+        return kwargs
     try:
         for name, decode in zip(plan.names, plan.decoders, strict=True):
             if decode is not None and kwargs[name] is not None:
@@ -4739,12 +4837,11 @@ def _wire_check_schema(plan: _WirePlan, got: pa.Schema) -> None:
 
 
 class _WireReply(_NamedTuple):
-    """How a unary call ended: a batch or its decoded row, or what to raise once the connection is in step again."""
+    """How a unary call ended: a batch, or what to raise once the connection is in step again."""
 
     batch: pa.RecordBatch | None
     metadata: _IpcMetadata | None
     error: Exception | None
-    row: Sequence[Any] | None = None
 
 
 class _WireLogs:
@@ -4772,15 +4869,7 @@ def _wire_read_reply(
     plan: _WirePlan, source: _IpcSource, validation: IpcValidation, on_log: Callable[[Message], None] | None
 ) -> _WireReply:
     """Read a reply to its end; the first result or error counts, what follows it is dropped (wire.md section 4)."""
-    if source.pos == len(source.buf):
-        source.more(8)
     begin, data = source.pos, source.buf
-    limit = source.limits.max_message_bytes
-    for layout in plan.replies:
-        found = layout.match(data, begin)
-        if found is not None and (limit is None or found[1] - begin <= limit):
-            source.pos = found[1]
-            return _WireReply(None, None, None, found[0])
     reader = _IpcReader(source, validation)
     logs = _WireLogs(on_log)
     item = _wire_read_data(reader, logs)
@@ -4791,6 +4880,23 @@ def _wire_read_reply(
     if batch is not None and metadata is None and source.buf is data:
         plan.learn_reply(data[begin : source.pos], batch)
     return _WireReply(batch, metadata, logs.failure)
+
+
+def _wire_read_learned(plan: _WirePlan, source: _IpcSource) -> Sequence[Any] | None:
+    """Read a reply that looks like an earlier one; None: it does not, or has not all arrived."""
+    if source.pos == len(source.buf):
+        source.more(8)
+    data, pos = source.buf, source.pos
+    for layout in plan.replies:
+        found = layout.match(data, pos)
+        if found is not None:
+            row, end = found
+            limit = source.limits.max_message_bytes
+            if limit is not None and end - pos > limit:
+                return None
+            source.pos = end
+            return row
+    return None
 
 
 def _wire_read_data(
@@ -4832,26 +4938,38 @@ def _wire_remote_error(metadata: _IpcMetadata) -> RpcError:
 
 def _wire_value(plan: _WirePlan, reply: _WireReply) -> Any:
     """The Python value of a reply; raises what the far side raised."""
+    batch = _wire_reply_batch(plan, reply)
+    if not plan.info.has_return:
+        return None
+    _wire_refuse_pointer(plan.name, batch, reply.metadata)
+    if batch.num_rows == 0 or "result" not in batch.schema.names:
+        raise RpcError(
+            "ProtocolError",
+            f"{plan.name}() was answered with {batch.num_rows} row(s) of {_log_schema(batch.schema)};"
+            " expected one row with a column 'result'",
+        )
+    return _wire_decode_result(plan, batch.column("result")[0].as_py())
+
+
+def _wire_reply_batch(plan: _WirePlan, reply: _WireReply) -> pa.RecordBatch:
+    """The batch of a reply; raises what the far side raised."""
     if reply.error is not None:
         raise reply.error
-    if reply.row is not None:
-        return _wire_decode_result(plan, reply.row[0]) if plan.info.has_return else None
     if reply.batch is None:
         raise RpcError(
             "ProtocolError",
             f"{plan.name}() response stream ended without a result batch. "
             "The method was interrupted on the server, or the server speaks another protocol.",
         )
-    if not plan.info.has_return:
+    return reply.batch
+
+
+def _wire_row_value(plan: _WirePlan, row: Sequence[Any]) -> Any:
+    """The Python value of a reply that a layout has read."""
+    if not row:
         return None
-    _wire_refuse_pointer(plan.name, reply.batch, reply.metadata)
-    if reply.batch.num_rows == 0 or "result" not in reply.batch.schema.names:
-        raise RpcError(
-            "ProtocolError",
-            f"{plan.name}() was answered with {reply.batch.num_rows} row(s) of {_log_schema(reply.batch.schema)};"
-            " expected one row with a column 'result'",
-        )
-    return _wire_decode_result(plan, reply.batch.column("result")[0].as_py())
+    value = row[0]
+    return value if plan.plain_result and value is not None else _wire_decode_result(plan, value)
 
 
 def _wire_decode_result(plan: _WirePlan, value: Any) -> Any:
@@ -4898,6 +5016,18 @@ _TRANSPORT_MAX_PIECES = 1024  # IOV_MAX
 _TRANSPORT_ATOMIC = 4096  # a pipe or socket that polls writable takes this much without blocking
 _TRANSPORT_LINGER = 1.0  # seconds a refused peer has to read why
 _TRANSPORT_CLOSE_WAIT = 5.0  # seconds close() waits for a call of another thread to notice
+
+
+_transport_pid = os.getpid()  # kept here, because asking the kernel in every call costs as much as a lock
+
+
+def _transport_forked() -> None:
+    global _transport_pid
+    _transport_pid = os.getpid()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_transport_forked)
 
 
 class RpcTransport(Protocol):
@@ -4950,7 +5080,7 @@ class Channel(_IpcSource):
         self.lock = threading.RLock()
         self.idle = threading.Condition(self.lock)
         self._owned: Callable[[], bool] = getattr(self.lock, "_is_owned")  # noqa: B009 (missing from typeshed)
-        self.pid = os.getpid()
+        self.pid = _transport_pid
         self.broken: str | None = None
         self.busy: str | None = None
         self.sent: _Sent = "no"
@@ -4964,7 +5094,7 @@ class Channel(_IpcSource):
 
     def check(self, stream: object | None = None) -> None:
         """Refuse a call that can never succeed here; to be called before `enter`, outside its try block."""
-        if self.pid != os.getpid():
+        if self.pid != _transport_pid:
             raise WrongProcessError(f"this connection was made in process {self.pid}; connect again")
         if self._owned():
             inside = self.busy or "a callback"
@@ -4979,7 +5109,9 @@ class Channel(_IpcSource):
     def enter(self, doing: str, timeout: float | None = None, stream: object | None = None) -> None:
         """Begin a conversation: wait for other threads, then own the channel until `leave` or `fail`."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        if not self.lock.acquire(timeout=-1 if timeout is None else max(timeout, 0.0)):
+        if timeout is None:
+            self.lock.acquire()
+        elif not self.lock.acquire(timeout=max(timeout, 0.0)):
             raise DeadlineExceededError(f"{doing}: another call held the connection for {timeout} s", sent="no")
         if self.stream is not stream:
             self._wait_for_stream(doing, deadline, stream)
@@ -5144,10 +5276,10 @@ class Channel(_IpcSource):
             raise EOFError("the peer closed the connection in the middle of a message")
         return got
 
-    def send(self, pieces: Sequence[_IpcPiece]) -> None:
+    def send(self, pieces: _IpcMessages) -> None:
         """Write whole messages: small ones in one piece, large ones without joining them."""
-        if len(pieces) == 1 and isinstance(pieces[0], bytes) and len(pieces[0]) <= _IPC_LARGE:
-            self.write(pieces[0])
+        if isinstance(pieces, bytes):
+            self.write(pieces)
         elif sum(map(len, pieces)) <= _IPC_LARGE:
             self.write(b"".join(pieces))
         else:
@@ -6348,7 +6480,7 @@ class RpcServer:
     def _learn(self, sample: bytes, batch: pa.RecordBatch, metadata: _IpcMetadata, plan: _WirePlan) -> None:
         """Remember how a request looks that has passed every check."""
         budget = metadata.get(DEADLINE_KEY)
-        if metadata.keys() - _SERVER_LEARNED_KEYS or (budget is not None and _server_budget(metadata) is None):
+        if metadata.keys() - _SERVER_LEARNED_KEYS or (budget is not None and _server_budget(budget) is None):
             return
         layout = _ipc_learn(sample, batch, budget)
         if layout is None:
@@ -6369,7 +6501,7 @@ _SERVER_LEARNED_KEYS = {RPC_METHOD_KEY, REQUEST_VERSION_KEY, PROTOCOL_KEY, PROTO
 
 
 class _ServerLayout(_NamedTuple):
-    layout: _IpcLayout
+    layout: _IpcLayout | _IpcFlat
     binding: ProtocolBinding
     plan: _WirePlan
 
@@ -6545,16 +6677,16 @@ class _ServerConnection:
         limit = self.channel.limits.max_message_bytes
         if limit is not None and end - pos > limit:
             return False
-        kwargs = _wire_row_arguments(last.plan, row)
-        budget = None
-        if last.layout.deadline_at >= 0:
-            budget = _server_budget({DEADLINE_KEY: last.layout.deadline(data, pos)})
-            if budget is None:
-                return False
-        if kwargs is None:
+        layout, binding, plan = last
+        kwargs = _wire_row_arguments(plan, row)
+        budget = layout.deadline(data, pos) if layout.deadline_at >= 0 else None
+        if kwargs is None or (budget is not None and not budget.isdigit()):
             return False
         self.channel.pos = end
-        self._dispatch(last.binding, last.plan, kwargs, budget, None)
+        if plan.is_stream or plan.name in binding.ctx_methods:
+            self._dispatch(binding, plan, kwargs, _server_budget(budget), None)
+        else:
+            self._unary_plain(binding, plan, getattr(binding.impl, plan.name), kwargs)
         return True
 
     def _answer(self, batch: pa.RecordBatch, metadata: _IpcMetadata, sample: bytes) -> None:
@@ -6575,7 +6707,7 @@ class _ServerConnection:
             _LOG_WIRE_REQUEST.debug("Parsed request: method=%s, kwargs={%s}", name, _log_kwargs(kwargs))
         if sample:
             self.server._learn(sample, batch, metadata, plan)
-        self._dispatch(binding, plan, kwargs, _server_budget(metadata), batch)
+        self._dispatch(binding, plan, kwargs, _server_budget(metadata.get(DEADLINE_KEY)), batch)
 
     def _dispatch(
         self,
@@ -6613,7 +6745,7 @@ class _ServerConnection:
             reply.end(empty_batch(reply.schema), call.fail(exc))
             return self._obey(exc)
         if data is not None:
-            self.channel.send((data,))
+            self.channel.send(data)
         elif batch is not None:
             _ServerReply(_ServerCall(self, binding, plan, None)).end(batch, None)
 
@@ -6908,9 +7040,8 @@ def _server_reconcile(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatc
         raise TypeError(refusal) from exc
 
 
-def _server_budget(metadata: _IpcMetadata) -> float | None:
+def _server_budget(raw: bytes | None) -> float | None:
     """Seconds the caller is still willing to wait; anything but 16 digits is ignored like an unknown key."""
-    raw = metadata.get(DEADLINE_KEY)
     if raw is None or len(raw) != 16 or not raw.isdigit():
         return None
     return int(raw) / 1e6
@@ -7135,15 +7266,17 @@ class _ClientMethod:
         self.__doc__ = plan.info.doc
         self._proxy = proxy
         self._plan = plan
+        self._call = _client_open if plan.is_stream else _client_unary
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         plan, proxy = self._plan, self._proxy
-        values = _wire_bind(plan, args, kwargs)
-        link = proxy._link
-        call = _client_open if plan.is_stream else _client_unary
+        link, options = proxy._link, proxy._options
+        request: _IpcMessages | None = None if kwargs else plan.encode_call(args, options.timeout)
+        if request is None:
+            request = _wire_request(plan, _wire_bind(plan, args, kwargs), options.timeout)
         if link.reopen is None:
-            return call(link.channel, plan, values, proxy._options)
-        return _client_retry(link, call, plan, values, proxy._options)
+            return self._call(link.channel, plan, request, options)
+        return _client_retry(link, self._call, plan, request, options)
 
     def __repr__(self) -> str:
         return f"<RPC method {self._plan.protocol}.{self._plan.name}>"
@@ -7161,34 +7294,33 @@ def _client_plan(protocol: type, info: RpcMethodInfo, name: str, version: str | 
     return plan
 
 
-def _client_unary(channel: Channel, plan: _WirePlan, values: list[Any], options: _ClientOptions) -> Any:
+def _client_unary(
+    channel: Channel,
+    plan: _WirePlan,
+    request: _IpcMessages,
+    options: _ClientOptions,
+    value: Callable[[_WirePlan, _WireReply], Any] = _wire_value,
+) -> Any:
     """One call: one write, and reading to the end of the reply."""
-    if _LOG_WIRE_REQUEST.isEnabledFor(logging.DEBUG):
-        _LOG_WIRE_REQUEST.debug("Unary call: method=%s", plan.name)
-    return _wire_value(plan, _client_converse(channel, plan, values, options))
-
-
-def _client_converse(channel: Channel, plan: _WirePlan, values: list[Any], options: _ClientOptions) -> _WireReply:
-    timeout = options.timeout
-    request = _wire_request(plan, values, timeout)
     channel.check()
     try:
-        channel.enter(plan.doing, timeout)
+        channel.enter(plan.doing, options.timeout)
         channel.send(request)
-        reply = _wire_read_reply(plan, channel, options.validation, options.on_log)
+        row = _wire_read_learned(plan, channel)
+        reply = None if row is not None else _wire_read_reply(plan, channel, options.validation, options.on_log)
         channel.leave()
     except BaseException as exc:
         raise channel.fail(exc)  # noqa: B904 (fail sets the cause)
     if _LOG_WIRE_RESPONSE.isEnabledFor(logging.DEBUG):
         _LOG_WIRE_RESPONSE.debug("Read unary response: method=%s, result_type=%s", plan.name, plan.info.result_type)
-    return reply
+    return value(plan, reply) if reply is not None else _wire_row_value(plan, row or ())
 
 
 def _client_retry(
     link: _ClientLink,
-    call: Callable[[Channel, _WirePlan, list[Any], _ClientOptions], _T],
+    call: Callable[[Channel, _WirePlan, _IpcMessages, _ClientOptions], _T],
     plan: _WirePlan,
-    values: list[Any],
+    request: _IpcMessages,
     options: _ClientOptions,
 ) -> _T:
     """`connect(..., reconnect=True)`: one new connection, and only for what was never sent."""
@@ -7197,12 +7329,12 @@ def _client_retry(
         link.reconnect(channel)
         channel = link.channel
     try:
-        return call(channel, plan, values, options)
+        return call(channel, plan, request, options)
     except ConnectionLostError as exc:
         if exc.sent != "no" or channel.broken is None:  # it was sent, or it is another connection's error
             raise
     link.reconnect(channel)
-    return call(link.channel, plan, values, options)
+    return call(link.channel, plan, request, options)
 
 
 class RpcConnection(Generic[_P]):
@@ -7318,7 +7450,9 @@ def _client_reflect(target: object, method: str, *args: Any, options: _ClientOpt
     reflection = _describe_wire().Reflection
     plan = _client_plan(reflection, rpc_methods(reflection)[method], REFLECTION_PROTOCOL_NAME, None)
     try:
-        return _client_unary(link.channel, plan, list(args), options or found)
+        options = options or found
+        request = _wire_request(plan, list(args), options.timeout)
+        return _client_unary(link.channel, plan, request, options)
     except ReflectionNotSupportedError:
         raise
     except RpcError as exc:
@@ -7362,15 +7496,10 @@ def _client_call_described(
     )
     plan = _WirePlan(info, protocol, version or None, raw=True)
     link, _ = _client_target(target)
+    request = _wire_request(plan, values, options.timeout)
     if plan.is_stream:
-        return _client_open(link.channel, plan, values, options, header=method.has_header)
-    reply = _client_converse(link.channel, plan, values, options)
-    if reply.error is not None:
-        raise reply.error
-    if reply.batch is None:
-        _wire_value(plan, reply)
-    assert reply.batch is not None
-    return reply.batch
+        return _client_open(link.channel, plan, request, options, header=method.has_header)
+    return cast(pa.RecordBatch, _client_unary(link.channel, plan, request, options, _wire_reply_batch))
 
 
 # ---- streams
@@ -7615,17 +7744,15 @@ _CLIENT_MAX_DRAIN = 10_000  # data batches that close() reads and drops (runtime
 
 
 def _client_open(
-    channel: Channel, plan: _WirePlan, values: list[Any], options: _ClientOptions, *, header: bool | None = None
+    channel: Channel, plan: _WirePlan, request: _IpcMessages, options: _ClientOptions, *, header: bool | None = None
 ) -> StreamSession:
     """Write the request of a stream; the session holds the connection from here on."""
-    timeout = options.timeout
-    request = _wire_request(plan, values, timeout)
     channel.check()
     session = StreamSession(channel, plan, options)
     expects_header = plan.info.header_type is not None if header is None else header
     item: Any = None
     try:
-        channel.enter(plan.doing, timeout)
+        channel.enter(plan.doing, options.timeout)
         channel.send(request)
         channel.begin_stream(session._token)
         if expects_header:

@@ -235,10 +235,8 @@ def test_access_record_of_a_success_and_a_failure(connected, caplog) -> None:
     proxy.add(1.0, 2.0)
     with pytest.raises(core.RpcError):
         proxy.noop()
-    with pytest.raises(core.RpcError):
-        core._client_unary(  # refused before dispatch: no record
-            proxy._link.channel, core._WirePlan(core.rpc_methods(Calc)["add"], "Nope", None), [1.0, 2.0], proxy._options
-        )
+    with pytest.raises(core.RpcError):  # refused before dispatch: no record
+        core._ClientMethod(proxy, core._WirePlan(core.rpc_methods(Calc)["add"], "Nope", None))(1.0, 2.0)
     wait_for(lambda: sum(r.name == "vgi_rpc.access" for r in caplog.records) == 2)
     ok, failed = [r for r in caplog.records if r.name == "vgi_rpc.access"]
     assert ok.getMessage() == "Calc.add ok" and failed.getMessage() == "Calc.noop error"
