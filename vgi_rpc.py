@@ -2066,13 +2066,21 @@ class _IpcReader:
             source.pos += head
             return empty_batch(self.schema)
         body = _IPC_I64(data, pos + len(begin))[0]
+        end = pos + head + body
         limit = source.limits.max_message_bytes
-        if body < 0 or (limit is not None and body > limit) or len(data) - pos < head + body:
+        if body < 0 or (limit is not None and body > limit) or len(data) < end:
             return None
-        message = source.take(head + body, head)
+        source.pos = end
+        message = data if len(data) == end - pos else data[pos:end]
         batch = ipc.read_record_batch(pa.py_buffer(message), self.schema)
         validate_batch(batch, self._validation)
         return batch
+
+    def tick_waits(self) -> bool:
+        """Whether the next message is a tick that has arrived already."""
+        if self._learned is None or self._learned[1] != len(self._learned[0]):
+            return False
+        return self._source.buf.startswith(self._learned[0], self._source.pos)
 
     def drain(self) -> None:
         """Consume the rest of the stream without decoding it."""
@@ -2138,9 +2146,18 @@ class _IpcWriter:
         else:
             self._pieces.append(batch.serialize())
 
+    def write_ticks(self, count: int) -> None:
+        """Append batches without columns, rows or metadata."""
+        self._pieces.append(_ipc_tick() * count)
+
     def close(self) -> None:
         """Append the end-of-stream marker."""
         self._pieces.append(_EOS)
+
+    @property
+    def size(self) -> int:
+        """Bytes that have not been handed over yet."""
+        return sum(map(len, self._pieces))
 
     def take(self) -> list[_IpcPiece]:
         """Return what has not been handed over yet."""
@@ -2162,6 +2179,11 @@ class _IpcWriter:
             raise
         pieces, self._sink[:] = self._sink[:], []
         return pieces if not first else _ipc_without(pieces, len(self._schema_message))
+
+
+@functools.cache
+def _ipc_tick() -> bytes:
+    return bytes(empty_batch(EMPTY_SCHEMA).serialize())
 
 
 class _IpcSink(io.RawIOBase):
@@ -3972,9 +3994,9 @@ class AnnotatedBatch(_CtxRecord):
         *,
         _release: Callable[[], None] | None = None,
     ) -> None:
-        object.__setattr__(self, "batch", batch)
-        object.__setattr__(self, "custom_metadata", custom_metadata)
-        object.__setattr__(self, "_release", _release)
+        _ANNOTATED_BATCH(self, batch)
+        _ANNOTATED_METADATA(self, custom_metadata)
+        _ANNOTATED_RELEASE(self, _release)
 
     @classmethod
     def from_pydict(cls, data: dict[str, Any], schema: pa.Schema | None = None) -> AnnotatedBatch:
@@ -4005,6 +4027,12 @@ class AnnotatedBatch(_CtxRecord):
 
     def __repr__(self) -> str:
         return f"AnnotatedBatch({_log_batch(self.batch)}, custom_metadata={_log_metadata(self.custom_metadata)})"
+
+
+# The slots' own setters: one of these is made per turn on each side, and object.__setattr__ costs twice as much.
+_ANNOTATED_BATCH, _ANNOTATED_METADATA, _ANNOTATED_RELEASE = (
+    getattr(AnnotatedBatch, name).__set__ for name in ("batch", "custom_metadata", "_release")
+)
 
 
 class StreamState(ArrowSerializableDataclass, abc.ABC):
@@ -4504,24 +4532,16 @@ class _WirePlan:
         self.is_stream = info.method_type is MethodType.STREAM
         self.doing = f"{'stream init for' if self.is_stream else 'unary call to'} '{info.name}'"
 
-    def encode_call(self, args: tuple[Any, ...], timeout: float | None) -> _IpcMessages | None:
-        """The request for arguments that need neither names nor defaults nor conversion; None: `_wire_request` does."""
-        if not self.plain or _LOG_WIRE_REQUEST.isEnabledFor(logging.DEBUG):
-            return None
-        return self.encode_request(args, b"" if timeout is None else _wire_budget(timeout))
-
-    def encode_request(self, cells: Sequence[Any], budget: bytes) -> _IpcMessages | None:
-        """The request by a template, or None: pyarrow has to write it."""
+    def template(self, budget: bytes) -> _IpcTemplate | _IpcFlat | None:
+        """What writes requests with or without a deadline; None: only pyarrow does."""
         if budget:
-            template = self._deadline_template
-            if template == b"":
-                template = _ipc_template(self.info.params_schema, {**self.metadata, DEADLINE_KEY: _IPC_DEADLINE})
-                self._deadline_template = template
-        else:
-            template = self._request_template
-            if template == b"":
-                template = self._request_template = _ipc_template(self.info.params_schema, self.metadata)
-        return None if template is None else template.encode(cells, budget)
+            if self._deadline_template == b"":
+                metadata = {**self.metadata, DEADLINE_KEY: _IPC_DEADLINE}
+                self._deadline_template = _ipc_template(self.info.params_schema, metadata)
+            return self._deadline_template or None
+        if self._request_template == b"":
+            self._request_template = _ipc_template(self.info.params_schema, self.metadata)
+        return self._request_template or None
 
     def encode_reply(self, value: Any) -> _IpcMessages | None:
         """The reply by a template, or None: pyarrow has to look at the value."""
@@ -4626,7 +4646,7 @@ def _wire_request_batch(plan: _WirePlan, cells: list[Any]) -> pa.RecordBatch:
 def _wire_request(plan: _WirePlan, values: list[Any], timeout: float | None = None) -> _IpcMessages:
     """The complete request stream; with a timeout it carries the remaining time (DESIGN.md section 7)."""
     cells = _wire_cells(plan, values)
-    budget = b"" if timeout is None else _wire_budget(timeout)
+    budget = _wire_budget(timeout)
     if _LOG_WIRE_REQUEST.isEnabledFor(logging.DEBUG):
         if not plan.is_stream:
             _LOG_WIRE_REQUEST.debug("Unary call: method=%s", plan.name)
@@ -4637,15 +4657,15 @@ def _wire_request(plan: _WirePlan, values: list[Any], timeout: float | None = No
             _log_kwargs(dict(zip(plan.names, values, strict=True))),
             _log_metadata(plan.metadata),
         )
-    data = plan.encode_request(cells, budget)
+    template = plan.template(budget)
+    data = None if template is None else template.encode(cells, budget)
     if data is not None:
         return data
     return _wire_write_request(plan, _wire_request_batch(plan, cells), {DEADLINE_KEY: budget} if budget else None)
 
 
-@functools.lru_cache(maxsize=64)
-def _wire_budget(timeout: float) -> bytes:
-    return b"%016d" % max(int(timeout * 1e6), 0)
+def _wire_budget(timeout: float | None) -> bytes:
+    return b"" if timeout is None else b"%016d" % max(int(timeout * 1e6), 0)
 
 
 def _wire_write_request(plan: _WirePlan, batch: pa.RecordBatch, extra: Mapping[bytes, bytes] | None) -> list[_IpcPiece]:
@@ -5054,7 +5074,8 @@ class Channel(_IpcSource):
     __slots__ = (
         "__weakref__",
         "_owned",
-        "_polls",
+        "_poll_in",
+        "_poll_out",
         "abort",
         "broken",
         "busy",
@@ -5088,7 +5109,8 @@ class Channel(_IpcSource):
         self.timeout: float | None = None
         self.stream: object | None = None
         self.stream_thread = 0
-        self._polls: dict[int, select.poll] = {}
+        self._poll_in: select.poll | None = None
+        self._poll_out: select.poll | None = None
 
     # -- conversations
 
@@ -5109,9 +5131,7 @@ class Channel(_IpcSource):
     def enter(self, doing: str, timeout: float | None = None, stream: object | None = None) -> None:
         """Begin a conversation: wait for other threads, then own the channel until `leave` or `fail`."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        if timeout is None:
-            self.lock.acquire()
-        elif not self.lock.acquire(timeout=max(timeout, 0.0)):
+        if not self.lock.acquire(timeout is None) and not self.lock.acquire(timeout=max(timeout or 0.0, 0.0)):
             raise DeadlineExceededError(f"{doing}: another call held the connection for {timeout} s", sent="no")
         if self.stream is not stream:
             self._wait_for_stream(doing, deadline, stream)
@@ -5168,7 +5188,7 @@ class Channel(_IpcSource):
         """Forget the descriptors: their numbers may soon mean something else."""
         self.buf, self.pos = b"", 0
         self.inp = self.out = -1
-        self._polls.clear()
+        self._poll_in = self._poll_out = None
 
     def abandon(self, stream: object, reason: str) -> None:
         """Poison a channel whose stream nobody can close any more, so that no one waits for it."""
@@ -5248,7 +5268,7 @@ class Channel(_IpcSource):
     def more(self, missing: int) -> None:
         """Read once."""
         if self.deadline is not None:
-            self._wait(self.inp, select.POLLIN)
+            self._wait_in()
         data = os.read(self.inp, _TRANSPORT_CHUNK)
         if not data:
             raise EOFError("the peer closed the connection")
@@ -5270,7 +5290,7 @@ class Channel(_IpcSource):
     def read_into(self, view: memoryview) -> int:
         """Read once into `view`."""
         if self.deadline is not None:
-            self._wait(self.inp, select.POLLIN)
+            self._wait_in()
         got = os.readv(self.inp, [view])
         if not got:
             raise EOFError("the peer closed the connection in the middle of a message")
@@ -5280,18 +5300,20 @@ class Channel(_IpcSource):
         """Write whole messages: small ones in one piece, large ones without joining them."""
         if isinstance(pieces, bytes):
             self.write(pieces)
+        elif len(pieces) == 1 and len(pieces[0]) <= _IPC_LARGE:
+            self.write(pieces[0])
         elif sum(map(len, pieces)) <= _IPC_LARGE:
             self.write(b"".join(pieces))
         else:
             self.write_views([memoryview(piece).cast("B") for piece in pieces if len(piece)])
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: _IpcPiece) -> None:
         """Write once; the rest, if any, the long way."""
         if self.deadline is not None:
             if len(data) > _TRANSPORT_ATOMIC:
-                return self.write_views([memoryview(data)])
+                return self.write_views([memoryview(data).cast("B")])
             if self.sent != "no":  # the first write of a conversation finds the way empty: the last one was answered
-                self._wait(self.out, select.POLLOUT)
+                self._wait_out()
         before, self.sent = self.sent, "maybe"
         try:
             done = os.write(self.out, data)
@@ -5299,7 +5321,7 @@ class Channel(_IpcSource):
             self.sent = before
             raise
         if done != len(data):
-            self.write_views([memoryview(data)[done:]])
+            self.write_views([memoryview(data).cast("B")[done:]])
         return None
 
     def write_views(self, views: list[memoryview]) -> None:
@@ -5323,7 +5345,7 @@ class Channel(_IpcSource):
                 if size >= _TRANSPORT_MAX_IO:
                     break
             if self.deadline is not None:
-                self._wait(self.out, select.POLLOUT)
+                self._wait_out()
             try:
                 done = os.writev(self.out, some)
             except BlockingIOError:
@@ -5334,17 +5356,22 @@ class Channel(_IpcSource):
             if done:
                 views[at] = views[at][done:]
 
-    def _wait(self, fd: int, event: int) -> None:
-        """Wait for a descriptor until the deadline."""
-        deadline = self.deadline
-        if deadline is None:
-            return
-        poll = self._polls.get(event)
-        if poll is None:
-            poll = self._polls[event] = select.poll()
-            poll.register(fd, event)
-        left = deadline - time.monotonic()
-        if left <= 0 or not poll.poll(left * 1000 + 1):
+    def _wait_in(self) -> None:
+        """Wait for the peer's bytes until the deadline."""
+        if self._poll_in is None:
+            self._poll_in = select.poll()
+            self._poll_in.register(self.inp, select.POLLIN)
+        left = (self.deadline or 0.0) - time.monotonic()
+        if left <= 0 or not self._poll_in.poll(left * 1000 + 1):
+            raise self._late()
+
+    def _wait_out(self) -> None:
+        """Wait for room until the deadline."""
+        if self._poll_out is None:
+            self._poll_out = select.poll()
+            self._poll_out.register(self.out, select.POLLOUT)
+        left = (self.deadline or 0.0) - time.monotonic()
+        if left <= 0 or not self._poll_out.poll(left * 1000 + 1):
             raise self._late()
 
     def _late(self) -> DeadlineExceededError:
@@ -5407,8 +5434,8 @@ class _FileChannel(Channel):
             self.more(1)
         return super().take_large(size, head)
 
-    def write(self, data: bytes) -> None:
-        self.write_views([memoryview(data)])
+    def write(self, data: _IpcPiece) -> None:
+        self.write_views([memoryview(data).cast("B")])
 
     def write_views(self, views: list[memoryview]) -> None:
         self.sent = "maybe"
@@ -6626,8 +6653,9 @@ class _ServerConnection:
         """Answer calls until the peer has gone or has sent something that makes no sense."""
         channel = self.channel
         try:
-            while not channel.at_end():
-                self.serve_one()
+            while channel.pos < len(channel.buf) or not channel.at_end():
+                if not self._serve_learned():
+                    self._serve_one()
         except _ServerHangUp:
             pass
         except (EOFError, ConnectionError):
@@ -6639,8 +6667,10 @@ class _ServerConnection:
 
     def serve_one(self) -> None:
         """Read one request and answer it."""
-        if self._serve_learned():
-            return
+        if not self._serve_learned():
+            self._serve_one()
+
+    def _serve_one(self) -> None:
         begin, data = self.channel.pos, self.channel.buf
         try:
             request = _wire_read_request(self.channel, self.server.ipc_validation)
@@ -6659,10 +6689,10 @@ class _ServerConnection:
 
     def _serve_learned(self) -> bool:
         """Answer a request that looks like an earlier one. Bytes that match have passed steps 1 to 18 before."""
-        data, pos = self.channel.buf, self.channel.pos
-        if len(data) - pos < 16 or self.observed() or self._swallow:
+        channel, last = self.channel, self._last
+        data, pos = channel.buf, channel.pos
+        if len(data) - pos < 16 or self._swallow or self.observed():
             return False
-        last = self._last
         found = None if last is None else last.layout.match(data, pos)
         if found is None:
             key = data[pos : pos + 8 + _IPC_I32(data, pos + 4)[0]]
@@ -6674,16 +6704,16 @@ class _ServerConnection:
         if found is None or last is None:
             return False
         row, end = found
-        limit = self.channel.limits.max_message_bytes
+        limit = channel.limits.max_message_bytes
         if limit is not None and end - pos > limit:
             return False
         layout, binding, plan = last
         kwargs = _wire_row_arguments(plan, row)
-        budget = layout.deadline(data, pos) if layout.deadline_at >= 0 else None
-        if kwargs is None or (budget is not None and not budget.isdigit()):
+        if kwargs is None:
             return False
-        self.channel.pos = end
+        channel.pos = end
         if plan.is_stream or plan.name in binding.ctx_methods:
+            budget = layout.deadline(data, pos) if layout.deadline_at >= 0 else None
             self._dispatch(binding, plan, kwargs, _server_budget(budget), None)
         else:
             self._unary_plain(binding, plan, getattr(binding.impl, plan.name), kwargs)
@@ -6744,7 +6774,9 @@ class _ServerConnection:
             reply = _ServerReply(call)
             reply.end(empty_batch(reply.schema), call.fail(exc))
             return self._obey(exc)
-        if data is not None:
+        if type(data) is bytes:
+            self.channel.write(data)
+        elif data is not None:
             self.channel.send(data)
         elif batch is not None:
             _ServerReply(_ServerCall(self, binding, plan, None)).end(batch, None)
@@ -6878,10 +6910,14 @@ class _ServerReply:
         call.connection.channel.send(self._writer.take())
 
 
+_SERVER_COALESCE = 32_768  # bytes of answers that may wait for the next one
+_SERVER_QUICK = 1e-4  # seconds; an answer that took longer is sent at once
+
+
 class _ServerStream:
     """One stream call: init, header, turns, end (wire.md section 8)."""
 
-    __slots__ = ("_budget", "_call", "_channel", "_connection", "_logs", "_out", "_stream")
+    __slots__ = ("_budget", "_call", "_channel", "_collector", "_connection", "_logs", "_out", "_stream")
 
     def __init__(self, call: _ServerCall, budget: float | None) -> None:
         import uuid
@@ -6891,6 +6927,7 @@ class _ServerStream:
         self._budget = budget
         self._connection = call.connection
         self._channel = call.connection.channel
+        self._collector: OutputCollector | None = None
         self._logs: list[_IpcMetadata] = []  # of init: they travel in the header stream, else in front of the output
         self._stream: Stream[Any, Any]
         self._out: _IpcWriter
@@ -6935,8 +6972,9 @@ class _ServerStream:
 
     def _loop(self, reader: _IpcReader) -> BaseException | None:
         """Turn by turn until someone ends it; returns what an application raised."""
-        call, channel = self._call, self._channel
+        call, channel, out = self._call, self._channel, self._out
         ticks = len(self._stream.input_schema) == 0
+        ctx = self._connection.context(call, self._log_turn, self._budget)
         while (item := reader.read()) is not None:
             batch, metadata = item
             if metadata is not None and CANCEL_KEY in metadata:
@@ -6944,25 +6982,29 @@ class _ServerStream:
                 return None
             if not ticks:
                 call.received(batch)
+            began = time.monotonic()
             try:
-                finished = self._turn(batch, metadata)
+                finished = self._turn(batch, metadata, ctx)
             except BaseException as exc:
                 empty = empty_batch(self._stream.output_schema)
-                self._out.write(empty, call.fail(exc))
+                out.write(empty, call.fail(exc))
                 call.sent(empty)
                 return exc
             if finished:
                 return None
-            channel.send(self._out.take())
+            # Answers to ticks sent ahead share a write, unless that would keep one waiting (FINDINGS.md section 4).
+            if not reader.tick_waits() or out.size > _SERVER_COALESCE or time.monotonic() - began > _SERVER_QUICK:
+                channel.send(out.take())
         return None
 
-    def _turn(self, batch: pa.RecordBatch, metadata: _IpcMetadata | None) -> bool:
+    def _turn(self, batch: pa.RecordBatch, metadata: _IpcMetadata | None, ctx: CallContext) -> bool:
         """One input batch -> what the application emits for it; True when it was the last."""
-        _wire_refuse_pointer(self._call.plan.name, batch, metadata)
-        stream = self._stream
-        server_id = self._connection.server.server_id
-        out = OutputCollector(stream.output_schema, server_id=server_id, producer_mode=len(stream.input_schema) == 0)
-        ctx = self._connection.context(self._call, out.emit_client_log_message, self._budget)
+        stream, call = self._stream, self._call
+        if metadata is not None:
+            _wire_refuse_pointer(call.plan.name, batch, metadata)
+        ticks = len(stream.input_schema) == 0
+        out = OutputCollector(stream.output_schema, server_id=self._connection.server.server_id, producer_mode=ticks)
+        self._collector = out
         if batch.schema is not stream.input_schema and not batch.schema.equals(stream.input_schema):
             batch = _server_reconcile(batch, stream.input_schema)
         stream.state.process(AnnotatedBatch(batch, _ipc_key_values(metadata)), out, ctx)
@@ -6972,8 +7014,14 @@ class _ServerStream:
             _LOG_WIRE_RESPONSE.debug("Flush collector: batches=%d, route_config=inline", len(out.batches))
         for item in out.batches:
             self._out.write(item.batch, item.custom_metadata)
-            self._call.sent(item.batch)
+            if call.observed:
+                call.sent(item.batch)
         return out.finished
+
+    def _log_turn(self, message: Message) -> None:
+        """`ctx` outlives a turn; what it says goes where the present turn's batches go."""
+        if self._collector is not None:
+            self._collector.emit_client_log_message(message)
 
     def _cancel(self) -> None:
         call = self._call
@@ -7175,6 +7223,7 @@ class _ClientOptions(_NamedTuple):
     on_log: Callable[[Message], None] | None = None
     validation: IpcValidation = IpcValidation.FULL
     timeout: float | None = None
+    read_ahead: int = 0
 
 
 class _ClientLink:
@@ -7264,19 +7313,28 @@ class _ClientMethod:
     def __init__(self, proxy: RpcProxy, plan: _WirePlan) -> None:
         self.__name__ = plan.name
         self.__doc__ = plan.info.doc
-        self._proxy = proxy
+        self._link = proxy._link
+        self._options = proxy._options
         self._plan = plan
+        self._budget = _wire_budget(proxy._options.timeout)
+        template = plan.template(self._budget)
+        self._encode = template.encode if template is not None and plan.plain else None
         self._call = _client_open if plan.is_stream else _client_unary
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        plan, proxy = self._plan, self._proxy
-        link, options = proxy._link, proxy._options
-        request: _IpcMessages | None = None if kwargs else plan.encode_call(args, options.timeout)
-        if request is None:
-            request = _wire_request(plan, _wire_bind(plan, args, kwargs), options.timeout)
+        request = self._request(args, kwargs)
+        link = self._link
         if link.reopen is None:
-            return self._call(link.channel, plan, request, options)
-        return _client_retry(link, self._call, plan, request, options)
+            return self._call(link.channel, self._plan, request, self._options)
+        return _client_retry(link, self._call, self._plan, request, self._options)
+
+    def _request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _IpcMessages:
+        """Most arguments are in order and need no conversion; whatever else they may be, `_wire_bind` says."""
+        if self._encode is not None and not kwargs and not _LOG_WIRE_REQUEST.isEnabledFor(logging.DEBUG):
+            request = self._encode(args, self._budget)
+            if request is not None:
+                return request
+        return _wire_request(self._plan, _wire_bind(self._plan, args, kwargs), self._options.timeout)
 
     def __repr__(self) -> str:
         return f"<RPC method {self._plan.protocol}.{self._plan.name}>"
@@ -7305,7 +7363,10 @@ def _client_unary(
     channel.check()
     try:
         channel.enter(plan.doing, options.timeout)
-        channel.send(request)
+        if type(request) is bytes:
+            channel.write(request)
+        else:
+            channel.send(request)
         row = _wire_read_learned(plan, channel)
         reply = None if row is not None else _wire_read_reply(plan, channel, options.validation, options.on_log)
         channel.leave()
@@ -7370,6 +7431,9 @@ def _client_proxy(protocol: type, link: _ClientLink, options: _ClientOptions) ->
     return proxy
 
 
+_CLIENT_WINDOW = 64  # ticks that fit any connection's buffers unread (FINDINGS.md section 4)
+
+
 def _client_check_timeout(timeout: float | None) -> float | None:
     if timeout is not None and not 0 < timeout < 1e9:
         raise ValueError(f"timeout must be a positive number of seconds or None, got {timeout}")
@@ -7379,13 +7443,21 @@ def _client_check_timeout(timeout: float | None) -> float | None:
 _UNSET: Any = object()
 
 
-def with_options(proxy: _T, *, timeout: float | None = _UNSET, on_log: Callable[[Message], None] | None = _UNSET) -> _T:
+def with_options(
+    proxy: _T,
+    *,
+    timeout: float | None = _UNSET,
+    on_log: Callable[[Message], None] | None = _UNSET,
+    read_ahead: int = _UNSET,
+) -> _T:
     """Return a proxy on the same connection with other defaults; what is not given stays as it is.
 
     Args:
         timeout: seconds for a whole call, and for each turn of a stream; None waits for ever. Expiry raises
             DeadlineExceededError and closes the connection, because the late answer would be taken for the next one.
         on_log: receives the Messages that methods send while they run.
+        read_ahead: batches that a producer may make before they are asked for, 0 to 63. Hides the latency of a turn;
+            but leaving a stream early waits for those batches, and what making them does has been done.
     """
     old = _client_expect_proxy(proxy)
     options = old._options
@@ -7393,6 +7465,10 @@ def with_options(proxy: _T, *, timeout: float | None = _UNSET, on_log: Callable[
         options = options._replace(timeout=_client_check_timeout(timeout))
     if on_log is not _UNSET:
         options = options._replace(on_log=on_log)
+    if read_ahead is not _UNSET:
+        if not 0 <= read_ahead < _CLIENT_WINDOW:
+            raise ValueError(f"read_ahead must be within 0..{_CLIENT_WINDOW - 1}, got {read_ahead}")
+        options = options._replace(read_ahead=read_ahead)
     return cast(_T, _client_proxy(old._protocol, old._link, options))
 
 
@@ -7523,19 +7599,24 @@ class StreamSession:
         self._writer: _IpcWriter | None = None
         self._reader: _IpcReader | None = None
         self._first: AnnotatedBatch | None = None  # read ahead by `schema`
+        self._ahead = 0  # ticks that have been sent and not been answered
         self._exported = False
         self._closed = False
 
     def tick(
         self, custom_metadata: pa.KeyValueMetadata | None = None, *, timeout: float | None = _UNSET
     ) -> AnnotatedBatch:
-        """Ask a producer for its next batch; StopIteration at its end. `timeout` in seconds for this turn."""
+        """Ask a producer for its next batch; StopIteration at its end. `timeout` in seconds for this turn.
+
+        With `read_ahead` further ticks are on their way already, so this one's metadata would come too late:
+        RpcArgumentError.
+        """
         if self._first is not None and custom_metadata is None:
             first, self._first = self._first, None
             return first
         if _LOG_WIRE_STREAM.isEnabledFor(logging.DEBUG):
             _LOG_WIRE_STREAM.debug("Stream tick: method=%s", self._plan.name)
-        item = self._turn("stream tick", empty_batch(EMPTY_SCHEMA), custom_metadata, timeout)
+        item = self._turn("stream tick", None, custom_metadata, timeout)
         if item is None:
             raise StopIteration
         return item
@@ -7630,18 +7711,20 @@ class StreamSession:
     def _turn(
         self,
         doing: str,
-        batch: pa.RecordBatch,
+        batch: pa.RecordBatch | None,
         metadata: pa.KeyValueMetadata | None,
         timeout: float | None,
     ) -> AnnotatedBatch | None:
-        """Write one batch, read until one answers. None: the stream has ended."""
+        """Write one batch, or None for a tick, and read until one answers. None: the stream has ended."""
         if self._closed:
             raise RpcError("ProtocolError", "Stream has been closed or cancelled", sent="no")
         channel = self._channel
         channel.check(self._token)
         try:
             channel.enter(doing, self._options.timeout if timeout is _UNSET else timeout, self._token)
-            channel.send(self._pieces(batch, metadata))
+            pieces = self._pieces(batch, metadata)
+            if pieces:
+                channel.send(pieces)
             item = self._read()
             if item is None or isinstance(item, RpcError) or self._logs.failure is not None:
                 self._finish()
@@ -7661,17 +7744,34 @@ class StreamSession:
             _wire_refuse_pointer(self._plan.name, *item)
         return AnnotatedBatch(item[0], _ipc_key_values(item[1]))
 
-    def _pieces(self, batch: pa.RecordBatch, metadata: pa.KeyValueMetadata | None) -> list[_IpcPiece]:
+    def _pieces(self, batch: pa.RecordBatch | None, metadata: pa.KeyValueMetadata | None) -> list[_IpcPiece]:
         """What a turn writes. A refusal leaves the conversation before anything has been sent."""
         try:
-            return self._write(batch, metadata)
+            if self._closed:  # by another thread, since `_turn` looked
+                raise RpcArgumentError("Stream has been closed or cancelled")
+            if batch is None and metadata is None:
+                return self._ticks()
+            if self._ahead:
+                raise RpcArgumentError(f"{self._plan.name}(): a tick cannot carry metadata when others are ahead of it")
+            return self._write(empty_batch(EMPTY_SCHEMA) if batch is None else batch, metadata)
         except RpcArgumentError:
             self._channel.leave()
             raise
 
+    def _ticks(self) -> list[_IpcPiece]:
+        """One tick, or as many as fill the window when half of it is used up."""
+        window = self._options.read_ahead + 1
+        if self._ahead > window // 2:
+            self._ahead -= 1
+            return []
+        writer = self._writer
+        if writer is None:
+            writer = self._writer = _IpcWriter(EMPTY_SCHEMA)
+        writer.write_ticks(window - self._ahead)
+        self._ahead = window - 1
+        return writer.take()
+
     def _write(self, batch: pa.RecordBatch, metadata: pa.KeyValueMetadata | None) -> list[_IpcPiece]:
-        if self._closed:  # by another thread, since `_turn` looked
-            raise RpcArgumentError("Stream has been closed or cancelled")
         writer = self._writer
         if writer is None:
             writer = self._writer = _IpcWriter(batch.schema)
