@@ -1917,17 +1917,19 @@ def _types_from_batch(cls: type[_T], batch: pa.RecordBatch) -> _T:
 def _types_from_mapping(cls: type[_T], row: Mapping[str, Any]) -> _T:
     """Build an instance from raw values; a missing one takes the field's default."""
     spec = _types_spec(cast("type[ArrowSerializableDataclass]", cls))
-    missing = [column.name for column in spec.columns if column.required and column.name not in row]
-    if missing and row:
-        raise ValueError(f"Missing fields in {cls.__name__} RecordBatch: {missing}. Found: {list(row)}")
     values: dict[str, Any] = {}
     later: dict[str, Any] = {}
-    for column in spec.columns:
-        if column.name in row:
-            value = row[column.name]
-            if value is not None and column.decode is not None:
-                value = column.decode(value)
-            (values if column.init else later)[column.name] = value
+    missing: list[str] = []
+    for name, _, decode, required, init in spec.columns:
+        if name in row:
+            value = row[name]
+            if value is not None and decode is not None:
+                value = decode(value)
+            (values if init else later)[name] = value
+        elif required and row:
+            missing.append(name)
+    if missing:
+        raise ValueError(f"Missing fields in {cls.__name__} RecordBatch: {missing}. Found: {list(row)}")
     found = cls(**values)
     for name, value in later.items():
         object.__setattr__(found, name, value)
@@ -4475,6 +4477,7 @@ def compute_protocol_hash(protocol_name: str, methods: Mapping[str, RpcMethodInf
 #   anything else                    data (void result, zero-row output)
 
 _WIRE_PLAIN = (str, bytes, int, float, bool)
+_WIRE_BYTES = (pa.binary(), pa.utf8())
 _WIRE_DATA, _WIRE_LOG, _WIRE_ERROR, _WIRE_EXTERNAL, _WIRE_SHM = "data", "log", "error", "external", "shm"
 
 
@@ -4515,14 +4518,14 @@ class _WirePlan:
         self.types = tuple(field.type for field in info.params_schema)
         self.nullable = tuple(field.nullable for field in info.params_schema)
         hints = [None if raw else info.param_types[name] for name in self.names]
-        self.encoders = tuple(None if raw else _types_encoder(hint, top=True) for hint in hints)
-        self.decoders = tuple(None if raw else _types_decoder(hint, top=True) for hint in hints)
+        converters = [(None, None) if raw else _wire_converters(hint) for hint in hints]
+        self.encoders = tuple(encode for encode, _ in converters)
+        self.decoders = tuple(decode for _, decode in converters)
         # Templates take values of exactly these types as they are; others are converted first.
         self.plain = all(_types_strip(hint)[0] in _WIRE_PLAIN for hint in hints)
         self.plain_result = not raw and info.has_return and _types_strip(info.result_type)[0] in _WIRE_PLAIN
         converts = info.has_return and not raw
-        self.encode_result = _types_encoder(info.result_type, top=True) if converts else None
-        self.decode_result = _types_decoder(info.result_type, top=True) if converts else None
+        self.encode_result, self.decode_result = _wire_converters(info.result_type) if converts else (None, None)
         self.result_nullable = info.has_return and info.result_schema.field(0).nullable
         self.metadata = _wire_request_metadata(info.name, protocol, version)
         self._request_template: _IpcTemplate | _IpcFlat | Literal[b""] | None = b""  # b"": not tried yet
@@ -4566,6 +4569,70 @@ class _WirePlan:
             layout = _ipc_learn(sample, batch)
             if layout is not None:
                 self.replies.append(layout)
+
+
+def _wire_converters(hint: Any) -> tuple[_TypesConvert | None, _TypesConvert | None]:
+    """Compile what turns values of a parameter or result into cells, and cells into values."""
+    core = _types_strip(hint)[0]
+    if _ipc_learning and _types_is_dataclass(core) and _wire_is_stock(core):
+        record = _WireRecord(core)
+        return record.encode, record.decode
+    return _types_encoder(hint, top=True), _types_decoder(hint, top=True)
+
+
+def _wire_is_stock(cls: type) -> bool:
+    """Whether a dataclass is written and read as we do it; its own methods would not be asked."""
+    return all(
+        getattr(getattr(cls, name), "__func__", getattr(cls, name)) is getattr(stock, "__func__", stock)
+        for name, stock in (
+            ("serialize", ArrowSerializableDataclass.serialize),
+            ("serialize_to_bytes", ArrowSerializableDataclass.serialize_to_bytes),
+            ("deserialize_from_bytes", ArrowSerializableDataclass.deserialize_from_bytes),
+        )
+    )
+
+
+class _WireRecord:
+    """A dataclass as one cell: a whole stream inside a binary value, by template and layouts where they fit."""
+
+    __slots__ = ("_cls", "_columns", "_layouts", "_template")
+
+    def __init__(self, cls: type[ArrowSerializableDataclass]) -> None:
+        spec = _types_spec(cls)
+        self._cls = cls
+        self._columns = spec.columns
+        self._template = _ipc_template(spec.schema, None)
+        self._layouts: list[tuple[_IpcLayout | _IpcFlat, list[str]]] = []
+
+    def encode(self, value: Any) -> Any:
+        """Return the stream of an instance; what is unusual or wrong about it, room 4 says."""
+        if self._template is not None and type(value) is self._cls:
+            with contextlib.suppress(Exception):
+                data = self._template.encode([self._cell(value, column) for column in self._columns])
+                if data is not None:
+                    return data if isinstance(data, bytes) else b"".join(data)
+        return _types_encode_bytes(self._cls, value)
+
+    def decode(self, data: Any) -> Any:
+        """Return the instance that a stream holds."""
+        if not isinstance(data, bytes) or not data:
+            return _types_decode_dataclass(self._cls, data)
+        for layout, names in self._layouts:
+            found = layout.match(data, 0)
+            if found is not None and found[1] == len(data):
+                return _types_from_mapping(self._cls, dict(zip(names, found[0], strict=True)))
+        batch, metadata = deserialize_record_batch(data)
+        value = _types_from_batch(self._cls, batch)
+        if metadata is None and batch.num_columns and len(self._layouts) < _IPC_LAYOUTS_MAX:
+            learned = _ipc_learn(data, batch)
+            if learned is not None:
+                self._layouts.append((learned, batch.schema.names))
+        return value
+
+    @staticmethod
+    def _cell(value: Any, column: _TypesColumn) -> Any:
+        item = getattr(value, column.name)
+        return item if item is None or column.encode is None else column.encode(item)
 
 
 def _wire_request_metadata(method: str, protocol: str | None, version: str | None) -> _IpcMetadata:
@@ -4803,7 +4870,7 @@ def _wire_arguments(plan: _WirePlan, batch: pa.RecordBatch) -> dict[str, Any]:
     kwargs = {}
     for name, decode in zip(plan.names, plan.decoders, strict=True):
         if name in found:
-            value = found[name][0].as_py()
+            value = _wire_cell(found[name])
             kwargs[name] = value if decode is None or value is None else decode(value)
     if not fits:
         _wire_check_schema(plan, batch.schema)
@@ -4814,6 +4881,16 @@ def _wire_arguments(plan: _WirePlan, batch: pa.RecordBatch) -> dict[str, Any]:
                 raise TypeError(f"{plan.name}() parameter '{name}' is not optional but got None")
             kwargs[name] = plan.info.param_defaults[name]
     return kwargs
+
+
+def _wire_cell(column: pa.Array[Any]) -> Any:
+    """The first value of a column. as_py() copies megabytes three times, through pages that are new each time."""
+    if column.type not in _WIRE_BYTES or column.null_count or column.get_total_buffer_size() <= _IPC_LARGE:
+        return column[0].as_py()
+    _, offsets, data = column.buffers()
+    begin, end = struct.unpack_from("<ii", offsets, 4 * column.offset)
+    view = memoryview(data)[begin:end]
+    return bytes(view) if column.type == pa.binary() else str(view, "utf-8")
 
 
 def _wire_row_arguments(plan: _WirePlan, row: Sequence[Any]) -> dict[str, Any] | None:
@@ -4968,7 +5045,7 @@ def _wire_value(plan: _WirePlan, reply: _WireReply) -> Any:
             f"{plan.name}() was answered with {batch.num_rows} row(s) of {_log_schema(batch.schema)};"
             " expected one row with a column 'result'",
         )
-    return _wire_decode_result(plan, batch.column("result")[0].as_py())
+    return _wire_decode_result(plan, _wire_cell(batch.column("result")))
 
 
 def _wire_reply_batch(plan: _WirePlan, reply: _WireReply) -> pa.RecordBatch:
