@@ -78,6 +78,7 @@ from typing import (
     Final,
     Generic,
     Literal,
+    ParamSpec,
     Protocol,
     Self,
     TypeAlias,
@@ -90,6 +91,7 @@ import pyarrow as pa
 from pyarrow import ipc
 
 if TYPE_CHECKING:
+    import concurrent.futures
     import inspect
     import ssl
     import subprocess
@@ -117,6 +119,7 @@ __version__ = "0.1.0"
 
 _P = TypeVar("_P")  # a user's Protocol
 _T = TypeVar("_T")
+_Q = ParamSpec("_Q")
 
 
 # ==== 1. CONSTANTS ====================================================================================================
@@ -4647,7 +4650,7 @@ def _wire_request_metadata(method: str, protocol: str | None, version: str | Non
 # ---- a call becomes bytes
 
 
-def _wire_bind(plan: _WirePlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+def _wire_bind(plan: _WirePlan, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any]:
     """Arguments in declaration order, defaults filled in; RpcArgumentError before any byte is written (API.md 9)."""
     names = plan.names
     if len(args) > len(names):
@@ -4670,7 +4673,7 @@ def _wire_bind(plan: _WirePlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return values
 
 
-def _wire_unknown_argument(plan: _WirePlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RpcArgumentError:
+def _wire_unknown_argument(plan: _WirePlan, args: Sequence[Any], kwargs: Mapping[str, Any]) -> RpcArgumentError:
     twice = [name for name in plan.names[: len(args)] if name in kwargs]
     if twice:
         return RpcArgumentError(f"{plan.name}() got multiple values for argument '{twice[0]}'")
@@ -4680,7 +4683,7 @@ def _wire_unknown_argument(plan: _WirePlan, args: tuple[Any, ...], kwargs: dict[
     )
 
 
-def _wire_cells(plan: _WirePlan, values: list[Any]) -> list[Any]:
+def _wire_cells(plan: _WirePlan, values: Sequence[Any]) -> list[Any]:
     """Convert arguments to what a template or pa.array takes."""
     cells = []
     for i, value in enumerate(values):
@@ -4710,7 +4713,7 @@ def _wire_request_batch(plan: _WirePlan, cells: list[Any]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(arrays, schema=plan.info.params_schema)
 
 
-def _wire_request(plan: _WirePlan, values: list[Any], timeout: float | None = None) -> _IpcMessages:
+def _wire_request(plan: _WirePlan, values: Sequence[Any], timeout: float | None = None) -> _IpcMessages:
     """The complete request stream; with a timeout it carries the remaining time (DESIGN.md section 7)."""
     cells = _wire_cells(plan, values)
     budget = _wire_budget(timeout)
@@ -6370,7 +6373,7 @@ def _describe_schema(message: bytes) -> pa.Schema:
 class ProtocolBinding:
     """One hosted protocol and the object that implements it."""
 
-    __slots__ = ("_plans", "ctx_methods", "impl", "methods", "name", "protocol", "protocol_hash", "version")
+    __slots__ = ("_hash", "_plans", "ctx_methods", "impl", "methods", "name", "protocol", "version")
 
     def __init__(self, protocol: type, impl: object, *, allow_reserved: bool = False) -> None:
         self.version = _methods_protocol_version(protocol)
@@ -6382,8 +6385,15 @@ class ProtocolBinding:
             raise ValueError(f"{protocol.__name__}: {exc}") from exc
         self.protocol = protocol
         self.impl = impl
-        self.protocol_hash = compute_protocol_hash(self.name, self.methods)
+        self._hash = ""
         self._plans: dict[str, _WirePlan] = {}
+
+    @property
+    def protocol_hash(self) -> str:
+        """SHA-256 of the contract, as 64 hex digits (wire.md section 9.4); computed at first use."""
+        if not self._hash:  # json and hashlib are 5 ms of a worker's start
+            self._hash = compute_protocol_hash(self.name, self.methods)
+        return self._hash
 
     def plan(self, method: str) -> _WirePlan:
         """Return the compiled method; MethodNotImplementedError when the protocol has none of that name."""
@@ -6708,7 +6718,7 @@ class _ServerCall:
 class _ServerConnection:
     """One peer of a server: reads a request, answers it, again."""
 
-    __slots__ = ("_last", "_swallow", "auth", "channel", "kind", "server", "transport_metadata")
+    __slots__ = ("_held", "_last", "_swallow", "auth", "channel", "kind", "server", "transport_metadata")
 
     def __init__(
         self,
@@ -6725,6 +6735,7 @@ class _ServerConnection:
         self.transport_metadata = transport_metadata
         self._swallow = False  # an unknown method may have been a stream, whose input comes next
         self._last: _ServerLayout | None = None  # most calls look like the one before
+        self._held: list[bytes] = []  # replies to calls sent ahead, which share a write (FINDINGS.md section 4)
 
     def run(self) -> None:
         """Answer calls until the peer has gone or has sent something that makes no sense."""
@@ -6732,6 +6743,7 @@ class _ServerConnection:
         try:
             while channel.pos < len(channel.buf) or not channel.at_end():
                 if not self._serve_learned():
+                    self._flush()
                     self._serve_one()
         except _ServerHangUp:
             pass
@@ -6790,6 +6802,7 @@ class _ServerConnection:
             return False
         channel.pos = end
         if plan.is_stream or plan.name in binding.ctx_methods:
+            self._flush()
             budget = layout.deadline(data, pos) if layout.deadline_at >= 0 else None
             self._dispatch(binding, plan, kwargs, _server_budget(budget), None)
         else:
@@ -6842,21 +6855,38 @@ class _ServerConnection:
         self, binding: ProtocolBinding, plan: _WirePlan, method: Callable[..., Any], kwargs: dict[str, Any]
     ) -> None:
         """A method without a context that nobody observes: one call, one write."""
+        channel = self.channel
+        ahead = channel.pos < len(channel.buf)  # the caller has sent more than this request
+        began = time.monotonic() if ahead else 0.0
         try:
             value = method(**kwargs)
             data = plan.encode_reply(value)
             batch = _wire_result_batch(plan, value) if data is None else None
         except BaseException as exc:
+            self._flush()
             call = _ServerCall(self, binding, plan, None)
             reply = _ServerReply(call)
             reply.end(empty_batch(reply.schema), call.fail(exc))
             return self._obey(exc)
         if type(data) is bytes:
-            self.channel.write(data)
-        elif data is not None:
-            self.channel.send(data)
+            if not ahead and not self._held:
+                return channel.write(data)
+            self._held.append(data)
+            if ahead and time.monotonic() - began < _SERVER_QUICK and sum(map(len, self._held)) < _SERVER_COALESCE:
+                return None
+            return self._flush()
+        self._flush()
+        if data is not None:
+            channel.send(data)
         elif batch is not None:
             _ServerReply(_ServerCall(self, binding, plan, None)).end(batch, None)
+        return None
+
+    def _flush(self) -> None:
+        """Send what has been held back; called before anything else is sent, and before waiting for input."""
+        if self._held:
+            held, self._held = self._held, []
+            self.channel.send(held)
 
     def _unary(
         self, call: _ServerCall, method: Callable[..., Any], kwargs: dict[str, Any], budget: float | None
@@ -7306,13 +7336,14 @@ class _ClientOptions(_NamedTuple):
 class _ClientLink:
     """The connection behind a proxy; `reopen` replaces it when it is lost before anything was sent."""
 
-    __slots__ = ("channel", "limits", "reopen", "transport")
+    __slots__ = ("_submitter", "channel", "limits", "reopen", "transport")
 
     def __init__(
         self, transport: Any, reopen: Callable[[], Any] | None = None, limits: IpcLimits | None = None
     ) -> None:
         self.reopen = reopen
         self.limits = limits
+        self._submitter: _ClientSubmitter | None = None
         self._use(transport)
 
     def _use(self, transport: Any) -> None:
@@ -7320,6 +7351,16 @@ class _ClientLink:
         self.channel = _transport_channel(transport)
         if self.limits is not None:
             self.channel.limits = self.limits
+
+    def submit(self, job: _ClientJob) -> Any:
+        """Hand a call to the connection's thread; returns its Future."""
+        import concurrent.futures
+
+        job.future = concurrent.futures.Future()
+        if self._submitter is None:
+            self._submitter = _ClientSubmitter(self)
+        self._submitter.add(job)
+        return job.future
 
     def reconnect(self, lost: Channel) -> None:
         """Replace a lost connection; of several threads the first does it."""
@@ -7405,13 +7446,16 @@ class _ClientMethod:
             return self._call(link.channel, self._plan, request, self._options)
         return _client_retry(link, self._call, self._plan, request, self._options)
 
-    def _request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _IpcMessages:
-        """Most arguments are in order and need no conversion; whatever else they may be, `_wire_bind` says."""
-        if self._encode is not None and not kwargs and not _LOG_WIRE_REQUEST.isEnabledFor(logging.DEBUG):
-            request = self._encode(args, self._budget)
+    def _request(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _IpcMessages:
+        """Most arguments are in order and need no conversion; what else may be with them, `_wire_bind` finds out."""
+        values = _wire_bind(self._plan, args, kwargs) if kwargs else args
+        if self._encode is not None and not _LOG_WIRE_REQUEST.isEnabledFor(logging.DEBUG):
+            request = self._encode(values, self._budget)
             if request is not None:
                 return request
-        return _wire_request(self._plan, _wire_bind(self._plan, args, kwargs), self._options.timeout)
+        if not kwargs:
+            values = _wire_bind(self._plan, args, kwargs)
+        return _wire_request(self._plan, values, self._options.timeout)
 
     def __repr__(self) -> str:
         return f"<RPC method {self._plan.protocol}.{self._plan.name}>"
@@ -7653,6 +7697,214 @@ def _client_call_described(
     if plan.is_stream:
         return _client_open(link.channel, plan, request, options, header=method.has_header)
     return cast(pa.RecordBatch, _client_unary(link.channel, plan, request, options, _wire_reply_batch))
+
+
+# ---- several calls at once (API.md section 12.5)
+
+
+def map_calls(
+    method: Callable[..., _T], kwargs_iterable: Iterable[Mapping[str, Any]], *, depth: int = 32
+) -> Iterator[_T]:
+    """Call a unary method once for each set of arguments, and yield the results in order.
+
+    Up to `depth` requests (1 to 64, and 32 KiB of them) are on their way before the first is answered; that hides
+    the latency of small calls. The connection is held until the iterator has ended or is closed, which waits for
+    what has been sent. An error is raised where its result would have been, and ends the iteration.
+
+    Example:
+        totals = list(map_calls(proxy.add, ({"a": 1.0, "b": float(k)} for k in range(1000))))
+    """
+    call = _client_expect_method(method)
+    if not 1 <= depth <= _CLIENT_WINDOW:
+        raise ValueError(f"depth must be within 1..{_CLIENT_WINDOW}, got {depth}")
+    return _client_map(_ClientPipeline(call._link, depth), (_ClientJob(call, kwargs) for kwargs in kwargs_iterable))
+
+
+def submit(method: Callable[_Q, _T], /, *args: _Q.args, **kwargs: _Q.kwargs) -> concurrent.futures.Future[_T]:
+    """Start a unary call and return its Future; several of them share the connection's latency.
+
+    Calls are sent in the order of submission by a thread of the connection, which ends when it has had nothing to do
+    for a second. A wrong argument raises here; everything else is in the Future.
+
+    Example:
+        futures = [submit(proxy.add, 1.0, float(k)) for k in range(100)]
+    """
+    call = _client_expect_method(method)
+    job = _ClientJob(call, {}, call._request(args, kwargs))
+    return cast("concurrent.futures.Future[_T]", call._link.submit(job))
+
+
+def _client_expect_method(method: object) -> _ClientMethod:
+    if not isinstance(method, _ClientMethod):
+        raise TypeError(f"expected a method of a proxy, such as proxy.add, got {type(method).__name__}")
+    if method._plan.is_stream:
+        raise TypeError(f"{method._plan.name}() is a stream; only unary calls can be sent ahead")
+    return method
+
+
+class _ClientJob:
+    """One call of a pipeline."""
+
+    __slots__ = ("call", "future", "kwargs", "request", "size")
+
+    def __init__(self, call: _ClientMethod, kwargs: Mapping[str, Any], request: _IpcMessages | None = None) -> None:
+        self.call = call
+        self.kwargs = kwargs
+        self.request = request
+        self.size = 0
+        self.future: Any = None
+
+    def pieces(self) -> list[_IpcPiece]:
+        """What to send; RpcArgumentError."""
+        if self.request is None:
+            self.request = self.call._request((), self.kwargs)
+        pieces = [self.request] if isinstance(self.request, bytes) else self.request
+        self.size = sum(map(len, pieces))
+        return pieces
+
+
+class _ClientPipeline:
+    """Unary calls whose requests are sent before earlier replies have been read.
+
+    What is in flight fits the buffers of any connection, so that writing never blocks: no deadlock, whatever the size
+    of the replies (FINDINGS.md section 4). The channel is held while a reply is outstanding, and only then.
+    """
+
+    __slots__ = ("_depth", "_link", "_next", "_token", "waiting")
+
+    def __init__(self, link: _ClientLink, depth: int) -> None:
+        self._link = link
+        self._depth = depth
+        self._token = object()
+        self._next: _ClientJob | None = None  # taken, and did not fit
+        self.waiting: collections.deque[_ClientJob] = collections.deque()
+
+    def take(self, jobs: Iterator[_ClientJob], new: list[_ClientJob]) -> None:
+        """Append the jobs that fit into the window to `new`, once half of it is used up: blocks share a write."""
+        if len(self.waiting) > self._depth // 2:
+            return
+        size = sum(job.size for job in self.waiting)
+        while len(self.waiting) + len(new) < self._depth:
+            job, self._next = self._next or next(jobs, None), None
+            if job is None:
+                break
+            job.pieces()
+            if size and size + job.size > _CLIENT_IN_FLIGHT:
+                self._next = job
+                break
+            size += job.size
+            new.append(job)
+
+    def turn(self, new: list[_ClientJob]) -> Callable[[], Any]:
+        """Send these requests and read the reply of the oldest call; returns what gives its value or raises its error.
+
+        Whatever is raised here is the connection's. If that is not broken, nothing of `new` has been sent.
+        """
+        link = self._link
+        if not self.waiting and link.reopen is not None and link.channel.gone():
+            link.reconnect(link.channel)
+        channel = link.channel
+        oldest = (self.waiting or new)[0]
+        plan, options = oldest.call._plan, oldest.call._options
+        channel.check(self._token)
+        try:
+            channel.enter(plan.doing, options.timeout, self._token)
+            channel.begin_stream(self._token)
+            self.waiting += new
+            if new:
+                channel.send([piece for job in new for piece in job.pieces()])
+            row = _wire_read_learned(plan, channel)
+            reply = None if row is not None else _wire_read_reply(plan, channel, options.validation, options.on_log)
+            self.waiting.popleft()
+            if not self.waiting:
+                channel.end_stream()
+            channel.leave()
+        except BaseException as exc:
+            raise channel.fail(exc)  # noqa: B904 (fail sets the cause)
+        return lambda: _wire_value(plan, reply) if reply is not None else _wire_row_value(plan, row or ())
+
+    def drain(self) -> None:
+        """Read the replies that nobody wants, so that the connection can be used again."""
+        while self.waiting and self._link.channel.broken is None:
+            self.turn([])
+
+
+_CLIENT_IN_FLIGHT = 32_768  # bytes of requests; half of a pipe, and the kernel counts small packets at twice their size
+
+
+def _client_map(pipeline: _ClientPipeline, jobs: Iterator[_ClientJob]) -> Iterator[Any]:
+    failure: Exception | None = None  # of making a request: raised where its result would have been
+    try:
+        while True:
+            new: list[_ClientJob] = []
+            if failure is None:
+                try:
+                    pipeline.take(jobs, new)
+                except Exception as exc:
+                    failure = exc
+            if not new and not pipeline.waiting:
+                break
+            yield pipeline.turn(new)()
+    finally:
+        pipeline.drain()
+    if failure is not None:
+        raise failure
+
+
+class _ClientSubmitter:
+    """The thread behind `submit`, of one connection."""
+
+    def __init__(self, link: _ClientLink) -> None:
+        self._link = link
+        self._jobs: collections.deque[_ClientJob] = collections.deque()
+        self._wake = threading.Condition()
+        self._running = False
+
+    def add(self, job: _ClientJob) -> None:
+        with self._wake:
+            self._jobs.append(job)
+            self._wake.notify()
+            start, self._running = not self._running, True
+        if start:
+            threading.Thread(target=self._run, name="vgi-rpc-submit", daemon=True).start()
+
+    def _run(self) -> None:
+        pipeline = _ClientPipeline(self._link, _CLIENT_WINDOW // 2)
+        while True:
+            new: list[_ClientJob] = []
+            pipeline.take(self._startable(), new)
+            if new or pipeline.waiting:
+                self._turn(pipeline, new)
+                continue
+            with self._wake:
+                if not self._jobs and not self._wake.wait(_CLIENT_SUBMIT_IDLE) and not self._jobs:
+                    self._running = False
+                    return
+
+    def _startable(self) -> Iterator[_ClientJob]:
+        while self._jobs:
+            job = self._jobs.popleft()
+            if job.future.set_running_or_notify_cancel():
+                yield job
+
+    def _turn(self, pipeline: _ClientPipeline, new: list[_ClientJob]) -> None:
+        oldest = (pipeline.waiting or new)[0]
+        try:
+            value = pipeline.turn(new)
+        except Exception as exc:
+            broken = self._link.channel.broken is not None
+            for job in {*new, *pipeline.waiting} if broken else new:
+                job.future.set_exception(exc)
+            if broken:
+                pipeline.waiting.clear()
+            return
+        try:
+            oldest.future.set_result(value())
+        except Exception as exc:
+            oldest.future.set_exception(exc)
+
+
+_CLIENT_SUBMIT_IDLE = 1.0  # seconds
 
 
 # ---- streams
@@ -9613,11 +9865,11 @@ __all__ = [  # noqa: RUF022 (plain order of the characters)
     "decode_error_details", "describe_protocol", "describe_rpc", "deserialize_record_batch", "empty_batch",
     "encode_error_details", "encode_metadata", "error_code_of", "error_details_of", "error_kind_of", "exception_str",
     "field_token", "introspect", "is_retryable", "list_protocols", "main", "make_pipe_pair", "make_tcp_pair",
-    "make_unix_pair", "merge_metadata", "new_ipc_stream", "no_redaction", "parse_error_detail", "parse_version", "ping",
-    "protocol_description", "read_single_record_batch", "redact_claims", "rpc_methods", "run_server", "schema_tokens",
-    "serialize_record_batch", "serialize_record_batch_bytes", "serve_pipe", "serve_stdio", "serve_tcp",
-    "serve_tcp_pipe", "serve_unix", "serve_unix_pipe", "set_claim_redactor", "strip_keys", "tcp_connect", "type_token",
-    "unix_connect", "validate_batch", "validate_protocol_name", "with_options",
+    "make_unix_pair", "map_calls", "merge_metadata", "new_ipc_stream", "no_redaction", "parse_error_detail",
+    "parse_version", "ping", "protocol_description", "read_single_record_batch", "redact_claims", "rpc_methods",
+    "run_server", "schema_tokens", "serialize_record_batch", "serialize_record_batch_bytes", "serve_pipe",
+    "serve_stdio", "serve_tcp", "serve_tcp_pipe", "serve_unix", "serve_unix_pipe", "set_claim_redactor", "strip_keys",
+    "submit", "tcp_connect", "type_token", "unix_connect", "validate_batch", "validate_protocol_name", "with_options",
 ]
 # fmt: on
 
