@@ -1737,6 +1737,7 @@ class _TypesSpec(_NamedTuple):
 
     schema: pa.Schema
     columns: tuple[_TypesColumn, ...]
+    required: frozenset[str]  # names of the columns that must be there
 
 
 class _TypesSchema:
@@ -1830,7 +1831,9 @@ def _types_compile(cls: type[ArrowSerializableDataclass]) -> _TypesSpec:
         except TypeError as exc:
             raise TypeError(f"Cannot generate Arrow schema for {cls.__name__}.{field.name}: {exc}") from exc
         columns.append(_TypesColumn(field.name, encode, decode, required and field.init, field.init))
-    return _TypesSpec(pa.schema(fields), tuple(columns))
+    return _TypesSpec(
+        pa.schema(fields), tuple(columns), frozenset(column.name for column in columns if column.required)
+    )
 
 
 def _types_is_transient(hint: Any) -> bool:
@@ -1920,19 +1923,17 @@ def _types_from_batch(cls: type[_T], batch: pa.RecordBatch) -> _T:
 def _types_from_mapping(cls: type[_T], row: Mapping[str, Any]) -> _T:
     """Build an instance from raw values; a missing one takes the field's default."""
     spec = _types_spec(cast("type[ArrowSerializableDataclass]", cls))
+    if row and not spec.required <= row.keys():
+        missing = [column.name for column in spec.columns if column.required and column.name not in row]
+        raise ValueError(f"Missing fields in {cls.__name__} RecordBatch: {missing}. Found: {list(row)}")
     values: dict[str, Any] = {}
     later: dict[str, Any] = {}
-    missing: list[str] = []
-    for name, _, decode, required, init in spec.columns:
+    for name, _, decode, _, init in spec.columns:
         if name in row:
             value = row[name]
             if value is not None and decode is not None:
                 value = decode(value)
             (values if init else later)[name] = value
-        elif required and row:
-            missing.append(name)
-    if missing:
-        raise ValueError(f"Missing fields in {cls.__name__} RecordBatch: {missing}. Found: {list(row)}")
     found = cls(**values)
     for name, value in later.items():
         object.__setattr__(found, name, value)

@@ -373,7 +373,7 @@ ROUND: list[tuple[Any, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("annotation", "value"), ROUND, ids=str)
+@pytest.mark.parametrize(("annotation", "value"), ROUND)
 @pytest.mark.parametrize("top", [True, False])
 def test_values_round_trip(annotation: Any, value: Any, top: bool) -> None:
     found = through(annotation, value, top=top)
@@ -455,7 +455,7 @@ LENIENT: list[tuple[Any, Any, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("annotation", "value", "arrives"), LENIENT, ids=str)
+@pytest.mark.parametrize(("annotation", "value", "arrives"), LENIENT)
 def test_leniency(annotation: Any, value: Any, arrives: Any) -> None:
     found = through(annotation, value)
     assert found == arrives
@@ -513,7 +513,7 @@ REFUSED_VALUES: list[tuple[Any, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("annotation", "value"), REFUSED_VALUES, ids=str)
+@pytest.mark.parametrize(("annotation", "value"), REFUSED_VALUES)
 def test_values_that_do_not_fit(annotation: Any, value: Any) -> None:
     """Already on the sending side: nothing of it reaches the wire."""
     column = core._types_field("f", annotation, top=True)
