@@ -150,9 +150,7 @@ def _check_available(encoding: Encoding) -> None:
         raise ValueError(f"content coding {encoding.value} is not available here")
 
 
-def decode_content_encoding(
-    data: bytes, content_encoding: str | None, *, max_output_size: int | None = None
-) -> bytes:
+def decode_content_encoding(data: bytes, content_encoding: str | None, *, max_output_size: int | None = None) -> bytes:
     """Undo a Content-Encoding value: a comma list is undone last to first, unknown codings are left alone.
 
     Raises what `decompress` raises.
