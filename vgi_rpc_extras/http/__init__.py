@@ -10,20 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .bearer import AuthFailure, AuthReason, bearer_authenticate_static
-    from .coding import (
-        DecompressionError,
-        DecompressionLimitExceeded,
-        Encoding,
-        available_encodings,
-        compress,
-        decode_content_encoding,
-        decompress,
-        parse_encoding_list,
-    )
-    from .serve import serve_http, waitress_arrow_tuning
-    from .server import ResponseTooLargeError, make_wsgi_app
-    from .testing import TestClient, TestResponse, make_sync_client
+    from .bearer import *  # noqa: F403
+    from .coding import *  # noqa: F403
+    from .names import *  # noqa: F403
+    from .serve import *  # noqa: F403
+    from .server import *  # noqa: F403
+    from .testing import *  # noqa: F403
 
 _WHERE = {
     name: module

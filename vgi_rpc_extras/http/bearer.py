@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     import vgi_rpc as core
 
+__all__ = ["AuthFailure", "AuthReason", "bearer_authenticate_static", "bearer_token", "classify"]
+
 
 class AuthReason(enum.StrEnum):
     """Why a request was not let in; the closed set that travels."""
@@ -43,7 +45,7 @@ def classify(exc: BaseException) -> AuthReason:
 
 
 def bearer_token(request: falcon.Request) -> str:
-    """The token of `Authorization: Bearer ...`; AuthFailure without one. The scheme's case does not count (RFC 9110)."""
+    """The token of `Authorization: Bearer ...`, the scheme in any case (RFC 9110); AuthFailure without one."""
     value = request.get_header("Authorization")
     if not value:
         raise AuthFailure(AuthReason.MISSING_CREDENTIAL)

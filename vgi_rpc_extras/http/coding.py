@@ -55,7 +55,7 @@ def available_encodings() -> tuple[Encoding, ...]:
 
 
 def parse_encoding_list(header_value: str) -> list[Encoding]:
-    """Known codings of an Accept-Encoding value in the order given, without those of `q=0` (RFC 9110 section 12.5.3)."""
+    """Known codings of an Accept-Encoding value, in its order, without those of `q=0` (RFC 9110 section 12.5.3)."""
     found = []
     for item in header_value.split(","):
         token, *parameters = (part.strip().lower() for part in item.split(";"))
@@ -115,10 +115,7 @@ def decompress(encoding: Encoding, data: bytes, *, max_output_size: int | None =
         DecompressionError: empty, truncated, or not of this coding.
     """
     limit = MAX_DECODED_BYTES if max_output_size is None else max_output_size
-    if encoding is Encoding.IDENTITY:
-        chunks = [data]
-    else:
-        chunks = _unpack(encoding, data, limit)
+    chunks = [data] if encoding is Encoding.IDENTITY else _unpack(encoding, data, limit)
     if sum(map(len, chunks)) > limit:
         raise DecompressionLimitExceeded(f"the {encoding.value} body unpacks to more than {limit} bytes")
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)

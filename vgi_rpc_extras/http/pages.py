@@ -45,7 +45,8 @@ main{max-width:58rem;margin:0 auto;padding:2.5rem 1.25rem 4rem}
 h1{font-size:1.7rem;margin:0 0 .25rem;overflow-wrap:anywhere}h2{font-size:1.25rem;margin:2.5rem 0 .75rem}
 h3{font-size:1.05rem;margin:0;font-family:ui-monospace,monospace;overflow-wrap:anywhere}
 p{margin:.4rem 0}a{color:var(--accent)}.dim{color:var(--dim)}
-code,pre,textarea{font:.875rem/1.5 ui-monospace,monospace}code{background:var(--code);padding:.1em .35em;border-radius:4px}
+code,pre,textarea{font:.875rem/1.5 ui-monospace,monospace}
+code{background:var(--code);padding:.1em .35em;border-radius:4px}
 pre{background:var(--code);padding:.75rem;border-radius:6px;overflow:auto;max-height:24rem;margin:.6rem 0 0;
 white-space:pre-wrap;overflow-wrap:anywhere}
 pre.bad{color:var(--bad)}
@@ -60,7 +61,8 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:.25rem 1.2rem;margin:1
 dd{margin:0;overflow-wrap:anywhere}details{margin-top:.6rem}summary{cursor:pointer;color:var(--accent)}
 textarea{width:100%;min-height:5rem;margin:.5rem 0;padding:.6rem;border:1px solid var(--line);border-radius:6px;
 background:var(--bg);color:var(--fg);resize:vertical}
-button{font:inherit;padding:.35rem 1rem;border:0;border-radius:6px;background:var(--accent);color:var(--bg);cursor:pointer}
+button{font:inherit;padding:.35rem 1rem;border:0;border-radius:6px;background:var(--accent);color:var(--bg);
+cursor:pointer}
 button:disabled{opacity:.5}
 :focus-visible{outline:2px solid var(--accent);outline-offset:2px}
 """
@@ -75,7 +77,8 @@ for (const form of document.querySelectorAll("form[data-method]")) {
     let failed = true, text = "";
     button.disabled = true;
     try {
-      const body = {protocol: form.dataset.protocol, method: form.dataset.method, args: JSON.parse(input.value || "{}")};
+      const {protocol, method} = form.dataset;
+      const body = {protocol, method, args: JSON.parse(input.value || "{}")};
       const answer = await fetch("CALL_NAME", {method: "POST", credentials: "same-origin",
         headers: {"Content-Type": "application/json"}, body: JSON.stringify(body)});
       text = await answer.text();
@@ -191,9 +194,8 @@ def _fields(
 
 
 def _form(protocol: str, info: core.RpcMethodInfo) -> str:
-    template = {
-        field.name: _example(field.type) for field in info.params_schema if field.name not in info.param_defaults
-    }
+    needed = [field for field in info.params_schema if field.name not in info.param_defaults]
+    template = {field.name: _example(field.type) for field in needed}
     return (
         f'<details><summary>Try it</summary><form data-protocol="{_text(protocol)}" data-method="{_text(info.name)}">'
         f'<textarea aria-label="Arguments of {_text(info.name)} as JSON" spellcheck="false">'

@@ -24,6 +24,8 @@ from .server import make_wsgi_app
 if TYPE_CHECKING:
     import vgi_rpc as core
 
+__all__ = ["serve_http", "waitress_arrow_tuning"]
+
 _LOG = logging.getLogger("vgi_rpc.http")
 _App = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 _SHUTTING_DOWN = b'{"title": "503 Service Unavailable", "description": "this server is shutting down"}'

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 else:
     core = _bound_core()
 
+__all__ = ["ResponseTooLargeError", "make_wsgi_app"]
+
 Authenticate = Callable[[falcon.Request], "core.AuthContext"]
 
 _LOG = logging.getLogger("vgi_rpc.http")

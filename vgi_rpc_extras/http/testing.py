@@ -20,6 +20,8 @@ from .server import make_wsgi_app
 if TYPE_CHECKING:
     import vgi_rpc as core
 
+__all__ = ["TestClient", "TestResponse", "make_sync_client"]
+
 
 class _Headers(dict[str, str]):
     """Header fields by their lower-case names."""
@@ -68,10 +70,11 @@ class TestClient:
         self, method: str, url: str, *, content: bytes = b"", headers: Mapping[str, str] | None = None
     ) -> TestResponse:
         """Send one request."""
-        started: list[Any] = []
+        status_code, fields = 0, [("", "")]
 
         def start_response(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Callable[..., None]:
-            started[:] = [int(status[:3]), headers]
+            nonlocal status_code, fields
+            status_code, fields = int(status[:3]), headers
             return lambda data: None
 
         body = self._app(self._environ(method, url, content, headers or {}), start_response)
@@ -81,7 +84,7 @@ class TestClient:
             close = getattr(body, "close", None)
             if close is not None:
                 close()
-        return TestResponse(*started, raw)
+        return TestResponse(status_code, fields, raw)
 
     def post(self, url: str, *, content: bytes = b"", headers: Mapping[str, str] | None = None) -> TestResponse:
         """POST."""
