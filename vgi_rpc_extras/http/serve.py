@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .server import make_wsgi_app
 
@@ -51,6 +51,7 @@ def serve_http(
     host: str = "127.0.0.1",
     port: int = 0,
     threads: int | None = None,
+    wsgi_server: Literal["waitress", "granian"] = "waitress",
     drain_grace_seconds: float = 30.0,
     install_signal_handlers: bool = True,
     on_bound: Callable[[str, int], None] | None = None,
@@ -61,6 +62,7 @@ def serve_http(
     Args:
         port: 0 takes any free one.
         threads: how many requests at a time; None reads VGI_HTTP_THREADS, else 4.
+        wsgi_server: granian runs one worker process of its own, and needs the package granian.
         drain_grace_seconds: how long accepted requests may take after the first signal.
         install_signal_handlers: False leaves signals alone; so does a thread other than the main one.
         on_bound: called instead of printing.
@@ -70,30 +72,65 @@ def serve_http(
         ValueError: an option out of range.
         OSError: the address cannot be bound.
     """
+    count = _threads(threads)
+    app = make_wsgi_app(server, **options)
+    if wsgi_server == "granian":
+        return _serve_granian(app, host, port, count, drain_grace_seconds, on_bound)
+    if wsgi_server != "waitress":
+        raise ValueError(f"wsgi_server must be 'waitress' or 'granian', got {wsgi_server!r}")
+    drain = _Drain(app, drain_grace_seconds)
+    with _listen(host, port) as listener:
+        bound = _waitress(drain, listener, count, options.get("max_request_bytes"))
+        drain.busy = lambda: any(channel.total_outbufs_len for channel in list(bound.active_channels.values()))
+        try:
+            with drain.signals() if install_signal_handlers else contextlib.nullcontext():
+                _announce(*listener.getsockname()[:2], on_bound)
+                bound.run()
+        finally:
+            bound.close()
+
+
+def _waitress(app: _App, listener: socket.socket, threads: int, max_request_bytes: int | None) -> Any:
     try:
         import waitress.server
     except ImportError:
         raise SystemExit("serving over HTTP needs waitress: pip install 'vgi-rpc-onefile[http]'") from None
     if os.environ.get("VGI_RPC_WAITRESS_QUEUE_LOG", "").lower() not in ("1", "true", "yes", "on"):
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)
-    count = _threads(threads)
-    drain = _Drain(make_wsgi_app(server, **options), drain_grace_seconds)
-    with _listen(host, port) as listener:
-        bound = waitress.server.create_server(
-            drain,
-            sockets=[listener],
-            threads=count,
-            ident=None,
-            clear_untrusted_proxy_headers=False,
-            **waitress_arrow_tuning(options.get("max_request_bytes")),
-        )
-        drain.busy = lambda: any(channel.total_outbufs_len for channel in list(bound.active_channels.values()))
-        try:
-            with drain.signals() if install_signal_handlers else contextlib.nullcontext():
-                _announce(listener, on_bound)
-                bound.run()
-        finally:
-            bound.close()
+    tuning = waitress_arrow_tuning(max_request_bytes)
+    return waitress.server.create_server(
+        app, sockets=[listener], threads=threads, ident="", clear_untrusted_proxy_headers=False, **tuning
+    )
+
+
+def _serve_granian(
+    app: _App,
+    host: str,
+    port: int,
+    threads: int,
+    grace: float,
+    on_bound: Callable[[str, int], None] | None,
+) -> None:
+    """One worker process, forked from this one; granian itself lets accepted requests finish on SIGTERM."""
+    try:
+        from granian.constants import HTTPModes, Interfaces
+        from granian.server import Server
+    except ImportError:
+        raise SystemExit("wsgi_server='granian' needs granian: pip install granian") from None
+    with _listen(host, port) as probe:  # granian binds for itself and does not say where
+        host, port = probe.getsockname()[:2]
+    granian: Any = Server(
+        "vgi_rpc",
+        address=host,
+        port=port,
+        interface=Interfaces.WSGI,
+        http=HTTPModes.http1,
+        blocking_threads=threads,
+        workers_kill_timeout=max(1, int(grace)),
+        log_enabled=False,
+    )
+    granian.on_startup(lambda: _announce(host, port, on_bound))
+    granian.serve(target_loader=lambda: app, wrap_loader=False)
 
 
 def _threads(threads: int | None) -> int:
@@ -110,8 +147,7 @@ def _listen(host: str, port: int) -> socket.socket:
     return socket.create_server((host, port), family=family, backlog=1024)
 
 
-def _announce(listener: socket.socket, on_bound: Callable[[str, int], None] | None) -> None:
-    host, port = listener.getsockname()[:2]
+def _announce(host: str, port: int, on_bound: Callable[[str, int], None] | None) -> None:
     if on_bound is not None:
         return on_bound(host, port)
     print(f"PORT:{port}", flush=True)
