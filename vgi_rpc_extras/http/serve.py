@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-from .server import make_wsgi_app
+from .server import HttpApp, make_wsgi_app
 
 if TYPE_CHECKING:
     import vgi_rpc as core
@@ -28,7 +28,6 @@ __all__ = ["serve_http", "waitress_arrow_tuning"]
 
 _LOG = logging.getLogger("vgi_rpc.http")
 _App = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
-_SHUTTING_DOWN = b'{"title": "503 Service Unavailable", "description": "this server is shutting down"}'
 _FLUSH_SECONDS = 5.0  # for what has been answered to reach its caller
 
 
@@ -156,29 +155,19 @@ def _announce(host: str, port: int, on_bound: Callable[[str, int], None] | None)
 
 
 class _Drain:
-    """Wraps the application: counts what is being answered, and answers 503 once the end has begun."""
+    """Wraps the application: counts what is being answered; after a signal the application answers 503."""
 
-    def __init__(self, app: _App, grace: float) -> None:
+    def __init__(self, app: HttpApp, grace: float) -> None:
         self._app = app
         self._grace = grace
         self._lock = threading.Lock()
         self._running = 0
-        self._draining = False
         self._ended = False
         self.busy: Callable[[], bool] = lambda: False  # whether answers still wait to be sent
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         with self._lock:
-            draining = self._draining
-            self._running += not draining
-        if draining:
-            headers = [
-                ("Content-Type", "application/json"),
-                ("Content-Length", str(len(_SHUTTING_DOWN))),
-                ("Retry-After", "1"),
-            ]
-            start_response("503 Service Unavailable", [*headers, ("Connection", "close")])
-            return [_SHUTTING_DOWN]
+            self._running += 1
         try:
             return self._app(environ, start_response)  # complete: no body of ours is a generator
         finally:
@@ -201,9 +190,9 @@ class _Drain:
     def _signalled(self, number: int, frame: FrameType | None) -> None:
         if self._ended:
             raise SystemExit(0)  # ends the loop of the server, in the main thread
-        if self._draining:
+        if self._app.door.draining:
             os._exit(1)
-        self._draining = True
+        self._app.door.draining = True
         threading.Thread(target=self._finish, args=(number,), name="vgi_rpc-http-drain", daemon=True).start()
 
     def _finish(self, number: int) -> None:

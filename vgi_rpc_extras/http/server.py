@@ -61,6 +61,12 @@ class ResponseTooLargeError(RuntimeError):
     error_code = core.Code.RESOURCE_EXHAUSTED
 
 
+class HttpApp(falcon.App[Any, Any]):
+    """The application; `door.draining = True` makes it answer 503 to what comes from then on."""
+
+    door: _Door
+
+
 def make_wsgi_app(
     server: core.RpcServer,
     *,
@@ -86,7 +92,7 @@ def make_wsgi_app(
     enable_health_endpoint: bool = True,
     repo_url: str | None = None,
     call_state_cache_entries: int = 4096,
-) -> falcon.App[Any, Any]:
+) -> HttpApp:
     """Make the WSGI application of `server`, for any WSGI server, behind any proxy (API.md section 3.2).
 
     Args:
@@ -131,7 +137,8 @@ def make_wsgi_app(
     )
     tokens = StreamTokens(token_key, token_ttl, call_state_cache_entries, server.limits.max_metadata_entry_bytes)
     rpc = _Rpc(server, door, tokens, response_cap, preferred, produced, compression_level)
-    app: falcon.App[Any, Any] = falcon.App(middleware=[door])
+    app = HttpApp(middleware=[door])
+    app.door = door
     app.resp_options.xml_error_serialization = False
     app.add_error_handler(Exception, _unexpected)
     _add_routes(app, rpc, door.prefix)
@@ -213,12 +220,17 @@ class _Door:
         declared = tuple(getattr(authenticate, "vgi_proxy_headers", ()))
         self._proxy_headers = tuple(dict.fromkeys((*proxy_headers, *declared)))
         self._cors = cors
+        self.draining = False
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         env, context = req.env, req.context
         wanted = env.get("HTTP_X_REQUEST_ID")
         context.request_id = wanted if wanted and _REQUEST_ID.match(wanted) else os.urandom(8).hex()
         context.auth = core.AuthContext.anonymous()
+        if self.draining:
+            raise falcon.HTTPServiceUnavailable(
+                description="this server is shutting down", headers={"Retry-After": "1"}
+            )
         path, method = req.path, req.method
         if method == "OPTIONS" or path == self._health or path.startswith(self._exempt):
             return
