@@ -3916,7 +3916,7 @@ class StreamState(ArrowSerializableDataclass, abc.ABC):
         """Answer one input batch."""
 
     def bind_call_state(self, call_state: ArrowSerializableDataclass | None) -> None:
-        """Receive `Stream.call_state`, the immutable half of the state (HTTP)."""
+        """Receive `Stream.call_state`, the immutable half of the state: when the stream begins, over HTTP every turn."""
 
     def rehydrate(self, implementation: object) -> None:
         """Restore transient fields after the state has travelled (HTTP)."""
@@ -6828,6 +6828,8 @@ class _ServerStream:
             kwargs["ctx"] = self._connection.context(call, self._log_init, self._budget)
         try:
             self._stream = _server_check_stream(call.plan, method(**kwargs))
+            if self._stream.call_state is not None:
+                self._stream.state.bind_call_state(self._stream.call_state)
             header = None if self._stream.header is None else _types_row_batch(self._stream.header)
         except BaseException as exc:
             self._send_whole(EMPTY_SCHEMA, empty_batch(EMPTY_SCHEMA), call.fail(exc))
