@@ -259,7 +259,9 @@ def test_response_coding(
     headers |= {"X-VGI-Accept-Encoding": custom} if custom else {}
     headers |= {"Accept-Encoding": standard} if standard else {}
     answer = client.post("/Service/add", content=request("add", a=1.0, b=2.0), headers=headers)
-    found = {name: answer.headers[name] for name in ("Content-Encoding", "X-VGI-Content-Encoding") if name in answer.headers}
+    found = {
+        name: answer.headers[name] for name in ("Content-Encoding", "X-VGI-Content-Encoding") if name in answer.headers
+    }
     assert found == ({header: coding} if header else {})
     assert "Accept-Encoding" in answer.headers["Vary"]
     plain = answer.content
@@ -349,9 +351,21 @@ def test_bodies_without_a_length_and_truncated_ones() -> None:
             "protocol_version_mismatch",
         ),
         ("/Service/add", request("add", a=1.0, b=1.0, metadata={b"vgi_rpc.method": None}), 400, "RpcError", ""),
-        ("/Service/add", request("add", a=1.0, b=1.0, metadata={b"vgi_rpc.request_version": b"2"}), 400, "VersionError", ""),
+        (
+            "/Service/add",
+            request("add", a=1.0, b=1.0, metadata={b"vgi_rpc.request_version": b"2"}),
+            400,
+            "VersionError",
+            "",
+        ),
         ("/Service/add", request("add", a=None, b=1.0), 400, "TypeError", ""),
-        ("/Service/nothing", stream(pa.record_batch({"x": [1]}), {"vgi_rpc.method": "nothing"}), 400, "VersionError", ""),
+        (
+            "/Service/nothing",
+            stream(pa.record_batch({"x": [1]}), {"vgi_rpc.method": "nothing"}),
+            400,
+            "VersionError",
+            "",
+        ),
     ],
 )
 def test_refused(client: Any, path: str, body: bytes, status: int, error: str, kind: str) -> None:
@@ -408,7 +422,9 @@ def test_options_are_checked() -> None:
 
 
 def test_limits_reach_the_method_and_the_wire() -> None:
-    client = make_client(max_response_bytes=200_000, hosting_max_response_bytes=100_000, preferred_response_bytes=150_000)
+    client = make_client(
+        max_response_bytes=200_000, hosting_max_response_bytes=100_000, preferred_response_bytes=150_000
+    )
     assert client.get("/health").headers["VGI-Max-Response-Bytes"] == "100000"
     assert call(client, "/Service/who", request("who")).result.endswith(" 100000 100000")
     budget = {"VGI_Accept_Max_Response_Bytes": "70000"}
@@ -433,7 +449,9 @@ def test_unary(client: Any) -> None:
     assert call(client, "/Service/wait", request("wait", seconds=0.0)).result == 0.0
 
 
-@pytest.mark.parametrize(("kind", "error"), [("x", "ValueError: no luck"), ("exit", "SystemExit: 3"), ("none", "TypeError")])
+@pytest.mark.parametrize(
+    ("kind", "error"), [("x", "ValueError: no luck"), ("exit", "SystemExit: 3"), ("none", "TypeError")]
+)
 def test_methods_that_fail(client: Any, kind: str, error: str) -> None:
     found = call(client, "/Service/fail", request("fail", kind=kind), X_Request_ID="the-id")
     assert (found.status, found.failed) == (200, True)
@@ -619,7 +637,9 @@ def test_cors() -> None:
     assert answer.headers["Access-Control-Allow-Origin"] == "*"
     assert "Cross-Origin-Resource-Policy" not in answer.headers
     assert "Access-Control-Max-Age" not in answer.headers
-    assert not any("access-control" in n.lower() for n, _ in make_client().options("/health", headers=preflight).raw_headers)
+    assert not any(
+        "access-control" in n.lower() for n, _ in make_client().options("/health", headers=preflight).raw_headers
+    )
 
 
 # ---- anything at all
@@ -636,7 +656,22 @@ def test_random_requests_never_break_it() -> None:
         ("/Service/running_sum/exchange", turn(first.tokens, 1, 2)),
         ("/__call__", b'{"protocol":"Service","method":"add","args":{"a":1,"b":[2]}}'),
     ]
-    pieces = ["/", "Service", "add", "init", "exchange", "%", "..", "__", "é", "health", "\x00", "?", "describe", "\r\n"]
+    pieces = [
+        "/",
+        "Service",
+        "add",
+        "init",
+        "exchange",
+        "%",
+        "..",
+        "__",
+        "é",
+        "health",
+        "\x00",
+        "?",
+        "describe",
+        "\r\n",
+    ]
     codings = ["zstd", "gzip", "identity", "br", "", "zstd,gzip", "\x00"]
     for i in range(3000):
         path, body = rng.choice(good)

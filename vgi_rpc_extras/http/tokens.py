@@ -8,7 +8,7 @@
     sealed    = version u8, nonce 12, AES-256-GCM-SIV            call state kind u8, 3 x (u32 size, bytes)
     value     = base64 of that                           CUR  = created f64, call id 16, state kind u8, state
 
-The associated data names kind, caller, protocol and method, each with its length. The state's class is one of those the
+The associated data names kind, caller, protocol, method and classes, each with its length. The state's class is one of those the
 method declares, given by its place in the annotation: a token never names a class.
 """
 
@@ -124,7 +124,8 @@ class StreamTokens:
 
     def scope(self, auth: core.AuthContext, protocol: str, method: str, types: StateTypes) -> TokenScope:
         """What tokens of this caller and method are bound to."""
-        parts = [auth.domain, "1" if auth.authenticated else "0", auth.principal, protocol, method]
+        kinds = ",".join(kind.__name__ for kind in types.states)  # a release that orders them anew opens none of these
+        parts = [auth.domain, "1" if auth.authenticated else "0", auth.principal, protocol, method, kinds]
         binding = b"".join(
             b"\xff\xff\xff\xff" if part is None else _sized(part.encode("utf-8", "surrogatepass")) for part in parts
         )
