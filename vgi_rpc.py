@@ -3916,7 +3916,7 @@ class StreamState(ArrowSerializableDataclass, abc.ABC):
         """Answer one input batch."""
 
     def bind_call_state(self, call_state: ArrowSerializableDataclass | None) -> None:
-        """Receive `Stream.call_state`, the immutable half of the state: when the stream begins, over HTTP every turn."""
+        """Receive `Stream.call_state`, the immutable half: when the stream begins, and over HTTP in every turn."""
 
     def rehydrate(self, implementation: object) -> None:
         """Restore transient fields after the state has travelled (HTTP)."""

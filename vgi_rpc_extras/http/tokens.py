@@ -8,8 +8,8 @@
     sealed    = version u8, nonce 12, AES-256-GCM-SIV            call state kind u8, 3 x (u32 size, bytes)
     value     = base64 of that                           CUR  = created f64, call id 16, state kind u8, state
 
-The associated data names kind, caller, protocol, method and classes, each with its length. The state's class is one of those the
-method declares, given by its place in the annotation: a token never names a class.
+The associated data names kind, caller, protocol, method and state classes, each with its length. The state's class is
+one of those that the method declares, given by its place in the annotation: a token never names a class.
 """
 
 from __future__ import annotations
