@@ -7,12 +7,15 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import pyarrow as pa
 import pyarrow.ipc as ipc
 
-from tests.core import core
+if TYPE_CHECKING:
+    import vgi_rpc as core
+else:
+    from tests.core import core
 
 ARROW = "application/vnd.apache.arrow.stream"
 KEY = b"k" * 32
@@ -119,7 +122,7 @@ class Impl:
         if kind == "exit":
             raise SystemExit(3)
         if kind == "none":
-            return None
+            return cast(str, None)
         raise ValueError("no luck")
 
     def nothing(self) -> None:

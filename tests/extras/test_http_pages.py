@@ -112,13 +112,14 @@ def test_calls_with_json() -> None:
     status, answer = unary("fail", kind="x")
     assert (status, answer["error"]["message"]) == (200, "ValueError: no luck")
     assert unary("who")[1]["logs"] == [{"level": "INFO", "message": "asked"}]
-    for method, args, text in [
+    bad: list[tuple[str, dict[str, Any], str]] = [
         ("add", {"a": "x"}, "'a' is not a valid double"),
         ("add", {}, "missing required argument"),
         ("add", {"a": 1, "c": 2}, "unknown: c"),
         ("nope", {}, "no method 'nope'"),
         ("count", {"end": 1}, "is a stream"),
-    ]:
+    ]
+    for method, args, text in bad:
         status, answer = unary(method, **args)
         assert status == 400, answer
         assert text in answer["description"] or method == "add", answer

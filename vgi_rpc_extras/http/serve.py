@@ -83,7 +83,7 @@ def serve_http(
         drain.busy = lambda: any(channel.total_outbufs_len for channel in list(bound.active_channels.values()))
         try:
             with drain.signals() if install_signal_handlers else contextlib.nullcontext():
-                _announce(*listener.getsockname()[:2], on_bound)
+                _announce(listener.getsockname(), on_bound)
                 bound.run()
         finally:
             bound.close()
@@ -96,7 +96,7 @@ def _waitress(app: _App, listener: socket.socket, threads: int, max_request_byte
         raise SystemExit("serving over HTTP needs waitress: pip install 'vgi-rpc-onefile[http]'") from None
     if os.environ.get("VGI_RPC_WAITRESS_QUEUE_LOG", "").lower() not in ("1", "true", "yes", "on"):
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)
-    tuning = waitress_arrow_tuning(max_request_bytes)
+    tuning: dict[str, Any] = dict(waitress_arrow_tuning(max_request_bytes))
     return waitress.server.create_server(
         app, sockets=[listener], threads=threads, ident="", clear_untrusted_proxy_headers=False, **tuning
     )
@@ -128,7 +128,7 @@ def _serve_granian(
         workers_kill_timeout=max(1, int(grace)),
         log_enabled=False,
     )
-    granian.on_startup(lambda: _announce(host, port, on_bound))
+    granian.on_startup(lambda: _announce((host, port), on_bound))
     granian.serve(target_loader=lambda: app, wrap_loader=False)
 
 
@@ -146,7 +146,8 @@ def _listen(host: str, port: int) -> socket.socket:
     return socket.create_server((host, port), family=family, backlog=1024)
 
 
-def _announce(host: str, port: int, on_bound: Callable[[str, int], None] | None) -> None:
+def _announce(address: Any, on_bound: Callable[[str, int], None] | None) -> None:
+    host, port = address[:2]
     if on_bound is not None:
         return on_bound(host, port)
     print(f"PORT:{port}", flush=True)
