@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib
 import os
 import time
 from collections.abc import Mapping
@@ -171,6 +172,11 @@ class Second(Protocol):
 class SecondImpl:
     def running_sum(self) -> core.Stream[SumState]:
         return core.Stream(NUMBERS, SumState(), NUMBERS)
+
+
+def extra(name: str) -> Any:
+    """A module of the extras that belong to the core under test."""
+    return importlib.import_module(f"{core.make_wsgi_app.__module__.rpartition('.')[0]}.{name}")
 
 
 def make_server(**options: Any) -> Any:

@@ -204,7 +204,7 @@ def test_requests_are_decoded(coding: str) -> None:
 
 @pytest.mark.parametrize("coding", ["zstd", "gzip"])
 def test_bombs_stay_small(guarded: Any, coding: str) -> None:
-    bomb = packed(coding, bytes(500_000_000))
+    bomb = packed(coding, bytes(200_000_000))
     assert len(bomb) < 1_000_000
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     answer = guarded.post("/Service/add", content=bomb, headers={**as_("a"), "Content-Encoding": coding})
@@ -280,8 +280,6 @@ def test_no_response_coding() -> None:
 
 
 def raw_call(app: Any, environ: dict[str, Any]) -> tuple[int, bytes]:
-    base = core.make_sync_client  # the same environment that the test client makes
-    assert base
     status = ""
 
     def start(line: str, headers: Any, exc_info: Any = None) -> None:
