@@ -2608,15 +2608,15 @@ class _IpcFlat:
         if len(messages) != 2:
             raise _IpcUnfamiliar("dictionaries, or more than one batch")
         names = [str(field.type) for field in schema]
-        self._columns = tuple(_IPC_PLAIN.get(name) for name in names)
-        if None in self._columns:
+        if not all(name in _IPC_EXACT for name in names):
             raise _IpcUnfamiliar("a nested column")
+        self._columns = tuple(_IPC_PLAIN.get(name) for name in names)  # None: its values differ in size
         self._types = tuple(_IPC_EXACT[name] for name in names)
         self._batch_at = len(messages[0])
         self._shape = _ipc_shape(messages[1]) if names else None
         self._head = messages[0] + messages[1][: 8 + _IPC_I32(messages[1], 4)[0]]
         self.deadline_at = -1 if deadline is None else self._head.find(deadline)
-        fixed = b"" not in self._columns and bool not in self._types
+        fixed = None not in self._columns and bool not in self._types
         row = struct.Struct("<" + "".join(column.format for column in self._columns if column)) if fixed else None
         self._pack = None if row is None else row.pack
         self._unpack = None if row is None else row.unpack_from
@@ -2660,7 +2660,7 @@ class _IpcFlat:
         sizes: list[int] = []
         body: list[_IpcPiece] = []
         for value, column in zip(values, self._columns, strict=True):
-            if column:
+            if column is not None:
                 body.append(column.pack(value))
                 continue
             data = value if type(value) is bytes else value.encode()
@@ -2678,7 +2678,7 @@ class _IpcFlat:
         sizes: list[int] = []
         at = pos + len(self._head)
         for column in self._columns:
-            if column:
+            if column is not None:
                 row += column.unpack_from(data, at)
                 at += 8
                 continue
@@ -2708,7 +2708,7 @@ class _IpcFlat:
             at, todo = 0, list(sizes)
             buffers: list[int] = []
             for column in self._columns:
-                if column:
+                if column is not None:
                     buffers += (at, 0, at, column.width)
                     at += 8
                 else:
@@ -2739,12 +2739,9 @@ def _ipc_plain(code: str, width: int) -> _IpcPlain:
     return _IpcPlain(row.format[1:], width, row.pack, row.unpack_from)
 
 
-# By type name; empty for the types whose values differ in size.
-_IPC_PLAIN: dict[str, _IpcPlain | Literal[b""]] = {
+_IPC_PLAIN: dict[str, _IpcPlain] = {
     **{name: _ipc_plain(code, struct.calcsize(code)) for name, code in _IPC_FIXED.items()},
     "bool": _ipc_plain("B", 1),
-    "string": b"",
-    "binary": b"",
 }
 _IPC_EXACT: dict[str, type] = {
     **{name: float if code in "fd" else int for name, code in _IPC_FIXED.items()},
@@ -4051,7 +4048,7 @@ class StreamState(ArrowSerializableDataclass, abc.ABC):
         """Answer one input batch."""
 
     def bind_call_state(self, call_state: ArrowSerializableDataclass | None) -> None:
-        """Receive `Stream.call_state`, the immutable half of the state (HTTP)."""
+        """Receive `Stream.call_state`, the immutable half: when the stream begins, and over HTTP in every turn."""
 
     def rehydrate(self, implementation: object) -> None:
         """Restore transient fields after the state has travelled (HTTP)."""
@@ -6365,6 +6362,7 @@ def _describe_schema(message: bytes) -> pa.Schema:
 #   RpcServer           what is hosted; shared by all connections and threads, sealed after construction
 #   _ServerConnection   one peer: reads a request, resolves it, dispatches it, answers; one call at a time
 #   _ServerCall         one dispatched call: identity, counters, outcome; what the access record is made of
+#   ServerRequest       one whole message of a peer without a connection (HTTP), through the same pipeline
 #
 # A request that is refused before dispatch is answered, and the connection stays in step: the input stream of a known
 # stream method is drained, that of an unknown one is swallowed when it comes (wire.md section 8.6). Bytes that are
@@ -6559,6 +6557,8 @@ class RpcServer:
 
     def _start(self, kind: TransportKind, capabilities: frozenset[str]) -> None:
         """Call `on_serve_start` of each distinct implementation, once per kind and capabilities (runtime.md 1.1)."""
+        if (kind, capabilities) in self._started:
+            return
         with self._start_lock:
             if (kind, capabilities) in self._started:
                 return
@@ -6584,6 +6584,9 @@ class RpcServer:
                 "Missing 'vgi_rpc.protocol' in the request batch's custom metadata. "
                 f"Each request names the protocol it calls; hosted here: {sorted(self._bindings)}"
             )
+        return self._binding(name)
+
+    def _binding(self, name: str) -> ProtocolBinding:
         binding = self._bindings.get(name)
         if binding is None:
             raise ProtocolNotSupportedError(
@@ -6591,6 +6594,13 @@ class RpcServer:
                 + ("" if self.describe_enabled or name != REFLECTION_PROTOCOL_NAME else _SERVER_DESCRIBE_HINT)
             )
         return binding
+
+    def error_body(self, exc: BaseException, request_id: str = "", schema: pa.Schema = EMPTY_SCHEMA) -> bytes:
+        """Return a complete reply that carries an error; for transports that send whole messages (HTTP)."""
+        writer = _IpcWriter(schema)
+        writer.write(empty_batch(schema), _wire_error(exc, self.server_id, request_id, self.include_tracebacks))
+        writer.close()
+        return b"".join(writer.take())
 
     def _learn(self, sample: bytes, batch: pa.RecordBatch, metadata: _IpcMetadata, plan: _WirePlan) -> None:
         """Remember how a request looks that has passed every check."""
@@ -6639,6 +6649,8 @@ class _ServerCall:
         "cancelled",
         "connection",
         "error",
+        "is_turn",
+        "notes",
         "observed",
         "plan",
         "request",
@@ -6662,7 +6674,9 @@ class _ServerCall:
         self.error: BaseException | None = None
         self.cancelled = False
         self.stream_id = ""
-        self._request_id = ""
+        self.is_turn = False  # of a stream whose state travels; then a call of its own
+        self.notes: Mapping[str, Any] = {}  # what a transport adds to the access record
+        self._request_id = connection.request_id
         self._hook = connection.server.dispatch_hook
         self._token: Any = None
         # Nothing is counted, timed or formatted when nobody listens.
@@ -6678,15 +6692,18 @@ class _ServerCall:
 
     def start(self, kwargs: dict[str, Any]) -> None:
         """Begin counting and tell the hook."""
-        if not self.observed or self.request is None:
-            return
-        self.started = time.monotonic()
-        self.stats.record_input(self.request)
-        if self._hook is not None:
+        self.begin()
+        if self.observed and self._hook is not None:
             connection = self.connection
             self._token = self._hook.on_dispatch_start(
                 self.plan.info, connection.auth, connection.transport_metadata, kwargs
             )
+
+    def begin(self) -> None:
+        """Begin counting."""
+        if self.observed and self.request is not None:
+            self.started = time.monotonic()
+            self.stats.record_input(self.request)
 
     def sent(self, batch: pa.RecordBatch) -> None:
         if self.observed:
@@ -6707,7 +6724,7 @@ class _ServerCall:
         """Tell the hook and write the access record; never fails."""
         if not self.observed:
             return
-        if self._hook is not None:
+        if self._hook is not None and self._token is not None:
             self._hook.on_dispatch_end(self._token, self.plan.info, self.error, stats=self.stats)
         if _LOG_ACCESS.isEnabledFor(logging.INFO):
             try:
@@ -6719,12 +6736,26 @@ class _ServerCall:
 class _ServerConnection:
     """One peer of a server: reads a request, answers it, again."""
 
-    __slots__ = ("_held", "_last", "_swallow", "auth", "channel", "kind", "server", "transport_metadata")
+    __slots__ = (
+        "_held",
+        "_last",
+        "_swallow",
+        "auth",
+        "channel",
+        "kind",
+        "make_context",
+        "preferred_response_bytes",
+        "request_id",
+        "response_limit_bytes",
+        "server",
+        "stream_id",
+        "transport_metadata",
+    )
 
     def __init__(
         self,
         server: RpcServer,
-        channel: Channel,
+        channel: Any,
         kind: TransportKind,
         auth: AuthContext,
         transport_metadata: Mapping[str, Any],
@@ -6734,6 +6765,11 @@ class _ServerConnection:
         self.kind = kind
         self.auth = auth
         self.transport_metadata = transport_metadata
+        self.stream_id = ""  # of a stream whose state travels
+        self.request_id = ""  # the peer's own, if it names its requests
+        self.make_context: Callable[..., CallContext] = CallContext
+        self.response_limit_bytes: int | None = None
+        self.preferred_response_bytes: int | None = None
         self._swallow = False  # an unknown method may have been a stream, whose input comes next
         self._last: _ServerLayout | None = None  # most calls look like the one before
         self._held: list[bytes] = []  # replies to calls sent ahead, which share a write (FINDINGS.md section 4)
@@ -6759,6 +6795,7 @@ class _ServerConnection:
         """Read one request and answer it."""
         if not self._serve_learned():
             self._serve_one()
+        self._flush()
 
     def _serve_one(self) -> None:
         begin, data = self.channel.pos, self.channel.buf
@@ -6818,7 +6855,7 @@ class _ServerConnection:
             _wire_check_rows(batch)
             if name.startswith("__") and name.endswith("__"):
                 return self._answer_builtin(name)
-            binding = self.server._route(metadata)
+            binding = self._route(name, metadata)
             plan = binding.plan(name)
             _wire_check_version(binding.name, binding.version, metadata)
             kwargs = _wire_arguments(plan, batch)
@@ -6829,6 +6866,10 @@ class _ServerConnection:
         if sample:
             self.server._learn(sample, batch, metadata, plan)
         self._dispatch(binding, plan, kwargs, _server_budget(metadata.get(DEADLINE_KEY)), batch)
+
+    def _route(self, name: str, metadata: _IpcMetadata) -> ProtocolBinding:
+        """Step 11."""
+        return self.server._route(metadata)
 
     def _dispatch(
         self,
@@ -6843,14 +6884,21 @@ class _ServerConnection:
         if not plan.is_stream and plan.name not in binding.ctx_methods and not self.observed():
             return self._unary_plain(binding, plan, method, kwargs)
         call = _ServerCall(self, binding, plan, request)
+        call.stream_id = self.stream_id
         call.start(kwargs)
         try:
             if plan.is_stream:
-                _ServerStream(call, budget).run(method, kwargs)
+                self._stream(_ServerStream(call, budget), method, kwargs)
             else:
                 self._unary(call, method, kwargs, budget)
         finally:
-            call.finish()
+            self._finish(call)
+
+    def _stream(self, stream: _ServerStream, method: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+        stream.run(method, kwargs)
+
+    def _finish(self, call: _ServerCall) -> None:
+        call.finish()
 
     def _unary_plain(
         self, binding: ProtocolBinding, plan: _WirePlan, method: Callable[..., Any], kwargs: dict[str, Any]
@@ -6871,7 +6919,8 @@ class _ServerConnection:
             return self._obey(exc)
         if type(data) is bytes:
             if not ahead and not self._held:
-                return channel.write(data)
+                channel.write(data)
+                return None
             self._held.append(data)
             if ahead and time.monotonic() - began < _SERVER_QUICK and sum(map(len, self._held)) < _SERVER_COALESCE:
                 return None
@@ -6904,8 +6953,7 @@ class _ServerConnection:
         reply.end(batch, metadata)
         self._obey(call.error)
 
-    @staticmethod
-    def _obey(exc: BaseException | None) -> None:
+    def _obey(self, exc: BaseException | None) -> None:
         """SystemExit, KeyboardInterrupt: answered and recorded, and still obeyed."""
         if exc is not None and not isinstance(exc, Exception):
             raise exc
@@ -6914,7 +6962,7 @@ class _ServerConnection:
         self, call: _ServerCall, emit: Callable[[Message], None], budget: float | None, *, request_id: bool = True
     ) -> CallContext:
         """Build what a method sees as `ctx`."""
-        return CallContext(
+        return self.make_context(
             self.auth,
             emit,
             self.transport_metadata,
@@ -6923,6 +6971,8 @@ class _ServerConnection:
             protocol_name=call.binding.name,
             kind=self.kind,
             implementation=call.binding.impl,
+            response_limit_bytes=self.response_limit_bytes,
+            preferred_response_bytes=self.preferred_response_bytes,
             deadline=None if budget is None else time.monotonic() + budget,
             request_id=call.request_id if request_id else "",
         )
@@ -7030,7 +7080,8 @@ class _ServerStream:
     def __init__(self, call: _ServerCall, budget: float | None) -> None:
         import uuid
 
-        call.stream_id = uuid.uuid4().hex if call.observed else ""
+        if call.observed and not call.stream_id:
+            call.stream_id = uuid.uuid4().hex
         self._call = call
         self._budget = budget
         self._connection = call.connection
@@ -7042,6 +7093,11 @@ class _ServerStream:
 
     def run(self, method: Callable[..., Any], kwargs: dict[str, Any]) -> None:
         """Serve the whole stream; afterwards the connection is in step."""
+        if self.start(method, kwargs):
+            self._turns()
+
+    def start(self, method: Callable[..., Any], kwargs: dict[str, Any]) -> Stream[Any, Any] | None:
+        """Call the method and send the header, if there is one; None when that failed, which has been answered."""
         call = self._call
         if _LOG_WIRE_STREAM.isEnabledFor(logging.DEBUG):
             _LOG_WIRE_STREAM.debug("Stream init: method=%s", call.plan.name)
@@ -7049,14 +7105,69 @@ class _ServerStream:
             kwargs["ctx"] = self._connection.context(call, self._log_init, self._budget)
         try:
             self._stream = _server_check_stream(call.plan, method(**kwargs))
+            if self._stream.call_state is not None:
+                self._stream.state.bind_call_state(self._stream.call_state)
             header = None if self._stream.header is None else _types_row_batch(self._stream.header)
         except BaseException as exc:
             self._send_whole(EMPTY_SCHEMA, empty_batch(EMPTY_SCHEMA), call.fail(exc))
             self._connection.drain()
-            return self._connection._obey(exc)
+            self._connection._obey(exc)
+            return None
         if header is not None:
             self._send_whole(header.schema, header, None)
-        self._turns()
+        return self._stream
+
+    def answer(
+        self,
+        stream: Stream[Any, Any],
+        turn: tuple[pa.RecordBatch, _IpcMetadata] | None,
+        seal: Callable[[Stream[Any, Any]], Mapping[bytes, bytes]],
+    ) -> None:
+        """At most one turn of a stream whose state travels, as one reply (http.md section 7).
+
+        `seal` packs the state for the caller to bring along next time; a stream that has ended is not packed.
+        """
+        call, self._stream = self._call, stream
+        self._out = _IpcWriter(stream.output_schema)
+        self._write_logs(self._out)
+        empty = empty_batch(stream.output_schema)
+        failure: BaseException | None = None
+        try:
+            if turn is None:
+                self._out.write(empty, seal(stream))
+            else:
+                self._answer_turn(*turn, seal)
+        except BaseException as exc:
+            failure = exc
+            self._out.write(empty, call.fail(exc))
+            call.sent(empty)
+        self._out.close()
+        self._channel.send(self._out.take())
+        self._connection._obey(failure)
+
+    def _answer_turn(
+        self,
+        batch: pa.RecordBatch,
+        metadata: _IpcMetadata,
+        seal: Callable[[Stream[Any, Any]], Mapping[bytes, bytes]],
+    ) -> None:
+        ctx = self._connection.context(self._call, self._log_turn, self._budget)
+        out = self._process(batch, metadata, ctx)
+        sealed = None if out.finished else seal(self._stream)
+        if sealed is not None and len(self._stream.input_schema):
+            out.merge_data_metadata(pa.KeyValueMetadata(sealed))
+            sealed = None
+        self._write(out)
+        if sealed is not None:
+            self._out.write(empty_batch(self._stream.output_schema), sealed)
+
+    def cancel(self, stream: Stream[Any, Any]) -> None:
+        """The caller of a stream whose state travels does not want more."""
+        self._stream = stream
+        self._out = _IpcWriter(stream.output_schema)
+        self._cancel()
+        self._out.close()
+        self._channel.send(self._out.take())
 
     def _turns(self) -> None:
         call, channel = self._call, self._channel
@@ -7107,12 +7218,24 @@ class _ServerStream:
 
     def _turn(self, batch: pa.RecordBatch, metadata: _IpcMetadata | None, ctx: CallContext) -> bool:
         """One input batch -> what the application emits for it; True when it was the last."""
-        stream, call = self._stream, self._call
+        out = self._process(batch, metadata, ctx)
+        self._write(out)
+        return out.finished
+
+    def _process(self, batch: pa.RecordBatch, metadata: _IpcMetadata | None, ctx: CallContext) -> OutputCollector:
         if metadata is not None:
-            _wire_refuse_pointer(call.plan.name, batch, metadata)
-        ticks = len(stream.input_schema) == 0
-        out = OutputCollector(stream.output_schema, server_id=self._connection.server.server_id, producer_mode=ticks)
-        self._collector = out
+            _wire_refuse_pointer(self._call.plan.name, batch, metadata)
+        stream, connection = self._stream, self._connection
+        producer = len(stream.input_schema) == 0
+        limit = connection.response_limit_bytes
+        out = self._collector = OutputCollector(
+            stream.output_schema,
+            server_id=connection.server.server_id,
+            producer_mode=producer,
+            remaining_response_bytes=limit if producer else None,
+            response_limit_bytes=limit,
+            preferred_response_bytes=connection.preferred_response_bytes,
+        )
         if batch.schema is not stream.input_schema and not batch.schema.equals(stream.input_schema):
             batch = _server_reconcile(batch, stream.input_schema)
         stream.state.process(AnnotatedBatch(batch, _ipc_key_values(metadata)), out, ctx)
@@ -7120,11 +7243,13 @@ class _ServerStream:
             out.validate()
         if _LOG_WIRE_RESPONSE.isEnabledFor(logging.DEBUG):
             _LOG_WIRE_RESPONSE.debug("Flush collector: batches=%d, route_config=inline", len(out.batches))
+        return out
+
+    def _write(self, out: OutputCollector) -> None:
         for item in out.batches:
             self._out.write(item.batch, item.custom_metadata)
-            if call.observed:
-                call.sent(item.batch)
-        return out.finished
+            if self._call.observed:
+                self._call.sent(item.batch)
 
     def _log_turn(self, message: Message) -> None:
         """`ctx` outlives a turn; what it says goes where the present turn's batches go."""
@@ -7162,6 +7287,231 @@ class _ServerStream:
         self._call.sent(batch)
         writer.close()
         self._channel.send(writer.take())
+
+
+class _ServerBody(_IpcSource):
+    """A whole request in memory, and the reply to it."""
+
+    __slots__ = ("reply",)
+
+    def __init__(self, data: bytes, limits: IpcLimits) -> None:
+        super().__init__(data, limits)
+        self.reply: list[_IpcPiece] = []
+
+    def send(self, pieces: _IpcMessages) -> None:
+        self.reply += [pieces] if isinstance(pieces, bytes) else pieces
+
+    write = send
+
+
+class ServerRequest(_ServerConnection):
+    """One request of a peer that sends whole messages instead of a byte stream; HTTP is built on it. Sans I/O.
+
+    Make one for a method, set what the transport knows, and use it for one of `unary`, `init`, `turn` and `cancel`:
+    each takes a complete request and returns a complete reply. What is refused before the method runs is raised; what
+    the method raises is in the reply and in `error`. Then call `finish`, once the body that goes out is known.
+
+    Attributes:
+        info: the method.
+        binding: the protocol and its implementation.
+        request_id, auth, transport_metadata, response_limit_bytes, preferred_response_bytes: settable.
+        make_context: makes the method's `ctx`; CallContext, or a subclass that a transport has extended.
+        stream_id: 32 hex digits, the same for all requests of a stream; settable before `turn` and `cancel`.
+        error: what the method raised.
+
+    Raises:
+        ProtocolNotSupportedError, MethodNotImplementedError: not hosted here.
+    """
+
+    __slots__ = ("_call", "_metadata", "_seal", "binding", "error", "info")
+
+    def __init__(
+        self,
+        server: RpcServer,
+        protocol: str,
+        method: str,
+        kind: TransportKind,
+        auth: AuthContext = _CTX_ANONYMOUS,
+        transport_metadata: Mapping[str, Any] = types.MappingProxyType({}),
+    ) -> None:
+        server._start(kind, frozenset())
+        super().__init__(server, None, kind, auth, transport_metadata)
+        self.binding = server._binding(protocol)
+        self.info = self.binding.plan(method).info
+        self.error: BaseException | None = None
+        self._call: _ServerCall | None = None
+        self._seal: Callable[[Stream[Any, Any]], Mapping[bytes, bytes]] | None = None
+        self._metadata: _IpcMetadata = {}
+
+    def unary(self, body: bytes) -> bytes:
+        """Answer a call of a unary method."""
+        return self._reply(body, self.serve_one)
+
+    def init(self, body: bytes, seal: Callable[[Stream[Any, Any]], Mapping[bytes, bytes]]) -> bytes:
+        """Start a stream: its header and, of a producer, the first turn. `seal` turns its state into metadata."""
+        import uuid
+
+        self._seal = seal
+        self.stream_id = uuid.uuid4().hex
+        return self._reply(body, self.serve_one)
+
+    def read(self, body: bytes) -> tuple[pa.RecordBatch, dict[bytes, bytes]]:
+        """Read the input of a turn: the batch and its metadata, where the sealed state is."""
+        source = _ServerBody(body, self.server.limits)
+        item = _wire_read_request(source, self.server.ipc_validation)
+        if item is None:
+            raise RpcError("ProtocolError", f"Expected one batch as input of {self.info.name}(), got an empty stream")
+        return item
+
+    def turn(
+        self,
+        stream: Stream[Any, Any],
+        batch: pa.RecordBatch,
+        metadata: dict[bytes, bytes],
+        seal: Callable[[Stream[Any, Any]], Mapping[bytes, bytes]],
+    ) -> bytes:
+        """Answer one input batch of a stream whose state the caller has brought along."""
+
+        def answer() -> None:
+            call = self._begin(batch, metadata)
+            call.start({})
+            _ServerStream(call, _server_budget(metadata.get(DEADLINE_KEY))).answer(stream, (batch, metadata), seal)
+
+        return self._reply(b"", answer)
+
+    def cancel(self, stream: Stream[Any, Any], batch: pa.RecordBatch, metadata: dict[bytes, bytes]) -> bytes:
+        """Tell the application that the caller does not want more; no dispatch hook hears of it (http.md 7.2)."""
+
+        def answer() -> None:
+            call = self._begin(batch, metadata)
+            call.begin()
+            _ServerStream(call, _server_budget(metadata.get(DEADLINE_KEY))).cancel(stream)
+
+        return self._reply(b"", answer)
+
+    def replace(self, exc: Exception) -> bytes:
+        """A reply that takes the place of one that may not be sent; the call has failed with `exc`."""
+        self.error = exc
+        if self._call is not None:
+            self._call.error = exc
+        return self.server.error_body(exc, self.request_id, self._call_schema())
+
+    def finish(self, notes: Mapping[str, Any]) -> None:
+        """Tell the hooks and write the access record; `notes` is what the transport adds to it."""
+        if self._call is not None:
+            self._call.notes = notes
+            self._call.finish()
+
+    def _call_schema(self) -> pa.Schema:
+        return EMPTY_SCHEMA if self.info.method_type is MethodType.STREAM else self.info.result_schema
+
+    def _reply(self, body: bytes, answer: Callable[[], None]) -> bytes:
+        self.channel = _ServerBody(body, self.server.limits)
+        token = _ctx_auth.set(self.auth)
+        try:
+            answer()
+        finally:
+            _ctx_auth.reset(token)
+        reply = self.channel.reply
+        return reply[0] if len(reply) == 1 and type(reply[0]) is bytes else b"".join(reply)
+
+    def _begin(self, batch: pa.RecordBatch, metadata: dict[bytes, bytes]) -> _ServerCall:
+        call = self._call = _ServerCall(self, self.binding, self.binding.plan(self.info.name), batch)
+        call.stream_id = self.stream_id
+        call.is_turn = True
+        return call
+
+    def _serve_learned(self) -> bool:
+        # The first turn of a producer sees the metadata of the request, which a layout does not keep.
+        return self._seal is None and super()._serve_learned()
+
+    def _answer(self, batch: pa.RecordBatch, metadata: _IpcMetadata, sample: bytes) -> None:
+        self._metadata = metadata
+        super()._answer(batch, metadata, sample)
+
+    def _answer_builtin(self, name: str) -> None:
+        raise self._mismatch(name)
+
+    def _route(self, name: str, metadata: _IpcMetadata) -> ProtocolBinding:
+        """The path has named both; the batch may not name others (http.md section 3, step 10)."""
+        if name != self.info.name:
+            raise self._mismatch(name)
+        protocol = _wire_protocol_name(metadata)
+        if protocol is not None and protocol != self.binding.name:
+            raise self._other_protocol(protocol)
+        return self.binding
+
+    def _dispatch(
+        self,
+        binding: ProtocolBinding,
+        plan: _WirePlan,
+        kwargs: dict[str, Any],
+        budget: float | None,
+        request: pa.RecordBatch | None,
+    ) -> None:
+        self._check_target(binding, plan)
+        super()._dispatch(binding, plan, kwargs, budget, request)
+
+    def _unary_plain(
+        self, binding: ProtocolBinding, plan: _WirePlan, method: Callable[..., Any], kwargs: dict[str, Any]
+    ) -> None:
+        self._check_target(binding, plan)
+        super()._unary_plain(binding, plan, method, kwargs)
+
+    def _check_target(self, binding: ProtocolBinding, plan: _WirePlan) -> None:
+        """A learned layout knows what it calls; the path may have named something else."""
+        if plan.name != self.info.name:
+            raise self._mismatch(plan.name)
+        if binding is not self.binding:
+            raise self._other_protocol(binding.name)
+
+    def _stream(self, stream: _ServerStream, method: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+        value, pack = stream.start(method, kwargs), self._seal
+        if value is None or pack is None:
+            return
+        failed: list[BaseException] = []
+
+        def seal(value: Stream[Any, Any]) -> Mapping[bytes, bytes]:
+            try:
+                return pack(value)
+            except BaseException as exc:
+                failed.append(exc)
+                raise
+
+        hidden = (STATE_KEY, CALL_STATE_KEY, CANCEL_KEY)
+        metadata = {key: item for key, item in self._metadata.items() if key not in hidden}
+        stream.answer(value, None if len(value.input_schema) else (empty_batch(EMPTY_SCHEMA), metadata), seal)
+        if failed:  # a stream that cannot go on has not begun: no header either
+            self.channel.reply[:] = [self.server.error_body(failed[0], self.request_id)]
+
+    def _mismatch(self, name: str) -> TypeError:
+        return TypeError(
+            f"Method name mismatch: the path has '{self.info.name}', the batch's 'vgi_rpc.method' has '{name}'"
+        )
+
+    def _other_protocol(self, name: str) -> ProtocolNotSupportedError:
+        return ProtocolNotSupportedError(
+            f"Protocol mismatch: the path has '{self.binding.name}', the batch's 'vgi_rpc.protocol' has '{name}'"
+        )
+
+    def _refuse(self, exc: Exception, plan: _WirePlan | None, named: bool) -> None:
+        raise exc
+
+    def _hang_up(self, exc: Exception) -> typing.NoReturn:
+        raise exc
+
+    def drain(self) -> None:
+        """Nothing follows a whole message."""
+
+    def _finish(self, call: _ServerCall) -> None:
+        self._call = call
+
+    def _obey(self, exc: BaseException | None) -> None:
+        """What ends a process is answered like any error: the thread serves other callers."""
+        if exc is not None:
+            self.error = exc
+        if isinstance(exc, KeyboardInterrupt):
+            raise exc
 
 
 def _server_check_stream(plan: _WirePlan, value: Any) -> Stream[Any, Any]:
@@ -7291,8 +7641,6 @@ def _server_access_record(call: _ServerCall) -> None:
         "status": status,
         "error_type": "" if error is None else type(error).__name__,
         "request_id": call.request_id,
-        "request_fields": [{"name": field.name, "type": str(field.type)} for field in request.schema],
-        "request_rows": request.num_rows if request.num_columns else 0,
         "input_batches": stats.input_batches,
         "output_batches": stats.output_batches,
         "input_rows": stats.input_rows,
@@ -7300,6 +7648,9 @@ def _server_access_record(call: _ServerCall) -> None:
         "input_bytes": stats.input_bytes,
         "output_bytes": stats.output_bytes,
     }
+    if not call.is_turn:
+        extra["request_fields"] = [{"name": field.name, "type": str(field.type)} for field in request.schema]
+        extra["request_rows"] = request.num_rows if request.num_columns else 0
     if error is not None:
         extra["error_message"] = exception_str(error) or type(error).__name__
         extra["error_code"] = str(error_code_of(error))
@@ -7311,6 +7662,7 @@ def _server_access_record(call: _ServerCall) -> None:
         extra["stream_id"] = call.stream_id
     if auth.authenticated and auth.claims:
         extra["claims"] = apply_claim_redaction(auth.claims)
+    extra.update(call.notes)
     _LOG_ACCESS.info("%s.%s %s", call.binding.name, plan.name, status, extra=extra)
 
 
@@ -8874,7 +9226,9 @@ def _door_run(
 
 def _door_serve_options(server: RpcServer, options: Any) -> None:
     if options.http:
-        raise SystemExit("--http needs the http extra, which this version does not have yet")
+        return _door_serve_http(server, options)
+    if options.max_response_bytes is not None and (options.unix or options.tcp):
+        raise SystemExit("--max-response-bytes is about HTTP: give --http")
     if (options.unix or options.tcp) and options.idle_timeout and not options.threaded:
         raise SystemExit("idle_timeout requires threaded=True: give --idle-timeout 0 with --no-threaded")
     sockets: dict[str, Any] = {
@@ -8890,6 +9244,25 @@ def _door_serve_options(server: RpcServer, options: Any) -> None:
         serve_tcp(server, host, port, on_bound=lambda h, p: print(f"TCP:{h}:{p}", flush=True), **sockets)
     else:
         serve_stdio(server)
+
+
+def _door_serve_http(server: RpcServer, options: Any) -> None:
+    serve = getattr(sys.modules[__name__], "serve_http")  # noqa: B009 (a lazy name, room 17)
+    key = os.environ.get("VGI_RPC_TOKEN_KEY")
+    try:
+        token_key = None if not key else bytes.fromhex(key)
+    except ValueError:
+        raise SystemExit("VGI_RPC_TOKEN_KEY must be hexadecimal digits, 32 or more") from None
+    try:
+        serve(
+            server,
+            host=options.host,
+            port=options.port,
+            token_key=token_key,
+            max_response_bytes=options.max_response_bytes,
+        )
+    except ValueError as exc:
+        raise SystemExit(str(exc)) from None
 
 
 def _door_host_port(text: str) -> tuple[str, int]:
@@ -8917,6 +9290,15 @@ def _door_parser(prog: str | None = None) -> Any:
     where.add_argument("--unix", metavar="PATH", help="serve on a Unix socket")
     where.add_argument("--tcp", metavar="[HOST:]PORT", help="serve on a TCP port, 0 for any")
     where.add_argument("--http", action="store_true", help="serve over HTTP (needs the http extra)")
+    parser.add_argument("--host", default="127.0.0.1", help="HTTP: the address to listen on")
+    parser.add_argument("--port", type=int, default=0, metavar="N", help="HTTP: the port, 0 for any")
+    parser.add_argument(
+        "--max-response-bytes",
+        type=int,
+        metavar="N",
+        default=env("MAX_RESPONSE_BYTES", None, int),
+        help="HTTP: decoded bytes of a response",
+    )
     parser.add_argument("--describe", action="store_true", help="let clients ask what the service offers")
     parser.add_argument(
         "--threaded", action=argparse.BooleanOptionalAction, default=True, help="sockets: a thread each"
@@ -9514,6 +9896,27 @@ def _cli_duration(text: str) -> Any:
     return -value if found[1] else value
 
 
+def batch_from_json(values: Mapping[str, Any], schema: pa.Schema) -> pa.RecordBatch:
+    """Return one row of JSON values; what is absent is null. ValueError names the field that does not fit.
+
+    Bytes are base64, dates, times and durations ISO 8601, as in `call --json`.
+    """
+    if unknown := values.keys() - set(schema.names):
+        raise ValueError(f"unknown: {', '.join(sorted(unknown))}; available: {', '.join(schema.names) or '(none)'}")
+    arrays = []
+    for field in schema:
+        try:
+            arrays.append(_types_cell(_cli_from_json(values.get(field.name), field.type), None, field.type))
+        except (ValueError, TypeError, ArithmeticError, AttributeError, pa.ArrowException) as exc:
+            raise ValueError(f"'{field.name}' is not a valid {field.type}: {exc}") from exc
+    return pa.RecordBatch.from_arrays(arrays, schema=schema) if arrays else empty_batch(schema)
+
+
+def batch_to_json(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """Return the rows of a batch as JSON has them; the inverse of `batch_from_json`."""
+    return list(_cli_rows(batch))
+
+
 # ---- values out
 
 
@@ -9857,20 +10260,21 @@ __all__ = [  # noqa: RUF022 (plain order of the characters)
     "ReflectionNotSupportedError", "ResourceInfo", "RetryInfo", "RpcArgumentError", "RpcConnection", "RpcError",
     "RpcMethodInfo", "RpcProxy", "RpcServer", "RpcTransport", "SEMVER_REGEX", "SERVER_ID_KEY", "SHM_LENGTH_KEY",
     "SHM_OFFSET_KEY", "SHM_SEGMENT_NAME_KEY", "SHM_SEGMENT_SIZE_KEY", "SHM_SOURCE_KEY", "STATE_KEY", "STREAM_KINDS",
-    "ServerDrainingError", "ServiceDescription", "SessionLostError", "StatusError", "StderrMode", "Stream",
-    "StreamSession", "StreamState", "SubprocessTransport", "TRACEPARENT_KEY", "TRACESTATE_KEY", "TRANSIENT_ERROR_CODES",
-    "TRANSPORT_OPTIONS_METHOD_NAME", "TRANSPORT_SHM_KEY", "TYPE_TOKEN_VERSION", "TcpTransport", "Transient",
-    "TransportKind", "UnixTransport", "UnsupportedArrowTypeError", "ValidatedReader", "VersionError",
+    "ServerDrainingError", "ServerRequest", "ServiceDescription", "SessionLostError", "StatusError", "StderrMode",
+    "Stream", "StreamSession", "StreamState", "SubprocessTransport", "TRACEPARENT_KEY", "TRACESTATE_KEY",
+    "TRANSIENT_ERROR_CODES", "TRANSPORT_OPTIONS_METHOD_NAME", "TRANSPORT_SHM_KEY", "TYPE_TOKEN_VERSION", "TcpTransport",
+    "Transient", "TransportKind", "UnixTransport", "UnsupportedArrowTypeError", "ValidatedReader", "VersionError",
     "VgiAccessLogFormatter", "VgiJsonFormatter", "WireServiceDescription", "WorkerDiedError", "WorkerPool",
-    "WrongProcessError", "apply_claim_redaction", "canonical_json", "compute_protocol_hash", "connect", "current_auth",
-    "decode_error_details", "describe_protocol", "describe_rpc", "deserialize_record_batch", "empty_batch",
-    "encode_error_details", "encode_metadata", "error_code_of", "error_details_of", "error_kind_of", "exception_str",
-    "field_token", "introspect", "is_retryable", "list_protocols", "main", "make_pipe_pair", "make_tcp_pair",
-    "make_unix_pair", "map_calls", "merge_metadata", "new_ipc_stream", "no_redaction", "parse_error_detail",
-    "parse_version", "ping", "protocol_description", "read_single_record_batch", "redact_claims", "rpc_methods",
-    "run_server", "schema_tokens", "serialize_record_batch", "serialize_record_batch_bytes", "serve_pipe",
-    "serve_stdio", "serve_tcp", "serve_tcp_pipe", "serve_unix", "serve_unix_pipe", "set_claim_redactor", "strip_keys",
-    "submit", "tcp_connect", "type_token", "unix_connect", "validate_batch", "validate_protocol_name", "with_options",
+    "WrongProcessError", "apply_claim_redaction", "batch_from_json", "batch_to_json", "canonical_json",
+    "compute_protocol_hash", "connect", "current_auth", "decode_error_details", "describe_protocol", "describe_rpc",
+    "deserialize_record_batch", "empty_batch", "encode_error_details", "encode_metadata", "error_code_of",
+    "error_details_of", "error_kind_of", "exception_str", "field_token", "introspect", "is_retryable", "list_protocols",
+    "main", "make_pipe_pair", "make_tcp_pair", "make_unix_pair", "map_calls", "merge_metadata", "new_ipc_stream",
+    "no_redaction", "parse_error_detail", "parse_version", "ping", "protocol_description", "read_single_record_batch",
+    "redact_claims", "rpc_methods", "run_server", "schema_tokens", "serialize_record_batch",
+    "serialize_record_batch_bytes", "serve_pipe", "serve_stdio", "serve_tcp", "serve_tcp_pipe", "serve_unix",
+    "serve_unix_pipe", "set_claim_redactor", "strip_keys", "submit", "tcp_connect", "type_token", "unix_connect",
+    "validate_batch", "validate_protocol_name", "with_options",
 ]
 # fmt: on
 
@@ -9886,11 +10290,11 @@ _EXTRAS_NAMES: Final = {
         "http",
         "http_connect http_introspect http_capabilities make_wsgi_app make_sync_client serve_http request_upload_urls"
         " HttpRetryConfig HttpServerCapabilities HttpStreamSession HttpTransientError MAX_REQUEST_BYTES_HEADER"
-        " MAX_UPLOAD_BYTES_HEADER UPLOAD_URL_HEADER",
+        " MAX_UPLOAD_BYTES_HEADER UPLOAD_URL_HEADER bearer_authenticate_static",
     ),
     "auth": (
         "oauth",
-        "bearer_authenticate bearer_authenticate_static chain_authenticate jwt_authenticate OAuthResourceMetadata"
+        "bearer_authenticate chain_authenticate jwt_authenticate OAuthResourceMetadata"
         " OAuthResourceMetadataResponse fetch_oauth_metadata http_oauth_metadata parse_resource_metadata_url",
     ),
     "storage.s3": ("s3", "S3Storage"),
@@ -9903,7 +10307,7 @@ _EXTRAS_WHERE: Final = {
     name: (module, extra) for module, (extra, names) in _EXTRAS_NAMES.items() for name in names.split()
 }
 _EXTRAS_NEEDS: Final = {
-    "http": "falcon httpx",
+    "http": "falcon httpx cryptography",
     "auth": "joserfc",
     "storage.s3": "boto3",
     "storage.gcs": "google.cloud.storage",

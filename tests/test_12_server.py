@@ -7,6 +7,7 @@ import threading
 import time
 from typing import ClassVar, Protocol
 
+import pyarrow as pa
 import pytest
 
 from tests.core import core
@@ -372,3 +373,43 @@ def test_log_level_follows_the_code(connected, caplog) -> None:
         ("INFO", "Error in Calc.noop: NOT_FOUND (k) StatusError: no such thing", False),
         ("ERROR", "Error in Calc.add: unexpected", True),
     ]
+
+
+# ---- whole messages: the seam that HTTP is built on
+
+
+def whole(name: str, protocol: str = "Calc", **values: float) -> bytes:
+    sink = pa.BufferOutputStream()
+    schema = core.rpc_methods(Calc)[name].params_schema
+    batch = pa.RecordBatch.from_pylist([values], schema) if values else core.empty_batch(schema)
+    metadata = {"vgi_rpc.method": name, "vgi_rpc.request_version": "1", "vgi_rpc.protocol": protocol}
+    with core.new_ipc_stream(sink, schema) as writer:
+        writer.write_batch(batch, custom_metadata=pa.KeyValueMetadata(metadata))
+    return sink.getvalue().to_pybytes()
+
+
+def test_a_whole_request_goes_through_the_same_pipeline() -> None:
+    server = core.RpcServer(Calc, CalcImpl())
+    for _ in range(3):  # by pyarrow, then by the learned layout
+        request = core.ServerRequest(server, "Calc", "add", core.TransportKind.HTTP)
+        with pa.ipc.open_stream(request.unary(whole("add", a=1.0, b=2.0))) as reader:
+            assert reader.read_all().to_pylist() == [{"result": 3.0}]
+        assert request.error is None
+    assert len(server._layouts) == 1
+    other = core.ServerRequest(server, "Calc", "noop", core.TransportKind.HTTP)
+    with pytest.raises(TypeError, match="the path has 'noop'"):
+        other.unary(whole("add", a=1.0, b=2.0))
+    with pytest.raises(EOFError):
+        other.unary(whole("noop")[:-20])
+    with pytest.raises(core.MethodNotImplementedError):
+        core.ServerRequest(server, "Calc", "nope", core.TransportKind.HTTP)
+    with pytest.raises(core.ProtocolNotSupportedError):
+        core.ServerRequest(server, "Nope", "add", core.TransportKind.HTTP)
+
+
+def test_the_body_of_an_error() -> None:
+    server = core.RpcServer(Calc, CalcImpl(), include_tracebacks=False)
+    with pa.ipc.open_stream(server.error_body(ValueError("no"), "the-id")) as reader:
+        _, metadata = reader.read_next_batch_with_custom_metadata()
+    assert metadata[b"vgi_rpc.log_message"] == b"ValueError: no"
+    assert metadata[b"vgi_rpc.request_id"] == b"the-id"

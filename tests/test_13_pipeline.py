@@ -138,7 +138,7 @@ def test_logs_belong_to_their_calls() -> None:
 
 @pytest.mark.parametrize("depth", [0, 65])
 def test_depth_is_bounded(svc: Any, depth: int) -> None:
-    with pytest.raises(ValueError, match="depth must be within 1..64"):
+    with pytest.raises(ValueError, match=r"depth must be within 1\.\.64"):
         core.map_calls(svc.add, [], depth=depth)
 
 
@@ -290,5 +290,5 @@ def test_messages_stay_in_front_of_their_batch() -> None:
 
 @pytest.mark.parametrize("ahead", [-1, 64])
 def test_the_window_is_bounded(svc: Any, ahead: int) -> None:
-    with pytest.raises(ValueError, match="read_ahead must be within 0..63"):
+    with pytest.raises(ValueError, match=r"read_ahead must be within 0\.\.63"):
         core.with_options(svc, read_ahead=ahead)

@@ -766,3 +766,15 @@ def test_progress_on_a_terminal(place: Place) -> None:
     os.close(main)
     for text in (b"batches", b"rows", b"B", b"/s"):
         assert text in shown
+
+
+def test_rows_of_json() -> None:
+    schema = pa.schema([("n", pa.int64()), ("when", pa.date32()), ("raw", pa.binary())])
+    row = {"n": 5, "when": "2026-01-02", "raw": "AQI="}
+    batch = core.batch_from_json(row, schema)
+    assert core.batch_to_json(batch) == [row]
+    assert core.batch_to_json(core.batch_from_json({}, schema)) == [{"n": None, "when": None, "raw": None}]
+    with pytest.raises(ValueError, match="'n' is not a valid int64"):
+        core.batch_from_json({"n": "x"}, schema)
+    with pytest.raises(ValueError, match="unknown: z"):
+        core.batch_from_json({"z": 1}, schema)

@@ -1,0 +1,736 @@
+# Needs: falcon, cryptography. Install: pip install 'vgi-rpc-onefile[http]'. Seam: ServerRequest of the core.
+"""The WSGI application of an RpcServer (http.md sections 1 to 14).
+
+    size -> authenticate -> decode -> budget -> route -> content type -> kind -> parse -> dispatch -> limit -> encode
+
+Nothing is unpacked for a caller who has not been let in, and nothing without a bound. Whatever can be known when the
+application is made is made then: headers, pages, what a stream's state may be.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import re
+import types
+import urllib.parse
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import falcon
+
+from .. import core as _bound_core
+from . import names, pages
+from .bearer import classify
+from .coding import (
+    DecompressionError,
+    DecompressionLimitExceeded,
+    Encoding,
+    available_encodings,
+    compress,
+    decompress,
+    negotiate,
+)
+from .names import ARROW_CONTENT_TYPE
+from .tokens import StreamCall, StreamTokens, TokenScope, declared_states
+
+if TYPE_CHECKING:
+    import vgi_rpc as core
+else:
+    core = _bound_core()
+
+__all__ = ["ResponseTooLargeError", "make_wsgi_app"]
+
+Authenticate = Callable[[falcon.Request], "core.AuthContext"]
+
+_LOG = logging.getLogger("vgi_rpc.http")
+_LOG_ACCESS = logging.getLogger("vgi_rpc.access")
+_MAX_REQUEST = 256 << 20  # where max_request_bytes is not set; applied, never advertised (DESIGN.md section 7)
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}\Z")
+_BUDGET = re.compile(r"[1-9][0-9]{0,15}\Z", re.ASCII)
+_HEADER_NAMES = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~, -]{1,4096}\Z")
+_TOKEN_KEYS = (core.STATE_KEY, core.CALL_STATE_KEY)
+_NO_CLAIMS: Mapping[str, Any] = types.MappingProxyType({})
+
+
+class ResponseTooLargeError(RuntimeError):
+    """A reply is larger than the server or the caller allows."""
+
+    error_code = core.Code.RESOURCE_EXHAUSTED
+
+
+class HttpApp(falcon.App[Any, Any]):
+    """The application; `door.draining = True` makes it answer 503 to what comes from then on."""
+
+    door: _Door
+
+
+def make_wsgi_app(
+    server: core.RpcServer,
+    *,
+    prefix: str = "",
+    token_key: bytes | None = None,
+    max_response_bytes: int | None = None,
+    hosting_max_response_bytes: int | None = None,
+    preferred_response_bytes: int | None = None,
+    max_request_bytes: int | None = None,
+    hosting_max_request_bytes: int | None = None,
+    authenticate: Authenticate | None = None,
+    proxy_proof_required: bool = False,
+    proxy_auth_headers: Sequence[str] | None = None,
+    cors_origins: str | Iterable[str] | None = None,
+    cors_max_age: int | None = 7200,
+    cors_resource_policy: str | None = "cross-origin",
+    token_ttl: int = 3600,
+    compression_level: int | None = 1,
+    enable_not_found_page: bool = True,
+    enable_landing_page: bool = True,
+    enable_describe_page: bool = True,
+    enable_describe_calls: bool = True,
+    enable_health_endpoint: bool = True,
+    repo_url: str | None = None,
+    call_state_cache_entries: int = 4096,
+) -> HttpApp:
+    """Make the WSGI application of `server`, for any WSGI server, behind any proxy (API.md section 3.2).
+
+    Args:
+        prefix: path below which everything is.
+        token_key: seals the state of streams; every process that serves the same service needs the same one.
+            None: a random one, so that only this process continues its streams.
+        max_response_bytes, hosting_max_response_bytes: decoded bytes of a response, 65536 to 2**53-1; the least wins.
+        preferred_response_bytes: what methods are told to aim at.
+        max_request_bytes, hosting_max_request_bytes: bytes of a request, encoded and decoded; the least wins. When
+            neither is set, 256 MiB are accepted, and no number is advertised.
+        authenticate: says who calls; ValueError or PermissionError: 401, AuthUnavailableError: 503, else 500.
+        proxy_proof_required, proxy_auth_headers: tell callers that a proxy must add headers.
+        cors_origins: "*", an origin, or several; None: no CORS. `cors_max_age` in seconds.
+        token_ttl: seconds that the state of a stream is good for; 0: for ever.
+        compression_level: of zstd responses; None: responses are not compressed, requests are decoded all the same.
+        enable_describe_calls: the describe page may call unary methods with JSON.
+        call_state_cache_entries: calls whose unchanging half is kept in memory; 0: none.
+
+    Raises:
+        ValueError: a number out of range, a malformed prefix, a key that is too short.
+    """
+    if token_key is None:
+        _LOG.warning("no token_key: streams cannot be continued by another process, nor after a restart")
+    request_cap = _least("max_request_bytes", 1, max_request_bytes, hosting_max_request_bytes)
+    response_cap = _least(
+        "max_response_bytes", names.MIN_RESPONSE_BYTES, max_response_bytes, hosting_max_response_bytes
+    )
+    preferred = _least("preferred_response_bytes", names.MIN_RESPONSE_BYTES, preferred_response_bytes)
+    if preferred is not None and response_cap is not None:
+        preferred = min(preferred, response_cap)
+    produced = () if compression_level is None else available_encodings()
+    capabilities = _capabilities(produced, request_cap, response_cap, proxy_proof_required)
+    door = _Door(
+        server,
+        _check_prefix(prefix),
+        capabilities,
+        request_cap or _MAX_REQUEST,
+        authenticate,
+        proxy_proof_required,
+        tuple(proxy_auth_headers or ()),
+        None if cors_origins is None else _Cors(cors_origins, cors_max_age, cors_resource_policy, capabilities),
+    )
+    tokens = StreamTokens(token_key, token_ttl, call_state_cache_entries, server.limits.max_metadata_entry_bytes)
+    rpc = _Rpc(server, door, tokens, response_cap, preferred, produced, compression_level)
+    app = HttpApp(middleware=[door])
+    app.door = door
+    app.resp_options.xml_error_serialization = False
+    app.add_error_handler(Exception, _unexpected)
+    _add_routes(app, rpc, door.prefix)
+    page = pages.not_found(server, door.prefix) if enable_not_found_page else None
+    app.add_sink(functools.partial(_unmatched, rpc, page))
+    if enable_health_endpoint:
+        app.add_route(f"{door.prefix}/health", _Health(server))
+    describes = enable_describe_page and server.describe_enabled
+    if enable_landing_page:
+        page = pages.landing(server, door.prefix, describes=describes, repo_url=repo_url)
+        app.add_route(door.prefix or "/", _Page(page))
+    if describes:
+        app.add_route(f"{door.prefix}/describe", _Page(pages.describe(server, door.prefix, enable_describe_calls)))
+        if enable_describe_calls:
+            app.add_route(f"{door.prefix}/{pages.CALL_NAME}", pages.JsonCalls(rpc.json_call, door.max_request))
+    return app
+
+
+def _least(name: str, low: int, *values: int | None) -> int | None:
+    for prefix, value in zip(("", "hosting_"), values, strict=False):
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int) or not low <= value <= names.MAX_SAFE_INTEGER
+        ):
+            raise ValueError(f"{prefix}{name} must be an int within {low}..{names.MAX_SAFE_INTEGER}, got {value!r}")
+    return min((value for value in values if value is not None), default=None)
+
+
+def _check_prefix(prefix: str) -> str:
+    prefix = prefix.rstrip("/")
+    if prefix and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", prefix):
+        raise ValueError(f"prefix must be empty or like '/api/v1', got {prefix!r}")
+    return prefix
+
+
+def _capabilities(
+    produced: tuple[Encoding, ...], request_cap: int | None, response_cap: int | None, proof: bool
+) -> list[tuple[str, str]]:
+    """What goes on every response (http.md section 10). Storage and sticky sessions add theirs here."""
+    found = [
+        (names.ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER, "true"),
+        (names.EXTERNALIZATION_ENABLED_HEADER, "false"),
+        (names.SUPPORTED_ENCODINGS_HEADER, ", ".join(produced)),
+    ]
+    if request_cap is not None:
+        found.append((names.MAX_REQUEST_BYTES_HEADER, str(request_cap)))
+    if response_cap is not None:
+        found.append((names.MAX_RESPONSE_BYTES_HEADER, str(response_cap)))
+    if proof:
+        found.append((names.PROOF_REQUIRED_HEADER, "true"))
+    return found
+
+
+# ---- before and after every request
+
+
+class _Door:
+    """Middleware: request id, size, who calls; on the way out, what every response carries."""
+
+    def __init__(
+        self,
+        server: core.RpcServer,
+        prefix: str,
+        capabilities: list[tuple[str, str]],
+        max_request: int,
+        authenticate: Authenticate | None,
+        proof_required: bool,
+        proxy_headers: tuple[str, ...],
+        cors: _Cors | None,
+    ) -> None:
+        self.prefix = prefix
+        self.max_request = max_request
+        self._health = f"{prefix}/health"
+        self._exempt = (f"{self._health}/", "/.well-known/")
+        self._authenticate = authenticate
+        self._headers = capabilities
+        self._hosted = server.bindings
+        if proof_required:
+            proxy_headers = (*proxy_headers, names.PROOF_HEADER)
+        declared = tuple(getattr(authenticate, "vgi_proxy_headers", ()))
+        self._proxy_headers = tuple(dict.fromkeys((*proxy_headers, *declared)))
+        self._cors = cors
+        self.draining = False
+
+    def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
+        env, context = req.env, req.context
+        wanted = env.get("HTTP_X_REQUEST_ID")
+        context.request_id = wanted if wanted and _REQUEST_ID.match(wanted) else os.urandom(8).hex()
+        context.auth = core.AuthContext.anonymous()
+        if self.draining:
+            raise falcon.HTTPServiceUnavailable(
+                description="this server is shutting down", headers={"Retry-After": "1"}
+            )
+        path, method = req.path, req.method
+        if method == "OPTIONS" or path == self._health or path.startswith(self._exempt):
+            return
+        length = req.content_length
+        if length is not None and length > self.max_request:
+            raise too_large(self.max_request)
+        if self._authenticate is not None:
+            self._let_in(self._authenticate, req, resp)
+
+    def process_resource(
+        self, req: falcon.Request, resp: falcon.Response, resource: object, params: dict[str, Any]
+    ) -> None:
+        if "protocol" in params and req.method not in ("POST", "OPTIONS"):
+            if params["protocol"] in self._hosted:
+                raise falcon.HTTPMethodNotAllowed(["POST"])
+            raise falcon.HTTPNotFound
+
+    def process_response(
+        self, req: falcon.Request, resp: falcon.Response, resource: object, req_succeeded: bool
+    ) -> None:
+        resp.set_headers(self._headers)
+        resp.set_header(names.REQUEST_ID_HEADER, getattr(req.context, "request_id", ""))
+        if req.method == "OPTIONS":
+            resp.set_header("Cache-Control", "public, max-age=300")
+        if self._cors is not None:
+            self._cors.apply(req, resp)
+
+    def _let_in(self, authenticate: Authenticate, req: falcon.Request, resp: falcon.Response) -> None:
+        try:
+            auth = authenticate(req)
+        except core.AuthUnavailableError as exc:
+            retry = str(max(int(getattr(exc, "retry_after", 5)), 0))
+            raise falcon.HTTPServiceUnavailable(
+                description="authentication authority unavailable", headers={"Retry-After": retry}
+            ) from exc
+        except (ValueError, PermissionError) as exc:
+            return self._refuse(req, resp, exc)
+        if not isinstance(auth, core.AuthContext):
+            raise TypeError(f"authenticate returned {type(auth).__name__}, not AuthContext")
+        req.context.auth = auth
+
+    def _refuse(self, req: falcon.Request, resp: falcon.Response, exc: Exception) -> None:
+        """401 (auth.md section 5). The exception's text may hold the credential: it goes nowhere."""
+        reason = classify(exc)
+        _LOG.warning(
+            "refused a request from %s: %s (%s)", req.env.get("REMOTE_ADDR", ""), reason.value, type(exc).__name__
+        )
+        resp.status = falcon.HTTP_401
+        resp.set_header(names.AUTH_REASON_HEADER, reason.value)
+        resp.set_header("Cache-Control", "no-store")
+        hint = pages.proxy_hint(self._proxy_headers) if self._proxy_headers else ""
+        if hint:
+            resp.set_header(names.AUTH_PROXY_REQUIRED_HEADER, "true")
+        if "text/html" in (req.get_header("Accept") or ""):
+            pages.send(resp, pages.unauthorized(reason.value, hint))
+        else:
+            body = {"error": "unauthorized", "reason": reason.value, "detail": "authentication rejected"}
+            if hint:
+                body["proxy_hint"] = hint
+            resp.content_type = "application/json"
+            resp.data = json.dumps(body, separators=(",", ":")).encode()
+        resp.complete = True
+
+
+class _Cors:
+    """Cross-origin headers (http.md section 11)."""
+
+    def __init__(
+        self,
+        origins: str | Iterable[str],
+        max_age: int | None,
+        resource_policy: str | None,
+        capabilities: list[tuple[str, str]],
+    ) -> None:
+        self._origins = frozenset([origins] if isinstance(origins, str) else origins)
+        self._any = "*" in self._origins
+        self._max_age = None if max_age is None else str(max_age)
+        self._policy = resource_policy
+        always = ("WWW-Authenticate", names.REQUEST_ID_HEADER, names.CUSTOM_CONTENT_ENCODING_HEADER)
+        errors = (names.RPC_ERROR_HEADER, names.AUTH_REASON_HEADER, names.AUTH_PROXY_REQUIRED_HEADER)
+        self._exposed = ", ".join([*always, *errors, *(name for name, _ in capabilities)])
+
+    def apply(self, req: falcon.Request, resp: falcon.Response) -> None:
+        if self._policy is not None:
+            resp.set_header("Cross-Origin-Resource-Policy", self._policy)
+        if not self._any:
+            resp.append_header("Vary", "Origin")
+        origin = req.get_header("Origin")
+        if origin is None or not (self._any or origin in self._origins):
+            return
+        resp.set_header("Access-Control-Allow-Origin", "*" if self._any else origin)
+        resp.set_header("Access-Control-Expose-Headers", self._exposed)
+        if req.method != "OPTIONS":
+            return
+        if self._max_age is not None:
+            resp.set_header("Access-Control-Max-Age", self._max_age)
+        if req.get_header("Access-Control-Request-Method"):
+            methods = [m for m in (resp.get_header("Allow") or "").split(", ") if m and m != "OPTIONS"]
+            resp.set_header("Access-Control-Allow-Methods", ", ".join(methods))
+            wanted = req.get_header("Access-Control-Request-Headers")
+            if wanted and _HEADER_NAMES.match(wanted):
+                resp.set_header("Access-Control-Allow-Headers", wanted)
+
+
+def too_large(limit: int, coding: str = "") -> falcon.HTTPError:
+    """413, as JSON."""
+    how = f"Decompressed {coding} request body" if coding else "Request body"
+    return falcon.HTTPContentTooLarge(
+        title="Request body exceeds max_request_bytes" + (" after decompression" if coding else ""),
+        description=f"{how} exceeds the server's max_request_bytes={limit}.",
+    )
+
+
+def _unexpected(req: falcon.Request, resp: falcon.Response, exc: Exception, params: dict[str, Any]) -> NoReturn:
+    _LOG.error("%s %s failed", req.method, req.path, exc_info=exc)
+    raise falcon.HTTPInternalServerError
+
+
+# ---- the calls
+
+
+class _Refused(Exception):
+    """A request that is not dispatched: the status, and what the caller is told (http.md section 8)."""
+
+    def __init__(self, status: int, exc: Exception) -> None:
+        self.status = status
+        self.exc = exc
+
+
+class _HttpContext(core.CallContext):
+    """What a unary method over HTTP sees: it may set cookies. Sticky sessions extend this."""
+
+    __slots__ = ("_jar",)
+
+    def __init__(self, *args: Any, jar: list[Callable[[falcon.Response], None]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._jar = jar
+
+    def set_cookie(self, name: str, value: str, *, same_site: str | None = None, **options: Any) -> None:
+        """Set a cookie on the response; ValueError for a name, value or option that is not one."""
+        if same_site is not None and same_site.lower() not in ("lax", "strict", "none"):
+            raise ValueError(f"same_site must be lax, strict or none, got {same_site!r}")
+        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+            raise ValueError(f"{name!r} is not a cookie name (RFC 6265)")
+        options["same_site"] = same_site
+        falcon.Response().set_cookie(name, value, **options)  # what falcon refuses, it refuses inside the method
+        self._jar.append(lambda resp: resp.set_cookie(name, value, **options))
+
+    def delete_cookie(self, name: str, *, path: str | None = None, domain: str | None = None) -> None:
+        """Delete a cookie at the client."""
+        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+            raise ValueError(f"{name!r} is not a cookie name (RFC 6265)")
+        self._jar.append(lambda resp: resp.unset_cookie(name, path=path, domain=domain))
+
+
+class _Rpc:
+    """The routes of methods."""
+
+    def __init__(
+        self,
+        server: core.RpcServer,
+        door: _Door,
+        tokens: StreamTokens,
+        response_cap: int | None,
+        preferred: int | None,
+        produced: tuple[Encoding, ...],
+        level: int | None,
+    ) -> None:
+        self._server = server
+        self._max_request = door.max_request
+        self._prefix = door.prefix
+        self._tokens = tokens
+        self._response_cap = response_cap
+        self._preferred = preferred
+        self._produced = produced
+        self._level = level
+        self._accepted = {encoding.value: encoding for encoding in (*available_encodings(), Encoding.IDENTITY)}
+        self._states = {
+            (name, info.name): declared_states(binding.impl, info)
+            for name, binding in server.bindings.items()
+            for info in binding.methods.values()
+            if info.method_type is core.MethodType.STREAM
+        }
+
+    def on_post(self, req: falcon.Request, resp: falcon.Response, protocol: str, method: str) -> None:
+        self._serve(req, resp, protocol, method, core.MethodType.UNARY, self._unary)
+
+    def on_post_init(self, req: falcon.Request, resp: falcon.Response, protocol: str, method: str) -> None:
+        self._serve(req, resp, protocol, method, core.MethodType.STREAM, self._init)
+
+    def on_post_exchange(self, req: falcon.Request, resp: falcon.Response, protocol: str, method: str) -> None:
+        self._serve(req, resp, protocol, method, core.MethodType.STREAM, self._exchange)
+
+    def single_segment(self, path: str) -> str:
+        """The name in `{prefix}/name`, else nothing."""
+        name = path.removeprefix(f"{self._prefix}/") if path.startswith(f"{self._prefix}/") else ""
+        return "" if "/" in name else name
+
+    def reserved(self, req: falcon.Request, resp: falcon.Response, name: str) -> None:
+        """`__name__` belongs to the server, and none is built here: 404 with a kind (http.md section 2)."""
+        self._body(req)
+        exc = core.MethodNotImplementedError(f"No built-in method '{name}' over HTTP")
+        self._refuse(req, resp, _Refused(404, exc))
+
+    def json_call(
+        self,
+        req: falcon.Request,
+        protocol: str,
+        method: str,
+        make: Callable[[core.ProtocolBinding, core.RpcMethodInfo], bytes],
+    ) -> bytes:
+        """A unary call whose body is made from JSON; returns the Arrow reply. What is refused is raised."""
+        turn = _Turn()
+        try:
+            call = self._open(req, protocol, method, core.MethodType.UNARY, "application/json")
+        except _Refused as refused:
+            raise refused.exc from None
+        body = make(call.binding, call.info)
+        reply = self._unary(call, body, turn, req)
+        self._record(req, call, turn, body, reply)
+        return reply
+
+    def _serve(
+        self,
+        req: falcon.Request,
+        resp: falcon.Response,
+        protocol: str,
+        method: str,
+        kind: core.MethodType,
+        work: Callable[[core.ServerRequest, bytes, _Turn, falcon.Request], bytes],
+    ) -> None:
+        body = self._body(req)
+        turn = _Turn()
+        try:
+            call = self._open(req, protocol, method, kind)
+            try:
+                reply = work(call, body, turn, req)
+            except Exception as exc:
+                raise _Refused(400, exc) from exc
+        except _Refused as refused:
+            return self._refuse(req, resp, refused)
+        limit = call.response_limit_bytes
+        if limit is not None and len(reply) > limit and call.error is None:
+            text = f"HTTP body exceeds max_response_bytes ({len(reply)} > {limit}) for method '{method}'"
+            reply = call.replace(ResponseTooLargeError(text))
+        for cookie in turn.cookies:
+            cookie(resp)
+        if call.error is not None:
+            resp.set_header(names.RPC_ERROR_HEADER, "true")
+        self._send(req, resp, reply)
+        self._record(req, call, turn, body, resp.data)
+
+    def _open(
+        self,
+        req: falcon.Request,
+        protocol: str,
+        method: str,
+        kind: core.MethodType,
+        content_type: str = ARROW_CONTENT_TYPE,
+    ) -> core.ServerRequest:
+        """Steps 6 to 9 of http.md section 3."""
+        env, context = req.env, req.context
+        wanted = env.get("HTTP_VGI_ACCEPT_MAX_RESPONSE_BYTES")
+        limit = self._response_cap
+        if wanted is not None:
+            asked = _parse_budget(wanted)
+            limit = asked if limit is None else min(limit, asked)
+        if self._has_percent(env, protocol):
+            raise _Refused(404, core.ProtocolNotSpecifiedError("The path of a call is not percent-encoded"))
+        try:
+            core.validate_protocol_name(protocol, allow_reserved=True)
+        except ValueError as exc:
+            raise _Refused(404, core.ProtocolNotSupportedError(str(exc))) from exc
+        try:
+            call = core.ServerRequest(
+                self._server, protocol, method, core.TransportKind.HTTP, context.auth, _transport_metadata(req)
+            )
+        except (core.ProtocolError, core.MethodNotImplementedError) as exc:
+            raise _Refused(404, exc) from exc
+        if env.get("CONTENT_TYPE") != content_type:
+            raise _Refused(415, TypeError(f"Content-Type must be exactly {content_type}"))
+        if call.info.method_type is not kind:
+            stream = "" if kind is core.MethodType.UNARY else "not "
+            raise _Refused(400, TypeError(f"Method '{method}' is {stream}a stream"))
+        call.request_id = context.request_id
+        call.response_limit_bytes = limit
+        if self._preferred is not None:
+            call.preferred_response_bytes = self._preferred if limit is None else min(self._preferred, limit)
+        return call
+
+    def _has_percent(self, env: Mapping[str, Any], protocol: str) -> bool:
+        """Whether the path as it came holds a `%` after the prefix; servers that hide it leave the decoded one."""
+        raw = env.get("REQUEST_URI") or env.get("RAW_URI") or ""
+        return "%" in protocol or "%" in urllib.parse.urlsplit(raw).path.removeprefix(self._prefix)
+
+    # ---- what a request asks for
+
+    def _unary(self, call: core.ServerRequest, body: bytes, turn: _Turn, req: falcon.Request) -> bytes:
+        call.make_context = functools.partial(_HttpContext, jar=turn.cookies)
+        return call.unary(body)
+
+    def _init(self, call: core.ServerRequest, body: bytes, turn: _Turn, req: falcon.Request) -> bytes:
+        scope = self._scope(call)
+
+        def seal(stream: core.Stream[Any, Any]) -> dict[bytes, bytes]:
+            known = self._tokens.begin(scope, stream, call.stream_id, call.response_limit_bytes)
+            sealed = self._seal(scope, known, stream, turn)
+            return {**sealed, **self._tokens.seal_call(scope, known)}
+
+        return call.init(body, seal)
+
+    def _exchange(self, call: core.ServerRequest, body: bytes, turn: _Turn, req: falcon.Request) -> bytes:
+        batch, metadata = call.read(body)
+        scope = self._scope(call)
+        known, state, turn.state_bytes_in = self._tokens.open(scope, metadata)
+        call.stream_id = known.stream_id
+        limits = [limit for limit in (call.response_limit_bytes, known.response_limit) if limit is not None]
+        call.response_limit_bytes = min(limits, default=None)
+        state.rehydrate(call.binding.impl)
+        state.bind_call_state(known.call_state)
+        stream = core.Stream(known.output_schema, state, known.input_schema, call_state=known.call_state)
+        metadata = {key: value for key, value in metadata.items() if key not in _TOKEN_KEYS}
+        if core.CANCEL_KEY in metadata:
+            turn.cancelled = True
+            return call.cancel(stream, batch, metadata)
+        return call.turn(stream, batch, metadata, lambda stream: self._seal(scope, known, stream, turn))
+
+    def _scope(self, call: core.ServerRequest) -> TokenScope:
+        protocol, method = call.binding.name, call.info.name
+        return self._tokens.scope(call.auth, protocol, method, self._states[protocol, method])
+
+    def _seal(
+        self, scope: TokenScope, known: StreamCall, stream: core.Stream[Any, Any], turn: _Turn
+    ) -> dict[bytes, bytes]:
+        sealed, turn.state_bytes_out = self._tokens.seal_state(scope, known, stream.state)
+        return sealed
+
+    # ---- bodies
+
+    def _body(self, req: falcon.Request) -> bytes:
+        """Read and decode the body, never more than is allowed; JSON errors (http.md section 3, steps 1 and 2)."""
+        body = read_body(req, self._max_request)
+        coding = (req.env.get("HTTP_CONTENT_ENCODING") or "").strip().lower()
+        if not coding:
+            return body
+        encoding = self._accepted.get(coding)
+        if encoding is None:
+            raise falcon.HTTPUnsupportedMediaType(
+                title="Unsupported Content-Encoding", description=f"Accepted: {', '.join(self._accepted)}"
+            )
+        try:
+            return decompress(encoding, body, max_output_size=self._max_request)
+        except DecompressionLimitExceeded as exc:
+            raise too_large(self._max_request, encoding.value) from exc
+        except DecompressionError as exc:
+            raise falcon.HTTPBadRequest(title="Decompression Error", description=str(exc)) from exc
+
+    def _refuse(self, req: falcon.Request, resp: falcon.Response, refused: _Refused) -> None:
+        resp.status = refused.status
+        _LOG.info("refused %s: %s: %s", refused.status, type(refused.exc).__name__, core.exception_str(refused.exc))
+        self._send(req, resp, self._server.error_body(refused.exc, req.context.request_id))
+
+    def _send(self, req: falcon.Request, resp: falcon.Response, body: bytes) -> None:
+        resp.content_type = ARROW_CONTENT_TYPE
+        if self._produced:
+            env = req.env
+            resp.set_header("Vary", "Accept-Encoding, X-VGI-Accept-Encoding")
+            chosen = negotiate(
+                env.get("HTTP_X_VGI_ACCEPT_ENCODING", "")[:1024],
+                env.get("HTTP_ACCEPT_ENCODING", "")[:1024],
+                self._produced,
+            )
+            if chosen is not None:
+                body = compress(chosen[0], body, level=self._level)
+                resp.set_header(chosen[1], chosen[0].value)
+        resp.data = body
+
+    def _record(
+        self, req: falcon.Request, call: core.ServerRequest, turn: _Turn, body: bytes, reply: bytes | None
+    ) -> None:
+        """The access record, once the body that goes out is known (http.md section 14)."""
+        if not _LOG_ACCESS.isEnabledFor(logging.INFO):
+            return call.finish(_NO_CLAIMS)
+        notes: dict[str, Any] = {
+            "http_status": 200 if call.error is None else 500,  # the intended one (http.md section 8)
+            "request_bytes": len(body) if req.content_length is None else req.content_length,
+            "response_bytes": len(reply or b""),
+        }
+        if turn.state_bytes_in:
+            notes["request_state_bytes"] = turn.state_bytes_in
+        if turn.state_bytes_out:
+            notes["response_state_bytes"] = turn.state_bytes_out
+        call.finish(notes)
+
+
+class _Turn:
+    """What one request leaves behind for its response and its record."""
+
+    __slots__ = ("cancelled", "cookies", "state_bytes_in", "state_bytes_out")
+
+    def __init__(self) -> None:
+        self.cookies: list[Callable[[falcon.Response], None]] = []
+        self.cancelled = False
+        self.state_bytes_in = 0
+        self.state_bytes_out = 0
+
+
+def read_body(req: falcon.Request, limit: int) -> bytes:
+    """Read the whole body; 413 as soon as it is known to be larger than `limit`."""
+    length, stream = req.content_length, req.env["wsgi.input"]
+    if length is not None:
+        if length > limit:
+            raise too_large(limit)
+        return _read_up_to(stream, length)
+    if "HTTP_TRANSFER_ENCODING" not in req.env and not req.env.get("wsgi.input_terminated"):
+        return b""  # no body; reading might wait for ever
+    body = _read_up_to(stream, limit + 1)
+    if len(body) > limit:
+        raise too_large(limit)
+    return body
+
+
+def _read_up_to(stream: Any, size: int) -> bytes:
+    """At most `size` bytes, in steps: a length is a claim until the bytes are there."""
+    chunks: list[bytes] = []
+    while size > 0:
+        chunk = stream.read(min(size, 1 << 22))
+        if not chunk:
+            break
+        chunks.append(chunk)
+        size -= len(chunk)
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def _parse_budget(text: str) -> int:
+    """VGI-Accept-Max-Response-Bytes: ASCII, canonical, in range (http.md section 5)."""
+    text = text.strip(" \t")
+    value = int(text) if _BUDGET.match(text) else 0
+    if not names.MIN_RESPONSE_BYTES <= value <= names.MAX_SAFE_INTEGER:
+        raise _Refused(
+            400,
+            ValueError(
+                f"{names.ACCEPT_MAX_RESPONSE_BYTES_HEADER} must be a plain decimal within"
+                f" {names.MIN_RESPONSE_BYTES}..{names.MAX_SAFE_INTEGER}"
+            ),
+        )
+    return value
+
+
+def _transport_metadata(req: falcon.Request) -> dict[str, Any]:
+    env = req.env
+    found: dict[str, Any] = {
+        "remote_addr": env.get("REMOTE_ADDR", ""),
+        "user_agent": env.get("HTTP_USER_AGENT", ""),
+    }
+    if "HTTP_COOKIE" in env:
+        found["cookies"] = types.MappingProxyType(dict(req.cookies))
+    return found
+
+
+# ---- routes
+
+
+class _Health:
+    """Health and the discovery of capabilities; nobody is asked who they are (http.md section 2)."""
+
+    def __init__(self, server: core.RpcServer) -> None:
+        found = {"status": "ok", "server_id": server.server_id, "protocol": server.protocol_name}
+        self._body = json.dumps(found, separators=(",", ":")).encode()
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        resp.content_type = "application/json"
+        resp.data = self._body
+
+    def on_head(self, req: falcon.Request, resp: falcon.Response) -> None:
+        self.on_get(req, resp)
+
+
+class _Page:
+    def __init__(self, page: pages.Page) -> None:
+        self._page = page
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        pages.send(resp, self._page)
+        resp.set_header("Cache-Control", "no-cache, no-store, must-revalidate, max-age=0")
+
+
+def _add_routes(app: falcon.App[Any, Any], rpc: _Rpc, prefix: str) -> None:
+    method = f"{prefix}/{{protocol}}/{{method}}"
+    app.add_route(method, rpc)
+    app.add_route(f"{method}/init", rpc, suffix="init")
+    app.add_route(f"{method}/exchange", rpc, suffix="exchange")
+
+
+def _unmatched(rpc: _Rpc, page: pages.Page | None, req: falcon.Request, resp: falcon.Response, **_: str) -> None:
+    """What no route takes (the table of http.md section 2)."""
+    name = rpc.single_segment(req.path) if req.method == "POST" else ""
+    if name.startswith("__") and name.endswith("__"):
+        return rpc.reserved(req, resp, name)
+    if name or page is None:
+        raise falcon.HTTPNotFound
+    resp.status = falcon.HTTP_404
+    pages.send(resp, page)

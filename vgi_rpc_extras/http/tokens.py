@@ -1,0 +1,310 @@
+# Needs: cryptography. Install: pip install 'vgi-rpc-onefile[http]'. Seam: `seal` of ServerRequest.
+"""A stream's state as two sealed tokens, so that any replica with the key continues any stream (http.md section 7.3).
+
+    CALL  what never changes: call id, stream id, schemas, call state, response limit. Issued once by `init`.
+    CUR   what changes every turn: the call id it belongs to, and the state.
+
+    plaintext = codec (0 raw, 1 zstd), payload           CALL = created f64, call id 16, stream id 16, limit u64,
+    sealed    = version u8, nonce 12, AES-256-GCM-SIV            call state kind u8, 3 x (u32 size, bytes)
+    value     = base64 of that                           CUR  = created f64, call id 16, state kind u8, state
+
+The associated data names kind, caller, protocol, method and state classes, each with its length. The state's class is
+one of those that the method declares, given by its place in the annotation: a token never names a class.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import collections
+import hashlib
+import hmac
+import inspect
+import os
+import struct
+import threading
+import time
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pyarrow as pa
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCMSIV
+
+from .. import core as _bound_core
+from .coding import DecompressionError, Encoding, compress, decompress
+
+if TYPE_CHECKING:
+    import vgi_rpc as core
+else:
+    core = _bound_core()
+
+_VERSION = b"\x01"
+_NONCE = 12
+_RAW, _ZSTD = b"\x00", b"\x01"
+_COMPRESS_FROM = 1024  # below, packing costs more than sending
+_MAX_PAYLOAD = 64 << 20
+_CALL = struct.Struct("<d16s16sQB")
+_CUR = struct.Struct("<d16sB")
+_SIZE = struct.Struct("<I")
+_NO_KIND = 255
+_CACHE_SECONDS = 3600.0
+
+
+class StreamCall(NamedTuple):
+    """What stays the same in all turns of a stream; shared between threads, so nothing in it may be changed."""
+
+    call_id: bytes
+    stream_id: str
+    output_schema: pa.Schema
+    input_schema: pa.Schema
+    call_state: Any
+    response_limit: int | None
+
+
+class StateTypes(NamedTuple):
+    """The classes that a method declares for its stream's state, in the order of the annotation."""
+
+    states: tuple[type[core.StreamState], ...]
+    call_states: tuple[type, ...]
+
+
+class TokenScope(NamedTuple):
+    """What a token is bound to, and what it may become."""
+
+    binding: bytes
+    types: StateTypes
+    method: str
+
+
+def declared_states(implementation: object, info: core.RpcMethodInfo) -> StateTypes:
+    """Read the state classes from the implementation's annotation, else from the Protocol's; unions included."""
+    try:
+        hint = typing.get_type_hints(getattr(implementation, info.name)).get("return")
+    except (NameError, TypeError, AttributeError):  # a hint of a local class, say
+        hint = None
+    states = _concrete(hint) or _concrete(info.result_type)
+    return StateTypes(states, tuple(s.CALL_STATE_TYPE for s in states if s.CALL_STATE_TYPE is not None))
+
+
+def _concrete(hint: Any) -> tuple[type[core.StreamState], ...]:
+    while typing.get_origin(hint) is typing.Annotated:
+        hint = typing.get_args(hint)[0]
+    state = next(iter(typing.get_args(hint)), None) if typing.get_origin(hint) is core.Stream else None
+    union = typing.get_origin(state) in (typing.Union, types.UnionType)
+    members = typing.get_args(state) if union else (state,)
+    return tuple(
+        m for m in members if isinstance(m, type) and issubclass(m, core.StreamState) and not inspect.isabstract(m)
+    )
+
+
+class StreamTokens:
+    """Seals and opens the state of streams.
+
+    Args:
+        key: shared by all replicas; 16 bytes or more, hashed unless it has 32. None: a random one, for this process.
+        ttl: seconds a token is good for; 0: for ever.
+        cache_entries: how many calls are remembered, so that their CALL need not be opened; 0: none.
+        max_bytes: the longest token value that this server would read back.
+    """
+
+    def __init__(self, key: bytes | None, ttl: int, cache_entries: int, max_bytes: int) -> None:
+        if key is None:
+            key = os.urandom(32)
+        if len(key) < 16:
+            raise ValueError(f"token_key has {len(key)} bytes; use at least 16, better 32 random ones")
+        if ttl < 0:
+            raise ValueError(f"token_ttl must be 0 (no expiry) or more seconds, got {ttl}")
+        self._cipher = AESGCMSIV(key if len(key) == 32 else hashlib.sha256(key).digest())
+        self._ttl = ttl
+        self._max_bytes = max_bytes
+        self._cache = _Cache(cache_entries, ttl or _CACHE_SECONDS)
+
+    def scope(self, auth: core.AuthContext, protocol: str, method: str, types: StateTypes) -> TokenScope:
+        """What tokens of this caller and method are bound to."""
+        kinds = ",".join(kind.__name__ for kind in types.states)  # a release that orders them anew opens none of these
+        parts = [auth.domain, "1" if auth.authenticated else "0", auth.principal, protocol, method, kinds]
+        binding = b"".join(
+            b"\xff\xff\xff\xff" if part is None else _sized(part.encode("utf-8", "surrogatepass")) for part in parts
+        )
+        return TokenScope(binding, types, method)
+
+    def begin(self, scope: TokenScope, stream: core.Stream[Any, Any], stream_id: str, limit: int | None) -> StreamCall:
+        """Give a new stream its call id."""
+        call = StreamCall(
+            os.urandom(16), stream_id, stream.output_schema, stream.input_schema, stream.call_state, limit
+        )
+        self._cache.put((call.call_id, scope.binding), call)
+        return call
+
+    def seal_call(self, scope: TokenScope, call: StreamCall) -> dict[bytes, bytes]:
+        """The CALL entry of the metadata."""
+        kind, state = _NO_KIND, b""
+        if call.call_state is not None:
+            kind, state = _kind(scope, call.call_state, scope.types.call_states, "call_state"), _pack(call.call_state)
+        limit = call.response_limit or 0
+        head = _CALL.pack(time.time(), call.call_id, bytes.fromhex(call.stream_id), limit, kind)
+        schemas = (call.output_schema.serialize().to_pybytes(), call.input_schema.serialize().to_pybytes())
+        sealed = self._seal(b"call", scope, head + b"".join(map(_sized, (*schemas, state))))
+        return {core.CALL_STATE_KEY: sealed}
+
+    def seal_state(
+        self, scope: TokenScope, call: StreamCall, state: core.StreamState
+    ) -> tuple[dict[bytes, bytes], int]:
+        """The CUR entry of the metadata, and the plain size of the state in it."""
+        packed = _pack(state)
+        kind = _kind(scope, state, scope.types.states, "state")
+        sealed = self._seal(b"cur", scope, _CUR.pack(time.time(), call.call_id, kind) + packed)
+        return {core.STATE_KEY: sealed}, len(packed)
+
+    def open(self, scope: TokenScope, metadata: Mapping[bytes, bytes]) -> tuple[StreamCall, core.StreamState, int]:
+        """The call, the state, and its plain size; RuntimeError, always of the same few kinds, for anything wrong."""
+        cursor = metadata.get(core.STATE_KEY)
+        if cursor is None:
+            raise RuntimeError("Missing state token: send back the 'vgi_rpc.stream_state#b64' of the last response")
+        payload = self._open(b"cur", scope, cursor)
+        if len(payload) < _CUR.size:
+            raise RuntimeError("Malformed state token")
+        created, call_id, kind = _CUR.unpack_from(payload)
+        self._check_age(created)
+        call = self._cache.get((call_id, scope.binding))
+        if call is None:
+            call = self._open_call(scope, metadata, call_id)
+            self._cache.put((call_id, scope.binding), call)
+        packed = payload[_CUR.size :]
+        return call, _unpack(scope.types.states, kind, packed), len(packed)
+
+    def _open_call(self, scope: TokenScope, metadata: Mapping[bytes, bytes], call_id: bytes) -> StreamCall:
+        token = metadata.get(core.CALL_STATE_KEY)
+        if token is None:
+            raise RuntimeError("Missing call token: send back the 'vgi_rpc.call_state#b64' of the init response")
+        payload = self._open(b"call", scope, token)
+        try:
+            created, own_id, stream_id, limit, kind = _CALL.unpack_from(payload)
+            output, inputs, state = _sized_parts(payload, _CALL.size, 3)
+            schemas = [pa.ipc.read_schema(pa.py_buffer(item)) for item in (output, inputs)]
+        except (struct.error, pa.ArrowException, OSError, ValueError) as exc:
+            raise RuntimeError("Malformed call token") from exc
+        self._check_age(created)
+        if not hmac.compare_digest(own_id, call_id):
+            raise RuntimeError("State token and call token do not belong together")
+        call_state = None if kind == _NO_KIND else _unpack(scope.types.call_states, kind, state)
+        return StreamCall(call_id, stream_id.hex(), schemas[0], schemas[1], call_state, limit or None)
+
+    def _check_age(self, created: float) -> None:
+        if self._ttl and time.time() - created > self._ttl:
+            raise RuntimeError(f"State token expired: it is good for {self._ttl} seconds (token_ttl)")
+
+    def _seal(self, kind: bytes, scope: TokenScope, payload: bytes) -> bytes:
+        plain = _RAW + payload
+        if len(payload) >= _COMPRESS_FROM:
+            packed = compress(Encoding.ZSTD, payload, level=3) if _HAS_ZSTD else payload
+            if len(packed) < len(payload):
+                plain = _ZSTD + packed
+        nonce = os.urandom(_NONCE)
+        sealed = base64.b64encode(_VERSION + nonce + self._cipher.encrypt(nonce, plain, _sized(kind) + scope.binding))
+        if len(sealed) > self._max_bytes or len(payload) > _MAX_PAYLOAD:
+            raise ValueError(
+                f"the state of a stream of {scope.method}() takes {len(sealed)} bytes as a token; at most"
+                f" {self._max_bytes} travel (IpcLimits.max_metadata_entry_bytes): keep large data outside the state"
+            )
+        return sealed
+
+    def _open(self, kind: bytes, scope: TokenScope, token: bytes) -> bytes:
+        try:
+            sealed = binascii.a2b_base64(token, strict_mode=True)
+        except (binascii.Error, ValueError) as exc:
+            raise RuntimeError("Malformed state token") from exc
+        if len(sealed) < 1 + _NONCE + 16 + 1 or sealed[:1] != _VERSION:
+            raise RuntimeError("Malformed state token")
+        try:
+            nonce, sealed = sealed[1 : 1 + _NONCE], sealed[1 + _NONCE :]
+            plain = self._cipher.decrypt(nonce, sealed, _sized(kind) + scope.binding)
+        except InvalidTag:
+            raise RuntimeError("State token verification failed") from None
+        if plain[:1] == _RAW:
+            return plain[1:]
+        try:
+            if plain[:1] == _ZSTD and _HAS_ZSTD:
+                return decompress(Encoding.ZSTD, plain[1:], max_output_size=_MAX_PAYLOAD)
+        except DecompressionError as exc:
+            raise RuntimeError("Malformed state token") from exc
+        raise RuntimeError("Malformed state token")
+
+
+_HAS_ZSTD = pa.Codec.is_available("zstd")
+
+
+class _Cache:
+    """Least recently used first out; entries live for `seconds`."""
+
+    def __init__(self, size: int, seconds: float) -> None:
+        if size < 0:
+            raise ValueError(f"call_state_cache_entries must be 0 (off) or more, got {size}")
+        self._size = size
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._entries: collections.OrderedDict[tuple[bytes, bytes], tuple[float, StreamCall]] = (
+            collections.OrderedDict()
+        )
+
+    def get(self, key: tuple[bytes, bytes]) -> StreamCall | None:
+        with self._lock:
+            found = self._entries.get(key)
+            if found is None:
+                return None
+            if found[0] < time.monotonic():
+                del self._entries[key]
+                return None
+            self._entries.move_to_end(key)
+            return found[1]
+
+    def put(self, key: tuple[bytes, bytes], call: StreamCall) -> None:
+        with self._lock:
+            self._entries[key] = (time.monotonic() + self._seconds, call)
+            self._entries.move_to_end(key)
+            while len(self._entries) > self._size:
+                self._entries.popitem(last=False)
+
+
+def _kind(scope: TokenScope, value: object, declared: Sequence[type], what: str) -> int:
+    """The place of the value's class among the declared ones."""
+    if type(value) not in declared or declared.index(type(value)) >= _NO_KIND:
+        names = ", ".join(t.__name__ for t in declared) or "no concrete class"
+        raise TypeError(
+            f"{scope.method}() has a {what} of class {type(value).__name__}, but declares {names}: over HTTP the"
+            " annotation of the implementation must name it, as in `def count(self) -> Stream[CountState]`"
+            " (and a call_state's class is the CALL_STATE_TYPE of the state's)"
+        )
+    return declared.index(type(value))
+
+
+def _pack(value: Any) -> bytes:
+    packed: bytes = value.serialize_to_bytes()
+    return packed
+
+
+def _unpack(declared: Sequence[type], kind: int, packed: bytes) -> Any:
+    try:
+        found: Any = declared[kind]
+        return found.deserialize_from_bytes(packed)
+    except Exception as exc:  # whatever a class raises: another release of the service wrote it
+        raise RuntimeError("The state in the token does not fit this server's class of it") from exc
+
+
+def _sized(data: bytes) -> bytes:
+    return _SIZE.pack(len(data)) + data
+
+
+def _sized_parts(data: bytes, at: int, count: int) -> list[bytes]:
+    parts = []
+    for _ in range(count):
+        (size,) = _SIZE.unpack_from(data, at)
+        at += _SIZE.size
+        if at + size > len(data):
+            raise ValueError("truncated")
+        parts.append(data[at : at + size])
+        at += size
+    return parts
