@@ -1,0 +1,60 @@
+# Needs: nothing. Used by the server and the client.
+"""Headers and paths of the HTTP transport (http.md sections 1 and 2)."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import pyarrow as pa
+
+ARROW_CONTENT_TYPE: Final = "application/vnd.apache.arrow.stream"
+
+MAX_REQUEST_BYTES_HEADER: Final = "VGI-Max-Request-Bytes"
+MAX_RESPONSE_BYTES_HEADER: Final = "VGI-Max-Response-Bytes"
+ACCEPT_MAX_RESPONSE_BYTES_HEADER: Final = "VGI-Accept-Max-Response-Bytes"
+ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER: Final = "VGI-Accept-Max-Response-Bytes-Support"
+MAX_EXTERNALIZED_RESPONSE_BYTES_HEADER: Final = "VGI-Max-Externalized-Response-Bytes"
+EXTERNALIZATION_ENABLED_HEADER: Final = "VGI-Externalization-Enabled"
+RPC_ERROR_HEADER: Final = "X-VGI-RPC-Error"
+UPLOAD_URL_HEADER: Final = "VGI-Upload-URL-Support"
+MAX_UPLOAD_BYTES_HEADER: Final = "VGI-Max-Upload-Bytes"
+SUPPORTED_ENCODINGS_HEADER: Final = "VGI-Supported-Encodings"
+CUSTOM_CONTENT_ENCODING_HEADER: Final = "X-VGI-Content-Encoding"
+CUSTOM_ACCEPT_ENCODING_HEADER: Final = "X-VGI-Accept-Encoding"
+REQUEST_ID_HEADER: Final = "X-Request-ID"
+AUTH_REASON_HEADER: Final = "VGI-Auth-Reason"
+AUTH_PROXY_REQUIRED_HEADER: Final = "VGI-Auth-Proxy-Required"
+SESSION_HEADER: Final = "VGI-Session"
+SESSION_ACCEPT_HEADER: Final = "VGI-Session-Accept"
+SESSION_CLOSE_HEADER: Final = "VGI-Session-Close"
+PROOF_HEADER: Final = "VGI-Proxy-Proof"
+PROOF_REQUIRED_HEADER: Final = "VGI-Proxy-Proof-Required"
+STICKY_ENABLED_HEADER: Final = "VGI-Sticky-Enabled"
+STICKY_DEFAULT_TTL_HEADER: Final = "VGI-Sticky-Default-TTL"
+STICKY_ECHO_HEADERS_HEADER: Final = "VGI-Sticky-Echo-Headers"
+ECHO_HEADER_PREFIX: Final = "VGI-Echo-"
+
+MIN_RESPONSE_BYTES: Final = 65_536
+MAX_SAFE_INTEGER: Final = 2**53 - 1  # what every language's JSON numbers hold
+
+MAX_UPLOAD_URL_COUNT: Final = 100
+UPLOAD_URL_METHOD: Final = "__upload_url__"
+UPLOAD_URL_PARAMS_SCHEMA: Final = pa.schema([("count", pa.int64())])
+UPLOAD_URL_RESPONSE_SCHEMA: Final = pa.schema(
+    [("upload_url", pa.string()), ("download_url", pa.string()), ("expires_at", pa.timestamp("us", "UTC"))]
+)
+
+
+def rpc_path(protocol: str, method: str, *, prefix: str = "", suffix: str = "") -> str:
+    """The path of a method; `suffix` is "init" or "exchange" for a stream's."""
+    return rpc_path_from_prefix(f"{prefix}/{protocol}", method, suffix=suffix)
+
+
+def rpc_path_from_prefix(namespaced_prefix: str, method: str, *, suffix: str = "") -> str:
+    """The path of a method below `{prefix}/{protocol}`."""
+    return f"{namespaced_prefix}/{method}" + (f"/{suffix.lstrip('/')}" if suffix else "")
+
+
+def reserved_path(method: str, *, prefix: str = "") -> str:
+    """The path of a name that belongs to the server, not to a protocol."""
+    return f"{prefix}/{method}"
