@@ -490,13 +490,15 @@ class HttpTransport(core.RequestTransport):
             else:
                 encoding = None
         limit = coding.MAX_DECODED_BYTES if self._limit is None else self._limit
-        for _ in range(_MAX_REDIRECTS + 1):
-            response = self._sender.send(Request("POST", path, headers, pieces, limit, deadline, doing, replay_safe))
+        request = Request("POST", path, headers, pieces, limit, deadline, doing, replay_safe)
+        response = self._sender.send(request)
+        for _ in range(_MAX_REDIRECTS):
             if response.status not in (307, 308):
                 break
-            path = self._redirected(response, doing)
+            request = request._replace(path=self._redirected(response, doing))
+            response = self._sender.send(request)
         if _LOG_HTTP.isEnabledFor(logging.DEBUG):
-            _LOG_HTTP.debug("POST %s: HTTP %d, %d bytes back", path, response.status, len(response.body))
+            _LOG_HTTP.debug("POST %s: HTTP %d, %d bytes back", request.path, response.status, len(response.body))
         return response, encoding
 
     def _choose(self, refused: coding.Encoding | None) -> coding.Encoding | None:
