@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import importlib.util
 import io
@@ -30,6 +31,7 @@ client = core._extras_load("http.client", "http_connect", "http")
 coding = core._extras_load("http.coding", "http_connect", "http")
 http_connect = client.http_connect
 
+CORE_FILE = str(core.__file__)
 ARROW = "application/vnd.apache.arrow.stream"
 CAPABLE = {
     "VGI-Accept-Max-Response-Bytes-Support": "true",
@@ -82,7 +84,7 @@ class Asked:
 
     @property
     def plain(self) -> bytes:
-        return coding.decode_content_encoding(self.body, self.headers.get("content-encoding"))
+        return bytes(coding.decode_content_encoding(self.body, self.headers.get("content-encoding")))
 
     @property
     def metadata(self) -> dict[bytes, bytes]:
@@ -90,7 +92,14 @@ class Asked:
         return dict(metadata or {})
 
 
-Answer = bytes | Callable[[Asked], bytes] | Callable[[Asked, socket.socket], None]
+@dataclasses.dataclass
+class Last:
+    """An answer that talks to the socket itself and ends the connection."""
+
+    talk: Callable[[Asked, socket.socket], None]
+
+
+Answer = bytes | Callable[[Asked], "bytes | Last"] | Last
 
 
 def reply(
@@ -146,10 +155,8 @@ class Scripted:
     def hang_up(self) -> None:
         """Close all connections, as a server does with idle ones."""
         for sock in self._socks:
-            try:
+            with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
 
     def _accept(self) -> None:
         while True:
@@ -185,33 +192,28 @@ class Scripted:
         while (line := lines.readline().strip()) != b"":
             name, _, value = line.partition(b": ")
             headers[name.decode().lower()] = value.decode()
-        return Asked(first[0].decode(), first[1].decode(), headers, lines.read(int(headers["content-length"])), number)
+        return Asked(
+            first[0].decode(), first[1].decode(), headers, lines.read(int(headers.get("content-length", 0))), number
+        )
 
     def _answer(self, asked: Asked, sock: socket.socket) -> bool:
         """Whether the connection stays open."""
-        if asked.verb == "OPTIONS":
-            answer = self.probe
-        else:
-            answer = self.script.pop(0) if self.script else served
-        if not isinstance(answer, bytes):
-            try:
-                answer = answer(asked)  # type: ignore[call-arg]
-            except TypeError:
-                answer(asked, sock)  # type: ignore[call-arg, operator, arg-type]
-                return False
-        sock.sendall(answer)  # type: ignore[arg-type]
+        usual: Answer = self.script.pop(0) if self.script and asked.verb != "OPTIONS" else served
+        answer = self.probe if asked.verb == "OPTIONS" else usual
+        if not isinstance(answer, bytes | Last):
+            answer = answer(asked)
+        if isinstance(answer, Last):
+            answer.talk(asked, sock)
+            return False
+        sock.sendall(answer)
         return True
 
 
-def hang_up(asked: Asked, sock: socket.socket) -> None:
-    pass
+HANG_UP = Last(lambda asked, sock: None)
 
 
-def then_close(data: bytes) -> Callable[[Asked, socket.socket], None]:
-    def answer(asked: Asked, sock: socket.socket) -> None:
-        sock.sendall(data)
-
-    return answer
+def then_close(data: bytes) -> Last:
+    return Last(lambda asked, sock: sock.sendall(data))
 
 
 def stream_of(schema: pa.Schema, *batches: tuple[pa.RecordBatch, dict[str, str] | None]) -> bytes:
@@ -317,7 +319,7 @@ def test_packed_responses(encoding: str, header: str) -> None:
 
     with Scripted(packed, packed) as server, http_connect(Calc, server.url) as calc:
         assert calc.add(1.0, 2.0) == 3.0
-        with http_connect(Calc, client=httpx.Client(base_url=server.url)) as other:
+        with httpx.Client(base_url=server.url) as given, http_connect(Calc, client=given) as other:
             assert other.add(1.0, 2.0) == 3.0
 
 
@@ -341,7 +343,7 @@ def test_chunked_bodies_interim_responses_and_bodies_to_the_end() -> None:
         head, _, body = served(asked).partition(b"\r\n\r\n")
         sock.sendall(b"\r\n".join(line for line in head.split(b"\r\n") if b"Length" not in line) + b"\r\n\r\n" + body)
 
-    with Scripted(chunked, served, to_the_end, served) as server, http_connect(Calc, server.url) as calc:
+    with Scripted(chunked, served, Last(to_the_end), served) as server, http_connect(Calc, server.url) as calc:
         assert [calc.add(1.0, float(i)) for i in range(4)] == [1.0, 2.0, 3.0, 4.0]
         assert server.connections == 2
 
@@ -359,7 +361,7 @@ def test_a_connection_that_was_closed_between_calls_is_replaced() -> None:
 
 
 def test_a_request_that_got_no_answer_is_not_sent_twice() -> None:
-    with Scripted(served, hang_up) as server, http_connect(Calc, server.url) as calc:
+    with Scripted(served, HANG_UP) as server, http_connect(Calc, server.url) as calc:
         assert calc.add(1.0, 2.0) == 3.0
         with pytest.raises(core.ConnectionLostError, match="unary call to 'add'") as caught:
             calc.add(2.0, 2.0)
@@ -371,16 +373,17 @@ def test_a_request_that_got_no_answer_is_not_sent_twice() -> None:
 def test_nobody_listens() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    for given in (None, httpx.Client()):
-        with http_connect(Calc, f"http://user:secret@127.0.0.1:{port}", client=given) as calc:
-            with pytest.raises(core.ConnectionLostError) as caught:
-                calc.add(1.0, 2.0)
-            assert caught.value.sent == "no"
-            assert "secret" not in f"{caught.value!r}{calc!r}"
+    with httpx.Client() as one:
+        for given in (None, one):
+            with http_connect(Calc, f"http://user:secret@127.0.0.1:{port}", client=given) as calc:
+                with pytest.raises(core.ConnectionLostError) as caught:
+                    calc.add(1.0, 2.0)
+                assert caught.value.sent == "no"
+                assert "secret" not in f"{caught.value!r}{calc!r}"
     assert isinstance(caught.value, ConnectionError)
 
 
-BAD_ANSWERS = {
+BAD_ANSWERS: dict[str, tuple[Answer, Any, str]] = {
     "truncated": (then_close(reply(b"x" * 100)[:-50]), core.ConnectionLostError, "50 bytes early"),
     "not http": (then_close(b"SSH-2.0-OpenSSH_9.2\r\n\r\n"), core.ConnectionLostError, "not an HTTP/1.1"),
     "http 2": (then_close(b"HTTP/2 200\r\n\r\n"), core.ConnectionLostError, "not an HTTP/1.1"),
@@ -502,8 +505,10 @@ def silence(asked: Asked, sock: socket.socket) -> None:
     sock.recv(1)  # until the client has had enough
 
 
-@pytest.mark.parametrize("slow", [drip, silence])
-@pytest.mark.parametrize("own", [True, False])
+DRIP, SILENCE = Last(drip), Last(silence)
+
+
+@pytest.mark.parametrize(("slow", "own"), [(DRIP, True), (SILENCE, True), (SILENCE, False)])
 def test_a_timeout_bounds_the_whole_call(slow: Answer, own: bool) -> None:
     with Scripted(slow) as server, httpx.Client() as given:
         with http_connect(Calc, server.url, client=None if own else given) as calc:
@@ -518,7 +523,7 @@ def test_a_timeout_bounds_the_whole_call(slow: Answer, own: bool) -> None:
 
 
 def test_close_wakes_a_call_of_another_thread() -> None:
-    with Scripted(silence) as server:
+    with Scripted(SILENCE) as server:
         connection = http_connect(Calc, server.url)
         calc = connection.__enter__()
         failed: list[BaseException] = []
@@ -542,7 +547,7 @@ def test_close_wakes_a_call_of_another_thread() -> None:
 
 
 def test_an_interrupt_ends_the_connection_it_struck() -> None:
-    with Scripted(silence) as server, http_connect(Calc, server.url) as calc:
+    with Scripted(SILENCE) as server, http_connect(Calc, server.url) as calc:
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
             calc.add(1.0, 2.0)
@@ -608,13 +613,10 @@ def test_try_later(status: int, sent: str) -> None:
 
 def test_what_is_safe_to_repeat_is_repeated() -> None:
     down = reply(b"", "503 Down", "text/plain", {"Retry-After": "0"})
-    script: list[Answer] = [down, hang_up, HEALTHY]
+    script: list[Answer] = [down, HANG_UP, HEALTHY]
 
-    def probe(asked: Asked, sock: socket.socket | None = None) -> Any:
-        answer = script.pop(0) if len(script) > 1 else script[0]
-        if answer is hang_up and sock is None:
-            raise TypeError
-        return answer
+    def probe(asked: Asked) -> Any:
+        return script.pop(0) if len(script) > 1 else script[0]
 
     retry = client.HttpRetryConfig(max_retries=3, backoff_base=0.01)
     with Scripted(down, down, probe=probe) as server:
@@ -898,7 +900,7 @@ def test_errors_end_a_stream() -> None:
 
 
 def test_a_lost_turn_ends_the_session_and_nothing_else() -> None:
-    script: list[Answer] = [opening(tokens("zero")), hang_up, opening(tokens("zero")), silence]
+    script: list[Answer] = [opening(tokens("zero")), HANG_UP, opening(tokens("zero")), SILENCE]
     with Scripted(*script) as server, http_connect(Calc, server.url) as calc:
         session = calc.scale(1.0)
         with pytest.raises(core.RpcArgumentError):
@@ -915,7 +917,7 @@ def test_a_lost_turn_ends_the_session_and_nothing_else() -> None:
 
 
 def test_cancel_tells_the_server_and_never_raises() -> None:
-    script: list[Answer] = [opening((row(0), None), tokens("one")), opening(), opening(tokens("one")), hang_up]
+    script: list[Answer] = [opening((row(0), None), tokens("one")), opening(), opening(tokens("one")), HANG_UP]
     with Scripted(*script) as server, http_connect(Calc, server.url) as calc:
         session = calc.count(9)
         session.cancel()
@@ -961,7 +963,7 @@ def test_the_real_server(tmp_path: Path) -> None:
         pytest.skip("the server half of vgi_rpc_extras.http is not here")
     script = tmp_path / "service.py"
     script.write_text(REAL_SERVICE, encoding="utf-8")
-    root = str(Path(core.__file__).parent)
+    root = str(Path(CORE_FILE).parent)
     env = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     worker = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, env=env, text=True)
     try:
@@ -972,7 +974,7 @@ def test_the_real_server(tmp_path: Path) -> None:
             assert [item.batch.column(0).to_pylist() for item in real.count(3)] == [[0], [1], [2]]
             assert core.list_protocols(real)[0].name == "Real"
             ran = subprocess.run(
-                [sys.executable, core.__file__, "call", "double", "x=21", "--url", url],
+                [sys.executable, CORE_FILE, "call", "double", "x=21", "--url", url],
                 capture_output=True,
                 text=True,
                 timeout=60,
@@ -1033,16 +1035,14 @@ def test_the_command_line_names_its_faults() -> None:
         (("--url", f"http://127.0.0.1:{port}"), 1, "Connection refused"),
         (("--unix", "/x", "--prefix", "/p"), 2, "--prefix goes with --url"),
     ):
-        ran = subprocess.run(
-            [sys.executable, core.__file__, "describe", *args], capture_output=True, text=True, timeout=60
-        )
+        ran = subprocess.run([sys.executable, CORE_FILE, "describe", *args], capture_output=True, text=True, timeout=60)
         assert (ran.returncode, text in ran.stderr) == (status, True), ran.stderr
 
 
 def test_the_command_line_calls_over_http() -> None:
     with Scripted() as server:
         ran = subprocess.run(
-            [sys.executable, core.__file__, "call", "add", "a=1", "b=2", "--url", server.url, "--prefix", "/p"],
+            [sys.executable, CORE_FILE, "call", "add", "a=1", "b=2", "--url", server.url, "--prefix", "/p"],
             capture_output=True,
             text=True,
             timeout=60,

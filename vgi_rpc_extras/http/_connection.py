@@ -483,7 +483,7 @@ class HttpxSender:
         self._base = base
 
     def send(self, request: Request) -> Response:
-        """Send it. Without a deadline the client's own timeouts apply."""
+        """Send it. Without a deadline the client's own timeouts apply; with one, each of its waits is bounded by it."""
         settings: dict[str, Any] = {"headers": dict(request.headers), "follow_redirects": False}
         if request.pieces:
             settings["content"] = b"".join(request.pieces)
