@@ -510,7 +510,7 @@ DRIP, SILENCE = Last(drip), Last(silence)
 
 @pytest.mark.parametrize(("slow", "own"), [(DRIP, True), (SILENCE, True), (SILENCE, False)])
 def test_a_timeout_bounds_the_whole_call(slow: Answer, own: bool) -> None:
-    with Scripted(slow) as server, httpx.Client() as given:
+    with Scripted(slow) as server, httpx.Client() as given:  # noqa: SIM117
         with http_connect(Calc, server.url, client=None if own else given) as calc:
             hasty = core.with_options(calc, timeout=0.4)
             began = time.monotonic()
@@ -649,7 +649,7 @@ def test_a_redirect_on_the_same_server_keeps_the_request() -> None:
         assert calc.add(1.0, 2.0) == 3.0
         assert [asked.path for asked in server.posts] == ["/Calc/add", "/new/Calc/add"]
         assert server.posts[0].body == server.posts[1].body
-    with Scripted(*[moved] * 9) as server, http_connect(Calc, server.url) as calc:
+    with Scripted(*[moved] * 9) as server, http_connect(Calc, server.url) as calc:  # noqa: SIM117
         with pytest.raises(core.RpcError, match="HTTP 308"):
             calc.add(1.0, 2.0)
 
@@ -934,7 +934,7 @@ def test_cancel_tells_the_server_and_never_raises() -> None:
 
 
 def test_metadata_for_a_batch_that_is_here_already() -> None:
-    with Scripted(opening((row(0), None), tokens("one"))) as server, http_connect(Calc, server.url) as calc:
+    with Scripted(opening((row(0), None), tokens("one"))) as server, http_connect(Calc, server.url) as calc:  # noqa: SIM117
         with calc.count(2) as session, pytest.raises(ValueError, match="take it first"):
             session.tick(pa.KeyValueMetadata({"a": "b"}))
 
@@ -947,7 +947,7 @@ def test_a_callback_that_raises_ends_the_stream_with_its_exception() -> None:
     def boom(message: Any) -> None:
         raise LookupError(message.message)
 
-    with Scripted(*script) as server:
+    with Scripted(*script) as server:  # noqa: SIM117
         with http_connect(Calc, server.url, on_log=lambda m: heard.append(m.message)) as calc:
             assert len(list(calc.count(1))) == 1
             assert heard == ["hello"]
