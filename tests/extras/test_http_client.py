@@ -305,6 +305,8 @@ def test_large_bodies_are_packed_and_small_ones_are_not() -> None:
         large, small = server.posts
         assert large.headers["content-encoding"] == "zstd" and len(large.body) < 5_000
         assert "content-encoding" not in small.headers
+        assert calc.size(os.urandom(300_000)) == 300_000
+        assert "content-encoding" not in server.posts[-1].headers
     with Scripted() as server, http_connect(Calc, server.url, compression_level=None) as calc:
         assert calc.size(os.urandom(3_000_000)) == 3_000_000
         assert server.posts[0].headers["accept-encoding"] == "identity"

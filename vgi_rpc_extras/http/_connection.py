@@ -41,7 +41,8 @@ _MAX_INTERIM = 8  # 1xx responses before the real one
 _MAX_CHUNK_LINE = 256
 _MAX_IDLE = 32  # connections kept for later
 _JOIN = 65_536  # bodies up to here travel in the same write as the head
-_READ = 1 << 18
+_READ = 65_536  # bytes of one read when the size is not known
+_READ_BODY = 1 << 20
 _STATUS = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\r\n\0]*)?")
 _NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _DIGITS = re.compile(r"[0-9]{1,18}")
@@ -405,7 +406,7 @@ class _Connection:
         chunks, left = [buf], size - len(buf)
         while left:
             self._arm()
-            data = self._sock.recv(min(left, _READ))
+            data = self._sock.recv(min(left, _READ_BODY))
             if not data:
                 raise EOFError(f"the response's body ends {left} bytes early")
             chunks.append(data)

@@ -64,6 +64,7 @@ _LOG_RETRY = logging.getLogger("vgi_rpc.http.retry")
 
 DEFAULT_MAX_RESPONSE_BYTES = 268_435_456
 _COMPRESS_FROM = 4096  # bytes; measured: below, packing costs more than the two packets it may save
+_SAMPLE = 65_536  # bytes tried first; random doubles, say, would cost time on both sides for nothing
 _MAX_REDIRECTS = 3
 _PREVIEW = 200
 _DETAIL = 500
@@ -479,16 +480,8 @@ class HttpTransport(core.RequestTransport):
         refused: coding.Encoding | None = None,
     ) -> tuple[Response, coding.Encoding | None]:
         """Pack, send, and follow redirects. Returns the coding that was used, too."""
-        headers, encoding = self._headers, None
-        size = sum(map(len, pieces))
-        if self._level is not None and size >= _COMPRESS_FROM:
-            encoding = self._choose(refused)
-        if encoding is not None:
-            packed = coding.compress(encoding, b"".join(pieces), level=self._level)
-            if len(packed) < size:
-                pieces, headers = (packed,), {**headers, "Content-Encoding": encoding.value}
-            else:
-                encoding = None
+        pieces, encoding = self._pack(pieces, refused)
+        headers = self._headers if encoding is None else {**self._headers, "Content-Encoding": encoding.value}
         limit = coding.MAX_DECODED_BYTES if self._limit is None else self._limit
         request = Request("POST", path, headers, pieces, limit, deadline, doing, replay_safe)
         response = self._sender.send(request)
@@ -500,6 +493,23 @@ class HttpTransport(core.RequestTransport):
         if _LOG_HTTP.isEnabledFor(logging.DEBUG):
             _LOG_HTTP.debug("POST %s: HTTP %d, %d bytes back", request.path, response.status, len(response.body))
         return response, encoding
+
+    def _pack(
+        self, pieces: Sequence[Piece], refused: coding.Encoding | None
+    ) -> tuple[Sequence[Piece], coding.Encoding | None]:
+        """Compress a body of some size, unless its beginning shows that it does not get smaller."""
+        if self._level is None or sum(map(len, pieces)) < _COMPRESS_FROM:
+            return pieces, None
+        encoding = self._choose(refused)
+        if encoding is None:
+            return pieces, None
+        body = b"".join(pieces)
+        if len(body) > 2 * _SAMPLE:
+            sample = body[_SAMPLE : 2 * _SAMPLE]
+            if len(coding.compress(encoding, sample, level=self._level)) > 0.9 * _SAMPLE:
+                return (body,), None
+        packed = coding.compress(encoding, body, level=self._level)
+        return ((packed,), encoding) if len(packed) < len(body) else ((body,), None)
 
     def _choose(self, refused: coding.Encoding | None) -> coding.Encoding | None:
         """The first coding of ours that the server advertises; without a word from it, zstd."""
