@@ -7677,6 +7677,9 @@ def _server_access_record(call: _ServerCall) -> None:
 # Every conversation has the form  check; try: enter ... leave; except BaseException: raise channel.fail(exc).
 # Errors of the far side are raised after `leave`: they do not cost the connection. Things that act on a connection
 # are functions that take the proxy, because the proxy is typed as the user's Protocol.
+#
+# A RequestTransport (HTTP) holds no conversation: each request has one complete body as its answer. Binding, encoding
+# and reading are the same; what differs is that threads do not queue, and how a stream goes on (http.md section 7).
 
 
 class _ClientOptions(_NamedTuple):
@@ -7684,6 +7687,43 @@ class _ClientOptions(_NamedTuple):
     validation: IpcValidation = IpcValidation.FULL
     timeout: float | None = None
     read_ahead: int = 0
+
+
+class RequestTransport:
+    """A transport that answers each request with one complete body and holds no conversation, such as HTTP.
+
+    Proxies over it behave like all others. Threads may use it at the same time. What its methods raise is of the
+    RpcError family, with `.sent` saying whether the request reached the far side.
+    """
+
+    limits = IpcLimits()
+
+    def request(
+        self, protocol: str, method: str, pieces: Sequence[_IpcPiece], *, timeout: float | None, doing: str
+    ) -> bytes:
+        """Send a unary request, the joined `pieces`, and return the body of its answer.
+
+        Args:
+            timeout: seconds for all of it; None: as long as the far side is alive.
+            doing: what an error text calls it.
+        """
+        raise NotImplementedError
+
+    def open_stream(self, call: StreamCall) -> StreamSession:
+        """Begin a stream."""
+        raise NotImplementedError
+
+    def ping(self, timeout: float | None) -> None:
+        """Make one round trip to the far side."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End it, and the requests that are under way; idempotent."""
+        raise NotImplementedError
+
+    def proxy_attribute(self, proxy: RpcProxy, name: str) -> Any:
+        """Return what `proxy.<name>` is when the Protocol has no such method; AttributeError: nothing."""
+        raise AttributeError(name)
 
 
 class _ClientLink:
@@ -7701,7 +7741,7 @@ class _ClientLink:
 
     def _use(self, transport: Any) -> None:
         self.transport = transport
-        self.channel = _transport_channel(transport)
+        self.channel: Any = transport if isinstance(transport, RequestTransport) else _transport_channel(transport)
         if self.limits is not None:
             self.channel.limits = self.limits
 
@@ -7738,7 +7778,7 @@ class RpcProxy:
     def __init__(
         self,
         protocol: type,
-        transport: RpcTransport,
+        transport: RpcTransport | RequestTransport,
         on_log: Callable[[Message], None] | None = None,
         *,
         ipc_validation: IpcValidation = IpcValidation.FULL,
@@ -7761,6 +7801,9 @@ class RpcProxy:
         methods = self.__dict__.get("_methods", {})
         info = methods.get(name)
         if info is None:
+            if methods and isinstance(self._link.channel, RequestTransport):
+                with contextlib.suppress(AttributeError):
+                    return self._link.channel.proxy_attribute(self, name)
             raise AttributeError(
                 f"{self.__dict__.get('_protocol_name', type(self).__name__)} has no RPC method '{name}'."
                 f" Available: {', '.join(sorted(methods))}"
@@ -7790,7 +7833,7 @@ class _ClientMethod:
         self._budget = _wire_budget(proxy._options.timeout)
         template = plan.template(self._budget)
         self._encode = template.encode if template is not None and plan.plain else None
-        self._call = _client_open if plan.is_stream else _client_unary
+        self._call = _client_caller(proxy._link, plan)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         request = self._request(args, kwargs)
@@ -7851,6 +7894,36 @@ def _client_unary(
     return value(plan, reply) if reply is not None else _wire_row_value(plan, row or ())
 
 
+def _client_post(
+    transport: RequestTransport,
+    plan: _WirePlan,
+    request: _IpcMessages,
+    options: _ClientOptions,
+    value: Callable[[_WirePlan, _WireReply], Any] = _wire_value,
+) -> Any:
+    """One call over a transport without conversations."""
+    pieces = _client_pieces(request)
+    body = transport.request(plan.protocol, plan.name, pieces, timeout=options.timeout, doing=plan.doing)
+    source = _IpcSource(body, transport.limits)
+    try:
+        row = _wire_read_learned(plan, source)
+        reply = None if row is not None else _wire_read_reply(plan, source, options.validation, options.on_log)
+    except Exception as exc:
+        raise _errors_translate(exc, plan.doing, "answered")  # noqa: B904 (it sets the cause)
+    return value(plan, reply) if reply is not None else _wire_row_value(plan, row or ())
+
+
+def _client_caller(link: _ClientLink, plan: _WirePlan) -> Callable[..., Any]:
+    """What makes calls of a method over this link."""
+    if plan.is_stream:
+        return _client_open
+    return _client_post if isinstance(link.channel, RequestTransport) else _client_unary
+
+
+def _client_pieces(request: _IpcMessages) -> list[_IpcPiece]:
+    return [request] if isinstance(request, bytes) else request
+
+
 def _client_retry(
     link: _ClientLink,
     call: Callable[[Channel, _WirePlan, _IpcMessages, _ClientOptions], _T],
@@ -7878,7 +7951,7 @@ class RpcConnection(Generic[_P]):
     def __init__(
         self,
         protocol: TypeForm[_P],
-        transport: RpcTransport,
+        transport: RpcTransport | RequestTransport,
         on_log: Callable[[Message], None] | None = None,
         *,
         ipc_validation: IpcValidation = IpcValidation.FULL,
@@ -7955,6 +8028,9 @@ def ping(proxy: object, *, timeout: float | None = None) -> float:
     writer.close()
     channel = link.channel
     began = time.monotonic()
+    if isinstance(channel, RequestTransport):
+        channel.ping(timeout)
+        return time.monotonic() - began
     channel.check()
     try:
         channel.enter("ping", timeout)
@@ -7982,7 +8058,9 @@ def describe_protocol(target: object, name: str) -> ServiceDescription:
 
 
 def introspect(
-    transport: RpcTransport, ipc_validation: IpcValidation = IpcValidation.FULL, protocol: str | None = None
+    transport: RpcTransport | RequestTransport,
+    ipc_validation: IpcValidation = IpcValidation.FULL,
+    protocol: str | None = None,
 ) -> ServiceDescription:
     """Describe the primary protocol of a server, or the named one; ValueError when it hosts none."""
     options = _ClientOptions(None, ipc_validation)
@@ -8002,7 +8080,7 @@ def _client_reflect(target: object, method: str, *args: Any, options: _ClientOpt
     try:
         options = options or found
         request = _wire_request(plan, list(args), options.timeout)
-        return _client_unary(link.channel, plan, request, options)
+        return _client_caller(link, plan)(link.channel, plan, request, options)
     except ReflectionNotSupportedError:
         raise
     except RpcError as exc:
@@ -8049,7 +8127,8 @@ def _client_call_described(
     request = _wire_request(plan, values, options.timeout)
     if plan.is_stream:
         return _client_open(link.channel, plan, request, options, header=method.has_header)
-    return cast(pa.RecordBatch, _client_unary(link.channel, plan, request, options, _wire_reply_batch))
+    call = _client_caller(link, plan)
+    return cast(pa.RecordBatch, call(link.channel, plan, request, options, _wire_reply_batch))
 
 
 # ---- several calls at once (API.md section 12.5)
@@ -8070,7 +8149,10 @@ def map_calls(
     call = _client_expect_method(method)
     if not 1 <= depth <= _CLIENT_WINDOW:
         raise ValueError(f"depth must be within 1..{_CLIENT_WINDOW}, got {depth}")
-    return _client_map(_ClientPipeline(call._link, depth), (_ClientJob(call, kwargs) for kwargs in kwargs_iterable))
+    jobs = (_ClientJob(call, kwargs) for kwargs in kwargs_iterable)
+    if isinstance(call._link.channel, RequestTransport):
+        return _client_map_requests(call._link, depth, jobs)
+    return _client_map(_ClientPipeline(call._link, depth), jobs)
 
 
 def submit(method: Callable[_Q, _T], /, *args: _Q.args, **kwargs: _Q.kwargs) -> concurrent.futures.Future[_T]:
@@ -8111,7 +8193,7 @@ class _ClientJob:
         """What to send; RpcArgumentError."""
         if self.request is None:
             self.request = self.call._request((), self.kwargs)
-        pieces = [self.request] if isinstance(self.request, bytes) else self.request
+        pieces = _client_pieces(self.request)
         self.size = sum(map(len, pieces))
         return pieces
 
@@ -8204,25 +8286,63 @@ def _client_map(pipeline: _ClientPipeline, jobs: Iterator[_ClientJob]) -> Iterat
         raise failure
 
 
+def _client_map_requests(link: _ClientLink, depth: int, jobs: Iterator[_ClientJob]) -> Iterator[Any]:
+    futures: collections.deque[Any] = collections.deque()
+    failure: Exception | None = None  # of making a request: raised where its result would have been
+    try:
+        for job in jobs:
+            try:
+                job.pieces()
+            except Exception as exc:
+                failure = exc
+                break
+            futures.append(link.submit(job))
+            if len(futures) == depth:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
+    finally:
+        for future in futures:
+            future.cancel()
+    if failure is not None:
+        raise failure
+
+
+class _ClientRequests(_ClientPipeline):
+    """Calls over a transport without conversations: one at a time in each thread."""
+
+    __slots__ = ()
+
+    def __init__(self, link: _ClientLink) -> None:
+        super().__init__(link, 1)
+
+    def turn(self, new: list[_ClientJob]) -> Callable[[], Any]:
+        call, pieces = new[0].call, new[0].pieces()
+        return lambda: _client_post(self._link.channel, call._plan, pieces, call._options)
+
+
 class _ClientSubmitter:
-    """The thread behind `submit`, of one connection."""
+    """The threads behind `submit`: one for a connection, some for a transport without conversations."""
 
     def __init__(self, link: _ClientLink) -> None:
         self._link = link
         self._jobs: collections.deque[_ClientJob] = collections.deque()
         self._wake = threading.Condition()
-        self._running = False
+        self._most = _CLIENT_THREADS if isinstance(link.channel, RequestTransport) else 1
+        self._threads = self._idle = 0
 
     def add(self, job: _ClientJob) -> None:
         with self._wake:
             self._jobs.append(job)
             self._wake.notify()
-            start, self._running = not self._running, True
+            start = self._threads < self._most and self._idle < len(self._jobs)
+            self._threads += start
         if start:
             threading.Thread(target=self._run, name="vgi-rpc-submit", daemon=True).start()
 
     def _run(self) -> None:
-        pipeline = _ClientPipeline(self._link, _CLIENT_WINDOW // 2)
+        requests = isinstance(self._link.channel, RequestTransport)
+        pipeline = _ClientRequests(self._link) if requests else _ClientPipeline(self._link, _CLIENT_WINDOW // 2)
         while True:
             new: list[_ClientJob] = []
             pipeline.take(self._startable(), new)
@@ -8230,13 +8350,20 @@ class _ClientSubmitter:
                 self._turn(pipeline, new)
                 continue
             with self._wake:
-                if not self._jobs and not self._wake.wait(_CLIENT_SUBMIT_IDLE) and not self._jobs:
-                    self._running = False
+                self._idle += 1
+                if not self._jobs:
+                    self._wake.wait(_CLIENT_SUBMIT_IDLE)
+                self._idle -= 1
+                if not self._jobs:
+                    self._threads -= 1
                     return
 
     def _startable(self) -> Iterator[_ClientJob]:
         while self._jobs:
-            job = self._jobs.popleft()
+            try:
+                job = self._jobs.popleft()
+            except IndexError:  # another thread took it
+                return
             if job.future.set_running_or_notify_cancel():
                 yield job
 
@@ -8258,33 +8385,25 @@ class _ClientSubmitter:
 
 
 _CLIENT_SUBMIT_IDLE = 1.0  # seconds
+_CLIENT_THREADS = 8
 
 
 # ---- streams
 
 
-class StreamSession:
+class StreamSession(abc.ABC):
     """A stream as its caller sees it (API.md section 2.5): iterate or tick a producer, exchange with an exchange.
 
-    The connection belongs to the session until it ends; close it, or use it in a `with` block. A server error ends
-    the session and leaves the connection usable. Producers also speak the Arrow PyCapsule interface, so
-    `polars.DataFrame(session)` and a DuckDB query over it work; they can be scanned once.
+    Over a byte stream the connection belongs to the session until it ends; close it, or use it in a `with` block. A
+    server error ends the session and leaves the connection usable. Producers also speak the Arrow PyCapsule
+    interface, so `polars.DataFrame(session)` and a DuckDB query over it work; they can be scanned once.
     """
 
-    def __init__(self, channel: Channel, plan: _WirePlan, options: _ClientOptions) -> None:
+    def __init__(self) -> None:
         self.header: object | None = None
-        self._channel = channel
-        self._plan = plan
-        self._options = options
-        self._token = object()  # what the channel remembers, so that it does not keep a dropped session alive
-        self._logs = _WireLogs(options.on_log)
-        self._writer: _IpcWriter | None = None
-        self._reader: _IpcReader | None = None
-        self._first: AnnotatedBatch | None = None  # read ahead by `schema`
-        self._ahead = 0  # ticks that have been sent and not been answered
         self._exported = False
-        self._closed = False
 
+    @abc.abstractmethod
     def tick(
         self, custom_metadata: pa.KeyValueMetadata | None = None, *, timeout: float | None = _UNSET
     ) -> AnnotatedBatch:
@@ -8293,51 +8412,36 @@ class StreamSession:
         With `read_ahead` further ticks are on their way already, so this one's metadata would come too late:
         RpcArgumentError.
         """
-        if self._first is not None and custom_metadata is None:
-            first, self._first = self._first, None
-            return first
-        if _LOG_WIRE_STREAM.isEnabledFor(logging.DEBUG):
-            _LOG_WIRE_STREAM.debug("Stream tick: method=%s", self._plan.name)
-        item = self._turn("stream tick", None, custom_metadata, timeout)
-        if item is None:
-            raise StopIteration
-        return item
 
+    @abc.abstractmethod
     def exchange(self, input: AnnotatedBatch, *, timeout: float | None = _UNSET) -> AnnotatedBatch:
         """Send one batch and return the one that answers it. All inputs of a session have one schema."""
-        if _LOG_WIRE_STREAM.isEnabledFor(logging.DEBUG):
-            _LOG_WIRE_STREAM.debug("Stream exchange: sending input: method=%s", self._plan.name)
-        item = self._turn("stream exchange", input.batch, input.custom_metadata, timeout)
-        if item is None:
-            raise RpcError("ProtocolError", f"{self._plan.name}(): the server ended the stream without an answer")
-        return item
 
+    @abc.abstractmethod
     def __iter__(self) -> Iterator[AnnotatedBatch]:
-        while True:
-            if self._closed and self._first is None:
-                return
-            try:
-                yield self.tick()
-            except StopIteration:
-                return
+        """Yield a producer's batches to its end."""
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, exc: object, traceback: object) -> None:
-        self._end("stream close", raise_unseen=kind is None)
-
+    @abc.abstractmethod
     def close(self) -> None:
         """End the input and read what the server still sends, so that the connection can be used again. Idempotent.
 
         An error of a stream that was never read is raised here; the connection is in step nevertheless.
         """
-        self._end("stream close", raise_unseen=True)
 
+    @abc.abstractmethod
     def cancel(self) -> None:
         """Tell the server to stop (its `on_cancel` runs) and read to the end; never raises for a lost connection."""
-        with contextlib.suppress(ConnectionLostError):
-            self._end("stream cancel", cancel=True)
+
+    @property
+    @abc.abstractmethod
+    def schema(self) -> pa.Schema:
+        """The producer's output schema; reads, and keeps for later, the first batch."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, exc: object, traceback: object) -> None:
+        self.close()
 
     def typed_header(self, header_type: type[_T]) -> _T:
         """Return the header, checked to be a `header_type`; TypeError otherwise."""
@@ -8346,17 +8450,6 @@ class StreamSession:
         if not isinstance(self.header, header_type):
             raise TypeError(f"Header type mismatch: expected {header_type.__name__}, got {type(self.header).__name__}")
         return self.header
-
-    @property
-    def schema(self) -> pa.Schema:
-        """The producer's output schema; reads, and keeps for later, the first batch."""
-        if self._plan.info.is_exchange:
-            raise RpcError("ProtocolError", f"{self._plan.name}() is an exchange: its output needs an input", sent="no")
-        if self._reader is None:
-            with contextlib.suppress(StopIteration):
-                self._first = self.tick()
-        assert self._reader is not None
-        return self._reader.schema
 
     def to_reader(self) -> pa.RecordBatchReader:
         """Return the rest of a producer as a reader; a session can be exported once."""
@@ -8375,6 +8468,73 @@ class StreamSession:
 
     def __arrow_c_schema__(self) -> object:
         return self.schema.__arrow_c_schema__()
+
+
+class _ClientStream(StreamSession):
+    """A stream over a byte stream, turn by turn; it holds the connection."""
+
+    def __init__(self, channel: Channel, plan: _WirePlan, options: _ClientOptions) -> None:
+        super().__init__()
+        self._channel = channel
+        self._plan = plan
+        self._options = options
+        self._token = object()  # what the channel remembers, so that it does not keep a dropped session alive
+        self._logs = _WireLogs(options.on_log)
+        self._writer: _IpcWriter | None = None
+        self._reader: _IpcReader | None = None
+        self._first: AnnotatedBatch | None = None  # read ahead by `schema`
+        self._ahead = 0  # ticks that have been sent and not been answered
+        self._closed = False
+
+    def tick(
+        self, custom_metadata: pa.KeyValueMetadata | None = None, *, timeout: float | None = _UNSET
+    ) -> AnnotatedBatch:
+        if self._first is not None and custom_metadata is None:
+            first, self._first = self._first, None
+            return first
+        if _LOG_WIRE_STREAM.isEnabledFor(logging.DEBUG):
+            _LOG_WIRE_STREAM.debug("Stream tick: method=%s", self._plan.name)
+        item = self._turn("stream tick", None, custom_metadata, timeout)
+        if item is None:
+            raise StopIteration
+        return item
+
+    def exchange(self, input: AnnotatedBatch, *, timeout: float | None = _UNSET) -> AnnotatedBatch:
+        if _LOG_WIRE_STREAM.isEnabledFor(logging.DEBUG):
+            _LOG_WIRE_STREAM.debug("Stream exchange: sending input: method=%s", self._plan.name)
+        item = self._turn("stream exchange", input.batch, input.custom_metadata, timeout)
+        if item is None:
+            raise RpcError("ProtocolError", f"{self._plan.name}(): the server ended the stream without an answer")
+        return item
+
+    def __iter__(self) -> Iterator[AnnotatedBatch]:
+        while True:
+            if self._closed and self._first is None:
+                return
+            try:
+                yield self.tick()
+            except StopIteration:
+                return
+
+    def __exit__(self, kind: object, exc: object, traceback: object) -> None:
+        self._end("stream close", raise_unseen=kind is None)
+
+    def close(self) -> None:
+        self._end("stream close", raise_unseen=True)
+
+    def cancel(self) -> None:
+        with contextlib.suppress(ConnectionLostError):
+            self._end("stream cancel", cancel=True)
+
+    @property
+    def schema(self) -> pa.Schema:
+        if self._plan.info.is_exchange:
+            raise RpcError("ProtocolError", f"{self._plan.name}() is an exchange: its output needs an input", sent="no")
+        if self._reader is None:
+            with contextlib.suppress(StopIteration):
+                self._first = self.tick()
+        assert self._reader is not None
+        return self._reader.schema
 
     def __del__(self) -> None:
         if getattr(self, "_closed", True) or self._channel.broken is not None or self._channel.pid != os.getpid():
@@ -8462,10 +8622,7 @@ class StreamSession:
                 f"{self._plan.name}(): all inputs of a stream have one schema: it began with"
                 f" {_log_schema(writer.schema)}, now {_log_schema(batch.schema)}"
             )
-        try:
-            writer.write(batch, metadata)
-        except (pa.ArrowException, ValueError, TypeError) as exc:
-            raise RpcArgumentError(f"{self._plan.name}(): the input batch cannot be written: {exc}") from exc
+        _client_write_input(self._plan, writer, batch, metadata)
         return writer.take()
 
     def _read(self) -> tuple[pa.RecordBatch, _IpcMetadata | None] | RpcError | None:
@@ -8525,13 +8682,32 @@ class StreamSession:
 _CLIENT_MAX_DRAIN = 10_000  # data batches that close() reads and drops (runtime.md section 4.2)
 
 
+def _client_write_input(
+    plan: _WirePlan,
+    writer: _IpcWriter,
+    batch: pa.RecordBatch,
+    metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None,
+) -> None:
+    try:
+        writer.write(batch, metadata)
+    except (pa.ArrowException, ValueError, TypeError) as exc:
+        raise RpcArgumentError(f"{plan.name}(): the input batch cannot be written: {exc}") from exc
+
+
 def _client_open(
-    channel: Channel, plan: _WirePlan, request: _IpcMessages, options: _ClientOptions, *, header: bool | None = None
+    channel: Channel | RequestTransport,
+    plan: _WirePlan,
+    request: _IpcMessages,
+    options: _ClientOptions,
+    *,
+    header: bool | None = None,
 ) -> StreamSession:
-    """Write the request of a stream; the session holds the connection from here on."""
-    channel.check()
-    session = StreamSession(channel, plan, options)
+    """Write the request of a stream; over a byte stream the session holds the connection from here on."""
     expects_header = plan.info.header_type is not None if header is None else header
+    if isinstance(channel, RequestTransport):
+        return channel.open_stream(StreamCall(plan, _client_pieces(request), options, channel.limits, expects_header))
+    channel.check()
+    session = _ClientStream(channel, plan, options)
     item: Any = None
     try:
         channel.enter(plan.doing, options.timeout)
@@ -8548,7 +8724,7 @@ def _client_open(
     return session
 
 
-def _client_read_header(session: StreamSession) -> Any:
+def _client_read_header(session: _ClientStream) -> Any:
     """Read the header stream. When the init failed there is no output stream, but the input still has to follow."""
     channel = session._channel
     reader = _IpcReader(channel, session._options.validation)
@@ -8563,26 +8739,123 @@ def _client_read_header(session: StreamSession) -> Any:
     return item
 
 
-def _client_take_header(session: StreamSession, item: Any) -> None:
-    if session._logs.failure is not None:
-        failure = session._logs.failure
+def _client_take_header(session: _ClientStream, item: Any) -> None:
+    try:
+        if session._logs.failure is not None:
+            raise session._logs.failure
+        session.header = _client_header(session._plan, item)
+    except Exception:
         session._end("stream close")
-        raise failure
-    name = session._plan.name
+        raise
+
+
+def _client_header(plan: _WirePlan, item: tuple[pa.RecordBatch, _IpcMetadata | None] | RpcError | None) -> object:
+    """What a header stream has brought, as the type that the Protocol declares; a batch when that is unknown."""
     if isinstance(item, RpcError):
         raise item
     if item is None:
-        raise RpcError("ProtocolError", f"{name}() stream header ended without a batch")
-    batch, metadata = item
-    header_type = session._plan.info.header_type
+        raise RpcError("ProtocolError", f"{plan.name}() stream header ended without a batch")
+    _wire_refuse_pointer(plan.name, *item)
+    header_type = plan.info.header_type
     try:
-        _wire_refuse_pointer(name, batch, metadata)
-        session.header = batch if header_type is None else header_type.deserialize_from_batch(batch)
+        return item[0] if header_type is None else header_type.deserialize_from_batch(item[0])
     except Exception as exc:
-        session._end("stream close")
-        if isinstance(exc, RpcError):
-            raise
-        raise RpcError(type(exc).__name__, f"{name}() header: {exception_str(exc)}") from exc
+        raise RpcError(type(exc).__name__, f"{plan.name}() header: {exception_str(exc)}") from exc
+
+
+class StreamReply(_NamedTuple):
+    """A body that answers one turn of a stream; `error` came after the batches: the far side's, or on_log's own."""
+
+    schema: pa.Schema
+    batches: list[tuple[pa.RecordBatch, dict[bytes, bytes] | None]]  # with their metadata
+    error: Exception | None
+    header: object | None = None
+
+
+class StreamCall:
+    """One stream call as a RequestTransport sees it: what to send, and how to read what comes back.
+
+    Attributes:
+        info: the method; `protocol` is the one it belongs to.
+        request: the pieces of the request's body; none for a stream that is resumed.
+        timeout: seconds for each turn, or None.
+        doing: what error texts call its beginning.
+    """
+
+    __slots__ = ("_has_header", "_limits", "_options", "_plan", "doing", "info", "protocol", "request", "timeout")
+
+    def __init__(
+        self,
+        plan: _WirePlan,
+        request: Sequence[_IpcPiece],
+        options: _ClientOptions,
+        limits: IpcLimits,
+        has_header: bool,
+    ) -> None:
+        self.info = plan.info
+        self.protocol = plan.protocol
+        self.request = request
+        self.timeout = options.timeout
+        self.doing = plan.doing
+        self._plan = plan
+        self._options = options
+        self._limits = limits
+        self._has_header = has_header
+
+    @classmethod
+    def resumed(cls, proxy: object, method: str) -> StreamCall:
+        """Return the call of a stream that began elsewhere; AttributeError when there is no such method."""
+        target = _client_expect_proxy(proxy)
+        plan = getattr(target, method)._plan
+        if not plan.is_stream:
+            raise TypeError(f"{plan.protocol}.{method}() is not a stream")
+        return cls(plan, (), target._options, target._link.channel.limits, False)
+
+    def write(self, batch: pa.RecordBatch, metadata: Mapping[bytes, bytes] | None) -> list[_IpcPiece]:
+        """Return the pieces of a complete IPC stream of one batch; RpcArgumentError for one that cannot be written."""
+        writer = _IpcWriter(batch.schema)
+        _client_write_input(self._plan, writer, batch, metadata)
+        writer.close()
+        return writer.take()
+
+    def read_opening(self, body: bytes) -> StreamReply:
+        """Read the answer to the request: the header stream, if the method has one, and the first turn.
+
+        Raises what the far side raised before the stream began.
+        """
+        return self._read(body, self._has_header)
+
+    def read_turn(self, body: bytes) -> StreamReply:
+        """Read the answer to a later turn."""
+        return self._read(body, False)
+
+    def _read(self, body: bytes, header: bool) -> StreamReply:
+        source, logs = _IpcSource(body, self._limits), _WireLogs(self._options.on_log)
+        try:
+            found = self._read_header(source, logs) if header else None
+            return self._read_stream(source, logs)._replace(header=found)
+        except Exception as exc:
+            if exc is logs.failure:
+                raise
+            raise _errors_translate(exc, self.doing, "answered")  # noqa: B904
+
+    def _read_header(self, source: _IpcSource, logs: _WireLogs) -> object:
+        reader = _IpcReader(source, self._options.validation)
+        item = _wire_read_data(reader, logs)
+        reader.drain()
+        if logs.failure is not None:
+            raise logs.failure
+        return _client_header(self._plan, item)
+
+    def _read_stream(self, source: _IpcSource, logs: _WireLogs) -> StreamReply:
+        reader = _IpcReader(source, self._options.validation)
+        batches = []
+        while isinstance(item := _wire_read_data(reader, logs), tuple):
+            if item[1]:
+                _wire_refuse_pointer(self._plan.name, *item)
+            batches.append(item)
+        reader.drain()
+        return StreamReply(reader.schema, batches, logs.failure or item)
 
 
 # ==== 14. POOL ========================================================================================================
@@ -9605,9 +9878,15 @@ def _cli_dial(options: Any) -> Any:
     import shlex
 
     if options.url is not None:
-        raise _CliError(
-            "--url needs the http extra (pip install 'vgi-rpc-onefile[http]'), which this version does not have yet"
-        )
+        try:
+            load = getattr(sys.modules[__name__], "_extras_load")  # noqa: B009 (room 17)
+            return load("http.client", "--url", "http").HttpTransport(options.url, prefix=options.prefix)
+        except ImportError as exc:
+            raise _CliError(str(exc)) from None
+        except ValueError as exc:
+            raise _CliError(f"--url: {exc}", 2) from None
+    if options.prefix:
+        raise _CliError("--prefix goes with --url", 2)
     if options.cmd is not None:
         try:
             command = shlex.split(options.cmd)
@@ -10257,21 +10536,21 @@ __all__ = [  # noqa: RUF022 (plain order of the characters)
     "ProtocolNotSpecifiedError", "ProtocolNotSupportedError", "ProtocolSummary", "ProtocolVersionError", "QuotaFailure",
     "QuotaViolation", "REDACTED", "REFLECTION_PROTOCOL_NAME", "REQUEST_ID_KEY", "REQUEST_VERSION",
     "REQUEST_VERSION_KEY", "RESERVED_PROTOCOL_PREFIX", "RPC_METHOD_KEY", "Reflection", "ReflectionImpl",
-    "ReflectionNotSupportedError", "ResourceInfo", "RetryInfo", "RpcArgumentError", "RpcConnection", "RpcError",
-    "RpcMethodInfo", "RpcProxy", "RpcServer", "RpcTransport", "SEMVER_REGEX", "SERVER_ID_KEY", "SHM_LENGTH_KEY",
-    "SHM_OFFSET_KEY", "SHM_SEGMENT_NAME_KEY", "SHM_SEGMENT_SIZE_KEY", "SHM_SOURCE_KEY", "STATE_KEY", "STREAM_KINDS",
-    "ServerDrainingError", "ServerRequest", "ServiceDescription", "SessionLostError", "StatusError", "StderrMode",
-    "Stream", "StreamSession", "StreamState", "SubprocessTransport", "TRACEPARENT_KEY", "TRACESTATE_KEY",
-    "TRANSIENT_ERROR_CODES", "TRANSPORT_OPTIONS_METHOD_NAME", "TRANSPORT_SHM_KEY", "TYPE_TOKEN_VERSION", "TcpTransport",
-    "Transient", "TransportKind", "UnixTransport", "UnsupportedArrowTypeError", "ValidatedReader", "VersionError",
-    "VgiAccessLogFormatter", "VgiJsonFormatter", "WireServiceDescription", "WorkerDiedError", "WorkerPool",
-    "WrongProcessError", "apply_claim_redaction", "batch_from_json", "batch_to_json", "canonical_json",
-    "compute_protocol_hash", "connect", "current_auth", "decode_error_details", "describe_protocol", "describe_rpc",
-    "deserialize_record_batch", "empty_batch", "encode_error_details", "encode_metadata", "error_code_of",
-    "error_details_of", "error_kind_of", "exception_str", "field_token", "introspect", "is_retryable", "list_protocols",
-    "main", "make_pipe_pair", "make_tcp_pair", "make_unix_pair", "map_calls", "merge_metadata", "new_ipc_stream",
-    "no_redaction", "parse_error_detail", "parse_version", "ping", "protocol_description", "read_single_record_batch",
-    "redact_claims", "rpc_methods", "run_server", "schema_tokens", "serialize_record_batch",
+    "ReflectionNotSupportedError", "RequestTransport", "ResourceInfo", "RetryInfo", "RpcArgumentError", "RpcConnection",
+    "RpcError", "RpcMethodInfo", "RpcProxy", "RpcServer", "RpcTransport", "SEMVER_REGEX", "SERVER_ID_KEY",
+    "SHM_LENGTH_KEY", "SHM_OFFSET_KEY", "SHM_SEGMENT_NAME_KEY", "SHM_SEGMENT_SIZE_KEY", "SHM_SOURCE_KEY", "STATE_KEY",
+    "STREAM_KINDS", "ServerDrainingError", "ServerRequest", "ServiceDescription", "SessionLostError", "StatusError",
+    "StderrMode", "Stream", "StreamCall", "StreamReply", "StreamSession", "StreamState", "SubprocessTransport",
+    "TRACEPARENT_KEY", "TRACESTATE_KEY", "TRANSIENT_ERROR_CODES", "TRANSPORT_OPTIONS_METHOD_NAME", "TRANSPORT_SHM_KEY",
+    "TYPE_TOKEN_VERSION", "TcpTransport", "Transient", "TransportKind", "UnixTransport", "UnsupportedArrowTypeError",
+    "ValidatedReader", "VersionError", "VgiAccessLogFormatter", "VgiJsonFormatter", "WireServiceDescription",
+    "WorkerDiedError", "WorkerPool", "WrongProcessError", "apply_claim_redaction", "batch_from_json", "batch_to_json",
+    "canonical_json", "compute_protocol_hash", "connect", "current_auth", "decode_error_details", "describe_protocol",
+    "describe_rpc", "deserialize_record_batch", "empty_batch", "encode_error_details", "encode_metadata",
+    "error_code_of", "error_details_of", "error_kind_of", "exception_str", "field_token", "introspect", "is_retryable",
+    "list_protocols", "main", "make_pipe_pair", "make_tcp_pair", "make_unix_pair", "map_calls", "merge_metadata",
+    "new_ipc_stream", "no_redaction", "parse_error_detail", "parse_version", "ping", "protocol_description",
+    "read_single_record_batch", "redact_claims", "rpc_methods", "run_server", "schema_tokens", "serialize_record_batch",
     "serialize_record_batch_bytes", "serve_pipe", "serve_stdio", "serve_tcp", "serve_tcp_pipe", "serve_unix",
     "serve_unix_pipe", "set_claim_redactor", "strip_keys", "submit", "tcp_connect", "type_token", "unix_connect",
     "validate_batch", "validate_protocol_name", "with_options",
@@ -10288,8 +10567,8 @@ if TYPE_CHECKING:  # what __getattr__ gives
 _EXTRAS_NAMES: Final = {
     "http": (
         "http",
-        "http_connect http_introspect http_capabilities make_wsgi_app make_sync_client serve_http request_upload_urls"
-        " HttpRetryConfig HttpServerCapabilities HttpStreamSession HttpTransientError MAX_REQUEST_BYTES_HEADER"
+        "http_connect http_introspect http_capabilities make_wsgi_app make_sync_client serve_http"
+        " AuthenticationError HttpRetryConfig HttpServerCapabilities HttpStreamSession HttpTransientError MAX_REQUEST_BYTES_HEADER"
         " MAX_UPLOAD_BYTES_HEADER UPLOAD_URL_HEADER bearer_authenticate_static",
     ),
     "auth": (

@@ -587,7 +587,7 @@ def test_timeout(cli: Cli) -> None:
         (("describe",), 1, "Either --url, --cmd, or --unix is required"),
         (("--cmd", "x", "--unix", "y", "describe"), 2, "not allowed with argument"),
         (("--cmd", "x", "describe", "--tcp", "h:1"), 2, "not allowed with argument"),
-        (("--url", "http://h", "describe"), 1, "[http]"),
+        (("--url", "http://127.0.0.1:1", "describe"), 1, "Connection refused"),
         (("--cmd", "/nonexistent/program", "describe"), 1, "Error: [Errno 2]"),
         (("--cmd", "'", "describe"), 2, "--cmd"),
         (("--cmd", " ", "describe"), 2, "--cmd"),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .bearer import *  # noqa: F403
+    from .client import *  # noqa: F403
     from .coding import *  # noqa: F403
     from .names import *  # noqa: F403
     from .serve import *  # noqa: F403
@@ -22,8 +23,8 @@ _WHERE = {
     for module, listed in {
         "bearer": "AuthFailure AuthReason bearer_authenticate_static",
         "client": (
-            "http_connect http_introspect http_capabilities request_upload_urls HttpRetryConfig HttpServerCapabilities"
-            " HttpStreamSession HttpTransientError"
+            "http_connect http_introspect http_capabilities AuthenticationError HttpRetryConfig HttpServerCapabilities"
+            " HttpStreamSession HttpTransientError HttpTransport RequestUploader"
         ),
         "coding": (
             "DecompressionError DecompressionLimitExceeded Encoding available_encodings compress"
