@@ -1,5 +1,6 @@
 # Needs: joserfc, authlib, httpx (jwt, oauth, login), cryptography (mtls); bearer, chains and proxy proof need nothing.
 # Install: pip install 'vgi-rpc-onefile[oauth,mtls]'. Seam: `authenticate=` of the HTTP server.
+# ruff: noqa: F403 (the star imports are for type checkers; every module has __all__)
 """Authentication for services over HTTP (auth.md): who is calling, and how a refusal looks.
 
 Names are found at first use, so bearer tokens work where the packages for JWT and certificates are absent.
@@ -43,7 +44,7 @@ _NAMES = {
     " derive_secret mint_proof parse_secrets proxy_proof_gate verify_proof",
 }
 _WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}
-__all__ = sorted(_WHERE)  # noqa: PLE0605  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted(_WHERE)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def _load(name: str) -> Any:

@@ -37,9 +37,10 @@ else:
 __all__ = ["DEFAULT_ALGORITHMS", "jwt_authenticate"]
 
 # RFC 9864 calls EdDSA on that curve Ed25519; providers still send the older name.
-DEFAULT_ALGORITHMS: Final = (
-    "RS256 RS384 RS512 PS256 PS384 PS512 ES256 ES384 ES512 EdDSA Ed25519".split()
-)  # fmt: skip
+DEFAULT_ALGORITHMS: Final[tuple[str, ...]] = (
+    *("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
+    *("ES256", "ES384", "ES512", "EdDSA", "Ed25519"),
+)
 _CURVES: Final = {"ES256": "P-256", "ES384": "P-384", "ES512": "P-521"}
 _MIN_RSA_BITS = 2048  # RFC 7518 section 3.3
 _MAX_KEYS = 512

@@ -1,7 +1,8 @@
 # Needs: the standard library only. Seam: a PreconditionGate for `require_all`.
 """Proof that a request came through a known proxy (auth.md section 10).
 
-    gate = proxy_proof_gate(ProxyProofConfig("require", "worker-1", parse_secrets(os.environ["VGI_PROXY_PROOF_SECRETS"])))
+    secrets = parse_secrets(os.environ["VGI_PROXY_PROOF_SECRETS"])
+    gate = proxy_proof_gate(ProxyProofConfig("require", "worker-1", secrets))
     authenticate = require_all(gate, jwt_authenticate(...))
 
 The header `VGI-Proxy-Proof: v1.<kid>.<ts>.<nonce>.<mac>` proves the hop, not the user, and is bound neither to method
