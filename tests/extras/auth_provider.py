@@ -109,9 +109,7 @@ class Provider(AuthorizationServer):  # type: ignore[misc]
         super().__init__()
         self.url = ""
         self.kind = kind
-        self.clients = {
-            one.client_id: one for one in (Client("browser", SECRET), Client("public"), Client("cli"))
-        }
+        self.clients = {one.client_id: one for one in (Client("browser", SECRET), Client("public"), Client("cli"))}
         self.codes: dict[str, Code] = {}
         self.devices: dict[str, dict[str, Any]] = {}
         self.approved: dict[str, bool] = {}
@@ -145,7 +143,9 @@ class Provider(AuthorizationServer):  # type: ignore[misc]
         found = {name: value for name, value in base.items() if value is not None}
         key = key or self.key
         alg = alg or self.alg
-        return jwt.encode({"alg": alg, "kid": key.kid, **(header or {})}, found, key, registry=Everything([alg]))
+        merged = {"alg": alg, "kid": key.kid, **(header or {})}
+        merged = {name: value for name, value in merged.items() if value is not None}
+        return jwt.encode(merged, found, key, registry=Everything([alg]))
 
     # What Authlib leaves to its integrations.
 
@@ -220,7 +220,9 @@ class Provider(AuthorizationServer):  # type: ignore[misc]
     def _authorize(self, req: falcon.Request) -> Any:
         """The login page; `user=` answers it."""
         if "user" not in req.params:
-            page = f'<form action="/authorize?">{_hidden(req.params)}<input name="user"><button id="go">Go</button></form>'
+            page = (
+                f'<form action="/authorize?">{_hidden(req.params)}<input name="user"><button id="go">Go</button></form>'
+            )
             return 200, f"<!doctype html><title>Provider</title>{page}", [("Content-Type", "text/html")]
         user = req.params["user"]
         grant = self.get_consent_grant(req, end_user=user)

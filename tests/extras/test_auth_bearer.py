@@ -104,8 +104,8 @@ def test_validators_see_the_token_as_it_came() -> None:
         seen.append(token)
         return ALICE
 
-    bearer_authenticate(validate=validate)(request({"Authorization": "Bearer  two words "}))
-    assert seen == [" two words "]
+    bearer_authenticate(validate=validate)(request({"Authorization": "Bearer  two words"}))
+    assert seen == [" two words"]
 
 
 def test_chain_takes_the_first_that_accepts() -> None:
@@ -216,7 +216,12 @@ def test_cookie_does_not_authenticate_other_sites() -> None:
     assert post(Sec_Fetch_Site="same-origin") is ALICE
     assert post(Origin="https://calc.example") is ALICE
     assert post() is ALICE
-    bad = ({"Sec_Fetch_Site": "cross-site"}, {"Sec_Fetch_Site": "same-site"}, {"Origin": "https://evil"}, {"Origin": "null"})
+    bad = (
+        {"Sec_Fetch_Site": "cross-site"},
+        {"Sec_Fetch_Site": "same-site"},
+        {"Origin": "https://evil"},
+        {"Origin": "null"},
+    )
     for headers in bad:
         with refused("invalid_credential"):
             post(**headers)

@@ -157,10 +157,12 @@ class JwtVerifier:
             header = json.loads(_decode(token.partition(".")[0]), parse_constant=_no_constant)
         except (ValueError, RecursionError):
             raise AuthFailure(AuthReason.INVALID_CREDENTIAL, "the header is not JSON") from None
-        if not isinstance(header, dict) or header.get("alg") not in self._registry.names or "crit" in header:
-            raise AuthFailure(AuthReason.INVALID_CREDENTIAL, "algorithm not allowed")
-        if not isinstance(header.get("kid", ""), str) or not isinstance(header["alg"], str):
+        if not isinstance(header, dict) or "crit" in header:
+            raise AuthFailure(AuthReason.INVALID_CREDENTIAL, "a header that asks for extensions, or none")
+        if not isinstance(header.get("alg"), str) or not isinstance(header.get("kid", ""), str):
             raise AuthFailure(AuthReason.INVALID_CREDENTIAL, "the header has fields of a wrong type")
+        if header["alg"] not in self._registry.names:
+            raise AuthFailure(AuthReason.INVALID_CREDENTIAL, "algorithm not allowed")
         return header
 
 
