@@ -181,6 +181,7 @@ def test_validity_is_checked_by_default() -> None:
         assert mtls_authenticate_subject(check_expiry=False)(request(header(certificate))).principal
 
 
+@pytest.mark.filterwarnings("ignore:Attribute's length")
 @pytest.mark.parametrize("names", [[], [""], [" "], ["a", "b"]], ids=str)
 def test_one_common_name_is_required(names: list[str]) -> None:
     attributes = [(NameOID.ORGANIZATION_NAME, "x"), *((NameOID.COMMON_NAME, name) for name in names)]
@@ -331,7 +332,12 @@ def test_subjects_without_one_common_name(name: str) -> None:
         xfcc(request(envoy(f'Hash=1;Subject="{name}"')))
 
 
-@given(st.lists(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x00"), min_size=1, max_size=20)))
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x00"), min_size=1, max_size=9),
+        max_size=4,
+    )
+)
 def test_names_agree_with_cryptography(values: list[str]) -> None:
     attributes = [x509.NameAttribute(NameOID.ORGANIZATION_NAME, value, _validate=False) for value in values]
     attributes.append(x509.NameAttribute(NameOID.COMMON_NAME, "".join(values) or "x", _validate=False))

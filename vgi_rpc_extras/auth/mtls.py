@@ -72,8 +72,10 @@ def mtls_authenticate(
 
 
 def _parse(value: str) -> x509.Certificate:
-    # Percent-decoding alone: "+" is a letter of base64 here, not a blank.
-    text = unquote(value, errors="strict") if "%" in value and "-----BEGIN CERTIFICATE-----" not in value else value
+    try:
+        text = unquote(value, errors="strict")  # "+" stays: it is a letter of base64 here, not a blank
+    except UnicodeDecodeError:
+        raise AuthFailure(AuthReason.INVALID_CREDENTIAL, "the header is not percent-encoded PEM") from None
     first, position = None, 0
     while position < len(text):
         match = _PEM.match(text, position)
