@@ -191,14 +191,14 @@ class Provider(AuthorizationServer):  # type: ignore[misc]
             return
         if req.method == "POST":
             self.forms.append(dict(req.get_media()))
-        answer = {
+        routes: dict[str, Callable[[Any], Any]] = {
             "/.well-known/openid-configuration": self._configuration,
             "/jwks": lambda _: (200, {"keys": [key.as_dict(private=False, use="sig") for key in self.published]}, []),
             "/authorize": self._authorize,
             "/token": self.create_token_response,
             "/device_authorization": lambda r: self.create_endpoint_response("device_authorization", r),
-        }[req.path](req)
-        status, body, headers = answer
+        }
+        status, body, headers = routes.get(req.path, lambda _: (404, "", []))(req)
         resp.status = status
         for name, value in dict(headers).items():
             resp.set_header(name, value)

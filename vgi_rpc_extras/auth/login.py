@@ -342,7 +342,7 @@ class BrowserLogin:
         )
 
     def _clear(self, resp: falcon.Response, name: str, path: str) -> None:
-        self._set_cookie(resp, name, "", 0, path=path)
+        self._set_cookie(resp, name, "", -1, path=path)  # Falcon leaves a Max-Age of 0 out
 
     def _page(self, resp: falcon.Response, status: str, text: str) -> None:
         self._clear(resp, _SESSION_COOKIE, f"{self.prefix}/_oauth/")
