@@ -18,7 +18,7 @@ assert core.__version__
 class Page:
     """Says who is calling."""
 
-    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+    def on_get(self, req: falcon.Request, resp: falcon.Response, **_: Any) -> None:
         auth = req.context.vgi_auth
         resp.media = {"principal": auth.principal, "domain": auth.domain, "claims": dict(auth.claims)}
 

@@ -120,6 +120,7 @@ class Provider(AuthorizationServer):  # type: ignore[misc]
         self.issuer_says: str | None = None
         self.extra: dict[str, Any] = {}
         self.id_claims: dict[str, Any] = {}
+        self.published: list[Any] = []
         self.rotate(keep=False)
         self.register_token_generator("default", self._token)
         self.register_grant(_code_grant(self), [CodeChallenge(required=True), _openid(self)])
@@ -168,7 +169,7 @@ class Provider(AuthorizationServer):  # type: ignore[misc]
             return request
         data = dict(request.params) if request.method == "GET" else self.forms[-1]
         headers = {name.title(): value for name, value in request.headers.items()}
-        found = OAuth2Request(request.method, "https://loopback" + request.relative_uri, headers=headers)
+        found: Any = OAuth2Request(request.method, "https://loopback" + request.relative_uri, headers=headers)
         found.payload = BasicOAuth2Payload(data)
         found._form = data
         type(found).form = property(lambda self: getattr(self, "_form", {}))
@@ -248,7 +249,7 @@ def _hidden(params: Any) -> str:
 
 def _code_grant(provider: Provider) -> type:
     class Grant(oauth_grants.AuthorizationCodeGrant):  # type: ignore[misc]
-        TOKEN_ENDPOINT_AUTH_METHODS = ["client_secret_basic", "client_secret_post", "none"]
+        TOKEN_ENDPOINT_AUTH_METHODS = ("client_secret_basic", "client_secret_post", "none")
 
         def save_authorization_code(self, code: str, request: Any) -> None:
             data = request.payload.data
@@ -278,7 +279,7 @@ def _code_grant(provider: Provider) -> type:
 
 def _refresh_grant(provider: Provider) -> type:
     class Grant(oauth_grants.RefreshTokenGrant):  # type: ignore[misc]
-        TOKEN_ENDPOINT_AUTH_METHODS = ["client_secret_basic", "client_secret_post", "none"]
+        TOKEN_ENDPOINT_AUTH_METHODS = ("client_secret_basic", "client_secret_post", "none")
         INCLUDE_NEW_REFRESH_TOKEN = True
 
         def authenticate_refresh_token(self, refresh_token: str) -> Any:
@@ -325,7 +326,7 @@ def _device_grant(provider: Provider) -> type:
 
 def _device_endpoint(provider: Provider) -> type:
     class Endpoint(DeviceAuthorizationEndpoint):  # type: ignore[misc]
-        CLIENT_AUTH_METHODS = ["none"]
+        CLIENT_AUTH_METHODS = ("none",)
         INTERVAL = 1
 
         def get_verification_uri(self) -> str:

@@ -28,6 +28,7 @@ from tests.extras.auth_app import bearer, client, refused, request
 from tests.extras.auth_provider import Provider, running
 from vgi_rpc_extras.auth import bearer_authenticate_static, chain_authenticate, jwt_authenticate
 from vgi_rpc_extras.auth import jwt as jwt_module
+from vgi_rpc_extras.auth.fetch import FetchError
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,7 @@ def test_algorithm_confusion(shared: Provider, accept: Any) -> None:
     key: RSAKey = shared.key
     _, body, _ = shared.sign().split(".")
     pem = key.as_pem(private=False)
-    for secret in (pem, pem.strip(), base64.urlsafe_b64decode(key.as_dict(private=False)["n"] + "==")):
+    for secret in (pem, pem.strip(), base64.urlsafe_b64decode(f"{key.as_dict(private=False)['n']}==")):
         signed = f"{segment({'alg': 'HS256', 'kid': key.kid})}.{body}"
         mac = base64.urlsafe_b64encode(hmac.digest(secret, signed.encode(), "sha256")).decode().rstrip("=")
         with refused("invalid_credential"):
@@ -193,7 +194,7 @@ def test_key_set_entries_are_checked_one_by_one() -> None:
     ]
     assert len(jwt_module._usable_keys({"keys": [*bad, good]})) == 1
     for document in ({}, {"keys": None}, {"keys": [good] * 513}):
-        with pytest.raises(jwt_module.FetchError):
+        with pytest.raises(FetchError):
             jwt_module._usable_keys(document)
 
 
@@ -360,7 +361,8 @@ def test_hostile_answers_mean_unavailable(provider: Provider, options: dict[str,
 
 
 def test_bad_settings() -> None:
-    for change in ({"issuer": ()}, {"issuer": ""}, {"audience": ()}, {"audience": ("", "x")}):
+    changes: tuple[dict[str, Any], ...] = ({"issuer": ()}, {"issuer": ""}, {"audience": ()}, {"audience": ("", "x")})
+    for change in changes:
         with pytest.raises(ValueError, match="must not be empty"):
             jwt_authenticate(**{"issuer": "https://id.example", "audience": "calc", **change})
     for url in ("http://id.example", "ftp://id.example", "id.example", "https://u:p@id.example"):

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.core import core
-from tests.extras.auth_app import client, make_app
+from tests.extras.auth_app import make_app
 from tests.extras.auth_provider import Provider, running, served
 from vgi_rpc_extras.auth import (
     MetadataResource,
@@ -50,7 +50,7 @@ from vgi_rpc_extras.auth import (
     well_known_paths,
 )
 
-SECRETS = {"client_secret": "cs-hush", "device_code_client_secret": "ds-hush"}
+SECRETS: dict[str, Any] = {"client_secret": "cs-hush", "device_code_client_secret": "ds-hush"}
 FULL = OAuthResourceMetadata(
     "https://calc.example/vgi",
     ("https://id.example",),
@@ -158,9 +158,16 @@ def test_served_and_read() -> None:
 
 @pytest.mark.parametrize(
     "document",
-    ["", "[]", "{}", '{"resource":"x"}', '{"resource":1,"authorization_servers":["x"]}']
-    + ['{"resource":"x","authorization_servers":"x"}', '{"resource":"x","authorization_servers":[1]}']
-    + ['{"resource":"x","authorization_servers":["y"],"use_id_token_as_bearer":"yes"}'],
+    [
+        "",
+        "[]",
+        "{}",
+        '{"resource":"x"}',
+        '{"resource":1,"authorization_servers":["x"]}',
+        '{"resource":"x","authorization_servers":"x"}',
+        '{"resource":"x","authorization_servers":[1]}',
+        '{"resource":"x","authorization_servers":["y"],"use_id_token_as_bearer":"yes"}',
+    ],
 )
 def test_documents_that_are_none(document: str) -> None:
     with httpx.Client(transport=httpx.MockTransport(lambda _: httpx.Response(200, text=document))) as http:

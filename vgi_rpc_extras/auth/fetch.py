@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import json
 import ssl
@@ -97,9 +98,15 @@ class _BoundedStream(httpx.SyncByteStream):
         self._inner.close()
 
 
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    """Reading the authorities takes 20 ms: once per process."""
+    return ssl.create_default_context()
+
+
 def bounded_client(transport: httpx.BaseTransport | None = None) -> httpx.Client:
     """Return a client for calls to identity providers; the caller closes it."""
-    inner = transport or httpx.HTTPTransport(verify=ssl.create_default_context())
+    inner = transport or httpx.HTTPTransport(verify=_tls())
     return httpx.Client(transport=_Bounded(inner), timeout=SECONDS, follow_redirects=False)
 
 
