@@ -169,7 +169,8 @@ class Provider(AuthorizationServer):  # type: ignore[misc]
             return request
         data = dict(request.params) if request.method == "GET" else self.forms[-1]
         headers = {name.title(): value for name, value in request.headers.items()}
-        found: Any = OAuth2Request(request.method, "https://loopback" + request.relative_uri, headers=headers)
+        make: Any = OAuth2Request
+        found = make(request.method, "https://loopback" + request.relative_uri, headers=headers)
         found.payload = BasicOAuth2Payload(data)
         found._form = data
         type(found).form = property(lambda self: getattr(self, "_form", {}))

@@ -19,6 +19,7 @@ pytest.importorskip("authlib")
 pytest.importorskip("httpx")
 pytest.importorskip("falcon")
 
+import falcon.testing
 import httpx
 from hypothesis import given
 from hypothesis import strategies as st
@@ -165,6 +166,17 @@ def test_machines_get_the_401(site: Any) -> None:
         assert answer.status_code == 401
         assert answer.headers["WWW-Authenticate"].startswith("Bearer resource_metadata=")
         assert SECRET not in answer.headers["WWW-Authenticate"]
+
+
+def test_no_login_where_none_helps(shared: Provider) -> None:
+    with service(shared) as site:
+        for exc, status in ((PermissionError("x"), 401), (ValueError("x"), 302)):
+
+            def refuse(_: Any, exc: Exception = exc) -> Any:
+                raise exc
+
+            http = falcon.testing.TestClient(make_app(refuse, prefix="/vgi", login=site.login))
+            assert http.simulate_get("/vgi/page", headers=HTML).status_code == status
 
 
 # What must not work

@@ -170,9 +170,10 @@ def test_served_and_read() -> None:
     ],
 )
 def test_documents_that_are_none(document: str) -> None:
-    with httpx.Client(transport=httpx.MockTransport(lambda _: httpx.Response(200, text=document))) as http:
-        with pytest.raises(ValueError):
-            fetch_oauth_metadata("https://x/y?token=hush", client=http)
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, text=document))
+    with httpx.Client(transport=transport) as http, pytest.raises(ValueError) as caught:
+        fetch_oauth_metadata("https://x/y?token=hush", client=http)
+    assert "hush" not in str(caught.value)
 
 
 def test_challenge_is_read_token_by_token() -> None:
@@ -426,9 +427,8 @@ def hostile(base: str, metadata: str, document: dict[str, Any]) -> tuple[list[st
 def test_a_service_cannot_choose_where_tokens_go(metadata: str, document: dict[str, Any]) -> None:
     calls, transport = hostile("https://calc.example", metadata, document)
     auth = VgiOAuthAuth(base_url="https://calc.example", refresh_token="hush", transport=transport)
-    with httpx.Client(base_url="https://calc.example", auth=auth, transport=transport) as http:
-        with pytest.raises(OAuthTokenError):
-            http.get("/x")
+    with httpx.Client(auth=auth, transport=transport) as http, pytest.raises(OAuthTokenError):
+        http.get("https://calc.example/x")
     auth.close()
     assert set(calls) <= {"https://calc.example/x", "https://calc.example/m"}
 

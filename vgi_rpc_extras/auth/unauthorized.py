@@ -49,6 +49,8 @@ _PROOF_HEADER = "VGI-Proxy-Proof"
 _DETAIL = "authentication rejected"
 _LOG = logging.getLogger("vgi_rpc.http.auth")
 _F = TypeVar("_F")
+# Logging in again would end at the same refusal, and browsers would go round in circles.
+_NO_LOGIN_HELPS = frozenset({"insufficient_scope", "proxy_required"})
 _MAX_TEXT = 500  # what a client keeps of a refusal's text (auth.md section 5)
 
 
@@ -250,9 +252,12 @@ class AuthGuard:
         self._log(req, reason.value, exc)
         if self._on_failure is not None:
             self._on_failure(exc)
-        if self._login and _wants_html(req) and req.method == "GET" and self._login.redirect(req, resp):
-            resp.complete = True
-            return
+        if self._login and reason not in _NO_LOGIN_HELPS and _wants_html(req) and req.method == "GET":
+            resp.complete = self._login.redirect(req, resp)
+        if not resp.complete:
+            self._answer(resp, reason, _wants_html(req))
+
+    def _answer(self, resp: falcon.Response, reason: AuthReason, as_html: bool) -> None:
         resp.status = "401 Unauthorized"
         resp.set_header(AUTH_REASON_HEADER, reason.value)
         resp.set_header("Cache-Control", "no-store")
@@ -260,7 +265,7 @@ class AuthGuard:
             resp.set_header(AUTH_PROXY_REQUIRED_HEADER, "true")
         if self._challenge:
             resp.set_header("WWW-Authenticate", self._challenge)
-        resp.content_type, resp.data = self._body(reason, _wants_html(req))
+        resp.content_type, resp.data = self._body(reason, as_html)
         resp.complete = True
 
     def _body(self, reason: AuthReason, as_html: bool) -> tuple[str, bytes]:
