@@ -55,6 +55,12 @@ def served(app: Any) -> Iterator[str]:
         server.server_close()
 
 
+class _Request(OAuth2Request):  # type: ignore[misc]
+    @property
+    def form(self) -> Any:
+        return self.payload.data
+
+
 class Client(ClientMixin):  # type: ignore[misc]
     def __init__(self, client_id: str, secret: str = "") -> None:
         self.client_id, self.secret = client_id, secret
@@ -169,11 +175,8 @@ class Provider(AuthorizationServer):  # type: ignore[misc]
             return request
         data = dict(request.params) if request.method == "GET" else self.forms[-1]
         headers = {name.title(): value for name, value in request.headers.items()}
-        make: Any = OAuth2Request
-        found = make(request.method, "https://loopback" + request.relative_uri, headers=headers)
+        found = _Request(request.method, "https://loopback" + request.relative_uri, headers=headers)
         found.payload = BasicOAuth2Payload(data)
-        found._form = data
-        type(found).form = property(lambda self: getattr(self, "_form", {}))
         return found
 
     def handle_response(self, status: int, body: Any, headers: Any) -> Any:

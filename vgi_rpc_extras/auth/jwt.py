@@ -137,7 +137,7 @@ class JwtVerifier:
             raise AuthFailure(AuthReason.INVALID_CREDENTIAL, "no key of the provider fits the token")
         try:
             payload = jws.deserialize_compact(token, key, registry=self._registry).payload
-            claims = json.loads(payload, parse_constant=_no_constant)
+            claims = json.loads(payload)
             if not isinstance(claims, dict):
                 raise AuthFailure(AuthReason.INVALID_CREDENTIAL, "the claims are not an object")
             self._claims.validate(claims)
@@ -154,7 +154,7 @@ class JwtVerifier:
         if len(token) > self._max_bytes or not _SEGMENTS.fullmatch(token):
             raise AuthFailure(AuthReason.INVALID_CREDENTIAL, "not a signed token")
         try:
-            header = json.loads(_decode(token.partition(".")[0]), parse_constant=_no_constant)
+            header = json.loads(_decode(token.partition(".")[0]))
         except (ValueError, RecursionError):
             raise AuthFailure(AuthReason.INVALID_CREDENTIAL, "the header is not JSON") from None
         if not isinstance(header, dict) or "crit" in header:
@@ -175,10 +175,6 @@ def _several(name: str, value: str | tuple[str, ...]) -> list[str]:
 
 def _decode(segment: str) -> bytes:
     return base64.urlsafe_b64decode(segment + "=" * (-len(segment) % 4))
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")  # NaN compares as not expired
 
 
 class _Algorithms(jws.JWSRegistry):
