@@ -203,7 +203,7 @@ class Provider(AuthorizationServer):  # type: ignore[misc]
             "/token": self.create_token_response,
             "/device_authorization": lambda r: self.create_endpoint_response("device_authorization", r),
         }
-        status, body, headers = routes.get(req.path, lambda _: (404, "", []))(req)
+        status, body, headers = routes.get(req.path, lambda _: (404, "", []))(req)  # type: ignore[no-untyped-call]
         resp.status = status
         for name, value in dict(headers).items():
             resp.set_header(name, value)

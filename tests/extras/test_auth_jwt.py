@@ -27,6 +27,7 @@ from tests.core import core
 from tests.extras.auth_app import bearer, client, refused, request
 from tests.extras.auth_provider import Provider, running
 from vgi_rpc_extras.auth import bearer_authenticate_static, chain_authenticate, jwt_authenticate
+from vgi_rpc_extras.auth import fetch
 from vgi_rpc_extras.auth import jwt as jwt_module
 from vgi_rpc_extras.auth.fetch import FetchError
 
@@ -358,6 +359,30 @@ def answering(**options: Any) -> Any:
 def test_hostile_answers_mean_unavailable(provider: Provider, options: dict[str, Any]) -> None:
     with pytest.raises(core.AuthUnavailableError):
         answering(**options)(request(bearer(provider.sign())))
+
+
+class Dripping(httpx.SyncByteStream):
+    """A long answer that comes in pieces; counts those taken."""
+
+    def __init__(self, piece: bytes, pause: float) -> None:
+        self.piece, self.pause, self.taken = piece, pause, 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        for _ in range(200):
+            time.sleep(self.pause)
+            self.taken += 1
+            yield self.piece
+
+
+@pytest.mark.parametrize(("piece", "pause", "most"), [(b" " * 65536, 0.0, 17), (b" ", 0.005, 30)])
+def test_answers_are_bounded_while_they_come(
+    provider: Provider, monkeypatch: pytest.MonkeyPatch, piece: bytes, pause: float, most: int
+) -> None:
+    monkeypatch.setattr(fetch, "SECONDS", 0.1)
+    stream = Dripping(piece, pause)
+    with pytest.raises(core.AuthUnavailableError):
+        answering(status_code=200, stream=stream)(request(bearer(provider.sign())))
+    assert stream.taken <= most
 
 
 def test_bad_settings() -> None:
