@@ -26,8 +26,7 @@ from joserfc.jwk import ECKey, OctKey, RSAKey
 from tests.core import core
 from tests.extras.auth_app import bearer, client, refused, request
 from tests.extras.auth_provider import Provider, running
-from vgi_rpc_extras.auth import bearer_authenticate_static, chain_authenticate, jwt_authenticate
-from vgi_rpc_extras.auth import fetch
+from vgi_rpc_extras.auth import bearer_authenticate_static, chain_authenticate, fetch, jwt_authenticate
 from vgi_rpc_extras.auth import jwt as jwt_module
 from vgi_rpc_extras.auth.fetch import FetchError
 

@@ -433,6 +433,22 @@ def test_a_service_cannot_choose_where_tokens_go(metadata: str, document: dict[s
     assert set(calls) <= {"https://calc.example/x", "https://calc.example/m"}
 
 
+def test_several_challenges_and_none() -> None:
+    bearer = 'Bearer resource_metadata="https://evil.example/m"'
+    auth = VgiOAuthAuth(base_url="https://calc.example")
+
+    def answering(status: int, *values: str) -> httpx.Client:
+        answer = httpx.Response(status, headers=[("WWW-Authenticate", value) for value in values])
+        return httpx.Client(auth=auth, transport=httpx.MockTransport(lambda _: answer))
+
+    with answering(401, 'Basic realm="x"', bearer) as http, pytest.raises(OAuthTokenError, match="another origin"):
+        http.get("https://calc.example/x")
+    for status, values in ((401, ()), (401, ('Basic realm="x"',)), (403, (bearer,))):
+        with answering(status, *values) as http:
+            assert http.get("https://calc.example/x").status_code == status
+    auth.close()
+
+
 def test_tokens_stay_with_their_origin() -> None:
     seen: list[str | None] = []
 

@@ -406,7 +406,8 @@ class VgiOAuthAuth(httpx.Auth):
         if tokens is not None and tokens.is_valid():
             request.headers["Authorization"] = f"Bearer {tokens.bearer_token()}"
         response = yield request
-        challenge = parse_oauth_challenge(response.headers.get("WWW-Authenticate", ""))
+        offered = map(parse_oauth_challenge, response.headers.get_list("WWW-Authenticate"))
+        challenge = next((one for one in offered if one is not None), None)
         if response.status_code != 401 or challenge is None:
             return
         response.read()
