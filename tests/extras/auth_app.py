@@ -20,7 +20,7 @@ class Page:
     """Says who is calling."""
 
     def on_get(self, req: falcon.Request, resp: falcon.Response, **_: Any) -> None:
-        auth = req.context.vgi_auth
+        auth = req.context.auth
         resp.media = {"principal": auth.principal, "domain": auth.domain, "claims": dict(auth.claims)}
 
     on_post = on_get

@@ -281,6 +281,7 @@ def test_outage_is_503_and_a_bug_is_500() -> None:
     assert answer.json == {"title": "503 Service Unavailable", "description": "authentication authority unavailable"}
     answer = client(failing(KeyError("s3cret"))).simulate_get("/x")
     assert (answer.status_code, answer.json) == (500, {"title": "500 Internal Server Error"})
+    assert client(lambda _: None).simulate_get("/x").status_code == 500
     for header in ("VGI-Auth-Reason", "VGI-Auth-Proxy-Required", "WWW-Authenticate"):
         assert header not in answer.headers
 

@@ -4,7 +4,7 @@
     guard = AuthGuard(authenticate, prefix="/vgi")
     app = falcon.App(middleware=[guard])          # guard.process_request runs before routing
     ...
-    req.context.vgi_auth                          # an AuthContext in every request that passes
+    req.context.auth                          # an AuthContext in every request that passes
 
 All refusals of one service look alike but for the reason code: the texts are constants, so that neither a verifier's
 words nor a caller's input come back.
@@ -196,7 +196,7 @@ class AuthGuard:
         login: the browser login, which turns a 401 for a person into a redirect.
         on_failure: called with the exception behind every 401, to count them; it must not keep or print it.
 
-    Passing requests have their context in `req.context.vgi_auth`.
+    Passing requests have their context in `req.context.auth`.
     """
 
     def __init__(
@@ -227,12 +227,14 @@ class AuthGuard:
         return any(path == one or path.startswith(f"{one}/") for one in open_paths)
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
-        """Set `req.context.vgi_auth`, or complete the response with the refusal."""
-        req.context.vgi_auth = core.AuthContext.anonymous()
+        """Set `req.context.auth`, or complete the response with the refusal."""
+        req.context.auth = core.AuthContext.anonymous()
         if self._authenticate is None or self.is_exempt(req.method, req.path):
             return
         try:
             auth = self._authenticate(req)
+            if not isinstance(auth, core.AuthContext):
+                raise TypeError("an authenticator returns an AuthContext")
         except (ValueError, PermissionError) as exc:
             self._refuse(req, resp, exc)
         except core.AuthUnavailableError as exc:
@@ -243,7 +245,7 @@ class AuthGuard:
             _LOG.error("authenticator failed: %s in %s", type(exc).__name__, _where(exc))
             _complete_json(resp, "500 Internal Server Error")
         else:
-            req.context.vgi_auth = auth
+            req.context.auth = auth
             if self._login and self._login.hand_over(req, resp):
                 resp.complete = True
 
