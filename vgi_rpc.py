@@ -10568,8 +10568,8 @@ _EXTRAS_NAMES: Final = {
     "http": (
         "http",
         "http_connect http_introspect http_capabilities make_wsgi_app make_sync_client serve_http"
-        " AuthenticationError HttpRetryConfig HttpServerCapabilities HttpStreamSession HttpTransientError MAX_REQUEST_BYTES_HEADER"
-        " MAX_UPLOAD_BYTES_HEADER UPLOAD_URL_HEADER bearer_authenticate_static",
+        " AuthenticationError HttpRetryConfig HttpServerCapabilities HttpStreamSession HttpTransientError"
+        " MAX_REQUEST_BYTES_HEADER MAX_UPLOAD_BYTES_HEADER UPLOAD_URL_HEADER bearer_authenticate_static",
     ),
     "auth": (
         "oauth",

@@ -51,6 +51,6 @@ def test_whole_suite(app: Path) -> None:
         shutil.copyfile(ROOT / name, app / name)
     # What starts many processes takes minutes and does not depend on the module's name; `.ci/run` must stay short.
     choice = "test_0 or test_11 or test_12 or test_13 or test_17"
-    ran = run(app, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", "-k", choice, timeout=880)
+    ran = run(app, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "tests", "-k", choice, timeout=880)
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
     assert " passed" in ran.stdout

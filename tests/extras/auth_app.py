@@ -1,0 +1,58 @@
+"""A small Falcon app around AuthGuard, and requests to it, for the tests of authentication."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import falcon
+import falcon.testing
+
+from tests.core import core
+
+getattr(core, "_extras_load")("auth", "authentication")  # noqa: B009 (binds the extras to the core under test)
+
+from vgi_rpc_extras.auth import AuthFailure, AuthGuard  # noqa: E402
+
+
+class Page:
+    """Says who is calling."""
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response, **_: Any) -> None:
+        auth = req.context.auth
+        resp.media = {"principal": auth.principal, "domain": auth.domain, "claims": dict(auth.claims)}
+
+    on_post = on_get
+
+
+def make_app(authenticate: Any, *, prefix: str = "", login: Any = None, **options: Any) -> falcon.App[Any, Any]:
+    app = falcon.App(middleware=[AuthGuard(authenticate, prefix=prefix, login=login, **options)])
+    app.add_sink(Page().on_get, r"/.*")
+    if login is not None:
+        login.add_routes(app)
+    return app
+
+
+def client(authenticate: Any, **options: Any) -> falcon.testing.TestClient:
+    return falcon.testing.TestClient(make_app(authenticate, **options))
+
+
+def request(headers: dict[str, str] | None = None, *, peer: str = "10.0.0.9", **options: Any) -> falcon.Request:
+    environ = falcon.testing.create_environ(headers=headers or {}, remote_addr=peer, **options)
+    return falcon.Request(environ)
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+@contextmanager
+def refused(reason: str) -> Iterator[None]:
+    """The block must raise AuthFailure with this reason."""
+    try:
+        yield
+    except AuthFailure as exc:
+        assert exc.reason == reason, f"{exc.reason} ({exc.detail})"
+    else:
+        raise AssertionError(f"not refused; expected {reason}")

@@ -1,0 +1,76 @@
+# Needs: joserfc, authlib, httpx (jwt, oauth, login), cryptography (mtls); bearer, chains and proxy proof need nothing.
+# Install: pip install 'vgi-rpc-onefile[oauth,mtls]'. Seam: `authenticate=` of the HTTP server.
+# ruff: noqa: F403 (the star imports are for type checkers; every module has __all__)
+"""Authentication for services over HTTP (auth.md): who is calling, and how a refusal looks.
+
+Names are found at first use, so bearer tokens work where the packages for JWT and certificates are absent.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .bearer import *
+    from .device_login import *
+    from .jwt import *
+    from .login import *
+    from .mtls import *
+    from .oauth import *
+    from .proxy_proof import *
+    from .unauthorized import *
+    from .xfcc import *
+
+_EXTRA = {"jwt": "oauth", "oauth": "oauth", "login": "oauth", "device_login": "oauth", "mtls": "mtls"}
+_NAMES = {
+    "unauthorized": "AUTH_PROXY_REQUIRED_HEADER AUTH_REASON_HEADER AuthFailure AuthGuard AuthReason AuthenticationError"
+    " build_proxy_hint classify_auth_failure declare_proxy_headers merge_proxy_headers proxy_headers_of"
+    " read_unauthorized",
+    "bearer": "Authenticate PreconditionGate bearer_authenticate bearer_authenticate_static chain_authenticate"
+    " make_cookie_authenticate require_all",
+    "jwt": "DEFAULT_ALGORITHMS jwt_authenticate",
+    "mtls": "mtls_authenticate mtls_authenticate_fingerprint mtls_authenticate_subject",
+    "xfcc": "XfccElement mtls_authenticate_xfcc parse_xfcc",
+    "oauth": "OAuthResourceMetadata OAuthResourceMetadataResponse OAuthServerMetadata build_www_authenticate"
+    " fetch_auth_server_metadata fetch_oauth_metadata http_oauth_metadata parse_client_id parse_client_secret"
+    " parse_device_code_client_id parse_device_code_client_secret parse_resource_metadata_url"
+    " parse_use_id_token_as_bearer parse_www_authenticate_params well_known_paths MetadataResource",
+    "login": "BrowserLogin",
+    "device_login": "OAuthChallenge OAuthFlow OAuthIdentity OAuthPrompt OAuthRefreshContext OAuthTokenError"
+    " OAuthTokenSet VgiOAuthAuth attempt_token_refresh is_colab_environment is_headless_environment"
+    " parse_oauth_challenge perform_device_code_flow select_device_code_client",
+    "proxy_proof": "NonceCache PROOF_HEADER PROOF_REQUIRED_HEADER ProofError ProxyProofConfig canonical_string"
+    " derive_secret mint_proof parse_secrets proxy_proof_gate verify_proof",
+}
+_WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = sorted(_WHERE)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def _load(name: str) -> Any:
+    """The object behind a lazy name. ImportError says which package is missing and how to get it."""
+    module = _WHERE.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        found = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    except ModuleNotFoundError as exc:
+        if not exc.name or exc.name.startswith(__name__):
+            raise
+        raise ImportError(
+            f"{name} needs the package {exc.name!r}, which is not installed:"
+            f" pip install 'vgi-rpc-onefile[{_EXTRA.get(module, 'oauth')}]'",
+            name=exc.name,
+        ) from exc
+    globals()[name] = found
+    return found
+
+
+if not TYPE_CHECKING:  # a checker would take any name for existing
+
+    def __getattr__(name: str) -> Any:
+        return _load(name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHERE})

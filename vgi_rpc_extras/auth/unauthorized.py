@@ -1,0 +1,312 @@
+# Needs: the standard library only (Falcon's objects are passed in). Seam: the authentication step of the HTTP server.
+"""How a request that may not pass is answered: 401, 503 and 500, and what a client makes of them (auth.md 1 and 5).
+
+    guard = AuthGuard(authenticate, prefix="/vgi")
+    app = falcon.App(middleware=[guard])          # guard.process_request runs before routing
+    ...
+    req.context.auth                          # an AuthContext in every request that passes
+
+All refusals of one service look alike but for the reason code: the texts are constants, so that neither a verifier's
+words nor a caller's input come back.
+"""
+
+from __future__ import annotations
+
+import enum
+import html
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from .. import core as _bound_core
+
+if TYPE_CHECKING:
+    import falcon
+
+    import vgi_rpc as core
+else:
+    core = _bound_core()
+
+__all__ = [
+    "AUTH_PROXY_REQUIRED_HEADER",
+    "AUTH_REASON_HEADER",
+    "AuthFailure",
+    "AuthGuard",
+    "AuthReason",
+    "AuthenticationError",
+    "build_proxy_hint",
+    "classify_auth_failure",
+    "declare_proxy_headers",
+    "merge_proxy_headers",
+    "proxy_headers_of",
+    "read_unauthorized",
+]
+
+AUTH_REASON_HEADER = "VGI-Auth-Reason"
+AUTH_PROXY_REQUIRED_HEADER = "VGI-Auth-Proxy-Required"
+_PROOF_HEADER = "VGI-Proxy-Proof"
+_DETAIL = "authentication rejected"
+_LOG = logging.getLogger("vgi_rpc.http.auth")
+_F = TypeVar("_F")
+# Logging in again would end at the same refusal, and browsers would go round in circles.
+_NO_LOGIN_HELPS = frozenset({"insufficient_scope", "proxy_required"})
+_MAX_TEXT = 500  # what a client keeps of a refusal's text (auth.md section 5)
+
+
+class AuthReason(enum.StrEnum):
+    """The closed set of reasons that a 401 carries (auth.md section 5)."""
+
+    MISSING_CREDENTIAL = "missing_credential"
+    INVALID_CREDENTIAL = "invalid_credential"
+    EXPIRED_CREDENTIAL = "expired_credential"
+    INSUFFICIENT_SCOPE = "insufficient_scope"
+    PROXY_REQUIRED = "proxy_required"
+    UNAUTHORIZED = "unauthorized"
+
+
+class AuthFailure(ValueError):
+    """A credential is missing or bad: a chain tries its next member, else 401 with this reason.
+
+    `detail` is for the developer's eyes; it reaches neither the client nor the log.
+    """
+
+    def __init__(self, reason: AuthReason, detail: str = "") -> None:
+        super().__init__(detail or reason.value)
+        self.reason = reason
+        self.detail = detail
+        self.vgi_auth_reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.reason, self.detail)
+
+
+class AuthenticationError(core.RpcError):
+    """Client side: the service answered 401."""
+
+    def __init__(self, reason: AuthReason, detail: str, proxy_hint: str = "", *, request_id: str = "") -> None:
+        message = f"{detail} ({reason.value})" + (f"\n\n{proxy_hint}" if proxy_hint else "")
+        super().__init__(
+            "AuthenticationError", message, request_id=request_id, error_code=core.Code.UNAUTHENTICATED.value
+        )
+        self.reason = reason
+        self.detail = detail
+        self.proxy_hint = proxy_hint
+
+
+def classify_auth_failure(exc: BaseException) -> AuthReason:
+    """Return the reason an exception declares, else the one its class stands for; its text is never read."""
+    declared = getattr(exc, "vgi_auth_reason", None)
+    if isinstance(declared, AuthReason):
+        return declared
+    return AuthReason.INSUFFICIENT_SCOPE if isinstance(exc, PermissionError) else AuthReason.UNAUTHORIZED
+
+
+def declare_proxy_headers(fn: _F, *headers: str) -> _F:
+    """Record on an authenticator which headers a proxy must put into requests; returns it."""
+    fn.vgi_proxy_headers = tuple(dict.fromkeys((*proxy_headers_of(fn), *headers)))  # type: ignore[attr-defined]
+    return fn
+
+
+def proxy_headers_of(fn: object) -> tuple[str, ...]:
+    """Return the header names recorded by `declare_proxy_headers`, in order."""
+    return tuple(getattr(fn, "vgi_proxy_headers", ()))
+
+
+def merge_proxy_headers(*sources: object) -> tuple[str, ...]:
+    """Return the header names of several authenticators, each once, first seen first."""
+    return tuple(dict.fromkeys(name for source in sources for name in proxy_headers_of(source)))
+
+
+def build_proxy_hint(headers: Iterable[str]) -> str:
+    """Return the note of a service behind a proxy; empty when it needs no header of one."""
+    names = ", ".join(headers)
+    if not names:
+        return ""
+    return (
+        "This service is reachable only through its authenticating proxy, which must set these request headers:"
+        f" {names}. When they are missing or wrong, the proxy's configuration is as likely at fault as the credential:"
+        " check that the request went through the proxy."
+    )
+
+
+def read_unauthorized(body: bytes, headers: Mapping[str, str], *, request_id: str = "") -> AuthenticationError:
+    """Return the exception for a 401 answer; any body and any headers will do.
+
+    Args:
+        body: the decoded body; no more than 64 KiB of it is read.
+        headers: of the response; names in any case.
+        request_id: its X-Request-ID.
+    """
+    names = {name.lower(): value for name, value in headers.items()}
+    found = _json_object(body[:65536])
+    text = body[: 4 * _MAX_TEXT].decode("utf-8", "replace").strip()
+    if found is not None:
+        detail = _clean(found.get("detail"))
+    elif "html" in names.get("content-type", "") or text.startswith("<"):
+        detail = "the answer is a web page: a proxy or login page, not the service itself"
+    else:
+        detail = _clean(text)
+    reason = _reason((found or {}).get("reason", names.get(AUTH_REASON_HEADER.lower())))
+    hint = _clean((found or {}).get("proxy_hint"), 4 * _MAX_TEXT)
+    return AuthenticationError(reason, detail or "unauthorized", hint, request_id=request_id)
+
+
+def _json_object(body: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _reason(value: object) -> AuthReason:
+    try:
+        return AuthReason(str(value))
+    except ValueError:
+        return AuthReason.UNAUTHORIZED
+
+
+def _clean(value: object, limit: int = _MAX_TEXT) -> str:
+    """A peer's text, short and without control characters (it ends on terminals)."""
+    text = value[:limit] if isinstance(value, str) else ""
+    return "".join(char if char.isprintable() else " " for char in text).strip()
+
+
+class _Login(Protocol):
+    """What the guard asks of a browser login (login.py)."""
+
+    def authenticator(
+        self, inner: Callable[[falcon.Request], core.AuthContext]
+    ) -> Callable[[falcon.Request], core.AuthContext]: ...
+    def redirect(self, req: falcon.Request, resp: falcon.Response) -> bool: ...
+    def hand_over(self, req: falcon.Request, resp: falcon.Response) -> bool: ...
+
+
+class AuthGuard:
+    """Falcon middleware: authenticates every request that is not exempt, before it is routed.
+
+    Args:
+        authenticate: returns an AuthContext; ValueError and PermissionError mean 401, AuthUnavailableError 503,
+            anything else 500. None lets everything through anonymously.
+        prefix: of all routes, "" or "/something".
+        proxy_auth_headers: further header names for the note of a 401.
+        proxy_proof_required: add the proof's header to that note.
+        challenge: the WWW-Authenticate value of every 401; "" for none (oauth.build_www_authenticate).
+        login: the browser login, which turns a 401 for a person into a redirect.
+        on_failure: called with the exception behind every 401, to count them; it must not keep or print it.
+
+    Passing requests have their context in `req.context.auth`.
+    """
+
+    def __init__(
+        self,
+        authenticate: Callable[[falcon.Request], core.AuthContext] | None,
+        *,
+        prefix: str = "",
+        proxy_auth_headers: Sequence[str] | None = None,
+        proxy_proof_required: bool = False,
+        challenge: str = "",
+        login: _Login | None = None,
+        on_failure: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        names = (*(proxy_auth_headers or ()), *proxy_headers_of(authenticate))
+        names += (_PROOF_HEADER,) if proxy_proof_required else ()
+        self.proxy_hint = build_proxy_hint(dict.fromkeys(names))
+        self._authenticate = login.authenticator(authenticate) if login and authenticate else authenticate
+        self._prefix = prefix
+        self._challenge = challenge
+        self._login = login
+        self._on_failure = on_failure
+
+    def is_exempt(self, method: str, path: str) -> bool:
+        """Whether a request passes unauthenticated; paths are compared by whole segments (http.md section 15)."""
+        if method == "OPTIONS" or path.startswith("/.well-known/"):
+            return True
+        open_paths = [f"{self._prefix}/health"] + ([f"{self._prefix}/_oauth"] if self._login else [])
+        return any(path == one or path.startswith(f"{one}/") for one in open_paths)
+
+    def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """Set `req.context.auth`, or complete the response with the refusal."""
+        req.context.auth = core.AuthContext.anonymous()
+        if self._authenticate is None or self.is_exempt(req.method, req.path):
+            return
+        try:
+            auth = self._authenticate(req)
+            if not isinstance(auth, core.AuthContext):
+                raise TypeError("an authenticator returns an AuthContext")
+        except (ValueError, PermissionError) as exc:
+            self._refuse(req, resp, exc)
+        except core.AuthUnavailableError as exc:
+            self._log(req, "authentication unavailable", exc)
+            _complete_json(resp, "503 Service Unavailable", "authentication authority unavailable")
+            resp.set_header("Retry-After", str(max(1, int(exc.retry_after))))
+        except Exception as exc:
+            _LOG.error("authenticator failed: %s in %s", type(exc).__name__, _where(exc))
+            _complete_json(resp, "500 Internal Server Error")
+        else:
+            req.context.auth = auth
+            if self._login and self._login.hand_over(req, resp):
+                resp.complete = True
+
+    def _refuse(self, req: falcon.Request, resp: falcon.Response, exc: BaseException) -> None:
+        reason = classify_auth_failure(exc)
+        self._log(req, reason.value, exc)
+        if self._on_failure is not None:
+            self._on_failure(exc)
+        if self._login and reason not in _NO_LOGIN_HELPS and _wants_html(req) and req.method == "GET":
+            resp.complete = self._login.redirect(req, resp)
+        if not resp.complete:
+            self._answer(resp, reason, _wants_html(req))
+
+    def _answer(self, resp: falcon.Response, reason: AuthReason, as_html: bool) -> None:
+        resp.status = "401 Unauthorized"
+        resp.set_header(AUTH_REASON_HEADER, reason.value)
+        resp.set_header("Cache-Control", "no-store")
+        if self.proxy_hint:
+            resp.set_header(AUTH_PROXY_REQUIRED_HEADER, "true")
+        if self._challenge:
+            resp.set_header("WWW-Authenticate", self._challenge)
+        resp.content_type, resp.data = self._body(reason, as_html)
+        resp.complete = True
+
+    def _body(self, reason: AuthReason, as_html: bool) -> tuple[str, bytes]:
+        if as_html:
+            return "text/html; charset=utf-8", _page(reason, self.proxy_hint).encode()
+        found = {"error": "unauthorized", "reason": reason.value, "detail": _DETAIL}
+        if self.proxy_hint:
+            found["proxy_hint"] = self.proxy_hint
+        return "application/json", json.dumps(found, separators=(",", ":")).encode()
+
+    def _log(self, req: falcon.Request, reason: str, exc: BaseException) -> None:
+        # Never the message, a header or the path: an authenticator may have put the credential into its words.
+        _LOG.warning("request refused: %s (%s, peer %s)", reason, type(exc).__name__, req.remote_addr)
+
+
+def _wants_html(req: falcon.Request) -> bool:
+    return "text/html" in (req.get_header("Accept") or "").lower()
+
+
+def _page(reason: AuthReason, hint: str) -> str:
+    note = f"<p>{html.escape(hint)}</p>" if hint else ""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>401 Unauthorized</title></head>'
+        f"<body><h1>401 Unauthorized</h1><p>{_DETAIL}: <code>{reason.value}</code></p>{note}</body></html>"
+    )
+
+
+def _complete_json(resp: falcon.Response, status: str, description: str = "") -> None:
+    found = {"title": status} | ({"description": description} if description else {})
+    resp.status = status
+    resp.set_header("Cache-Control", "no-store")
+    resp.content_type = "application/json"
+    resp.data = json.dumps(found, separators=(",", ":")).encode()
+    resp.complete = True
+
+
+def _where(exc: BaseException) -> str:
+    """File and line of a bug, without its message: that may hold the credential."""
+    last = exc.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return "?" if last is None else f"{last.tb_frame.f_code.co_filename}:{last.tb_lineno}"
