@@ -9358,7 +9358,7 @@ def serve_unix(
         return _door_serve_unix_pipe(server, path, **options)
     _door_check_serving(threaded, max_connections, idle_timeout)
     listener = _transport_listen_unix(path, 128 if threaded else 16)
-    inode = os.stat(path).st_ino
+    inode, owner = os.stat(path).st_ino, os.getpid()
     if _LOG_WIRE_TRANSPORT.isEnabledFor(logging.DEBUG):
         _LOG_WIRE_TRANSPORT.debug("serve_unix: server_id=%s, path=%s", server.server_id, path)
 
@@ -9373,7 +9373,8 @@ def serve_unix(
         ).run()
     finally:
         listener.close()
-        _transport_unlink_unix(path, inode)
+        if os.getpid() == owner:  # `on_bound` may have forked
+            _transport_unlink_unix(path, inode)
     return None
 
 
@@ -9488,35 +9489,119 @@ def _door_run(
         server = protocol_or_server
     else:
         server = RpcServer(protocol_or_server, implementation, enable_describe=describe or options.describe)
-    close_log = _door_access_log(options, server)
+    _door_check_options(options)
     try:
-        _door_serve_options(server, options)
+        with contextlib.ExitStack() as log:
+            if options.workers == 1:
+                log.callback(_door_access_log(options, server))
+            _door_serve_options(server, options, log)
     except KeyboardInterrupt:  # Ctrl-C in a terminal reaches the worker too
         raise SystemExit(130) from None
-    finally:
-        close_log()
 
 
-def _door_serve_options(server: RpcServer, options: Any) -> None:
-    if options.http:
-        return _door_serve_http(server, options)
-    if options.max_response_bytes is not None and (options.unix or options.tcp):
+def _door_check_options(options: Any) -> None:
+    sockets = options.unix or options.tcp
+    if options.max_response_bytes is not None and sockets:
         raise SystemExit("--max-response-bytes is about HTTP: give --http")
-    if (options.unix or options.tcp) and options.idle_timeout and not options.threaded:
+    if sockets and options.idle_timeout and not options.threaded:
         raise SystemExit("idle_timeout requires threaded=True: give --idle-timeout 0 with --no-threaded")
+    if options.workers < 1:
+        raise SystemExit(f"--workers must be at least 1, got {options.workers}")
+    if options.workers > 1 and not sockets:
+        raise SystemExit("--workers is about sockets: give --unix or --tcp (HTTP: use a process manager)")
+    if options.workers > 1 and options.access_log and "{pid}" not in options.access_log:
+        raise SystemExit("--access-log needs {pid} in its path when there are several --workers")
+
+
+def _door_serve_options(server: RpcServer, options: Any, log: contextlib.ExitStack) -> None:
     sockets: dict[str, Any] = {
         "threaded": options.threaded,
         "max_connections": options.max_connections or None,
         "idle_timeout": options.idle_timeout or None,
     }
-    if options.unix:
-        path = os.path.abspath(options.unix)
-        serve_unix(server, path, on_bound=lambda p: print(f"UNIX:{p}", flush=True), **sockets)
+
+    def bound(where: str) -> None:
+        print(where, flush=True)
+        if options.workers > 1:
+            _DoorWorkers(options.workers).run()
+            log.callback(_door_access_log(options, server))
+
+    if options.http:
+        _door_serve_http(server, options)
+    elif options.unix:
+        serve_unix(server, os.path.abspath(options.unix), on_bound=lambda path: bound(f"UNIX:{path}"), **sockets)
     elif options.tcp:
         host, port = _door_host_port(options.tcp)
-        serve_tcp(server, host, port, on_bound=lambda h, p: print(f"TCP:{h}:{p}", flush=True), **sockets)
+        serve_tcp(server, host, port, on_bound=lambda name, number: bound(f"TCP:{name}:{number}"), **sockets)
     else:
         serve_stdio(server)
+
+
+class _DoorWorkers:
+    """The parent of `--workers N`: forks processes that accept from one socket, and replaces those that die.
+
+    A worker that has been idle for its timeout is not replaced. SIGTERM and SIGINT end all of them; when the parent is
+    killed, they notice that their pipe to it has closed.
+    """
+
+    PATIENCE = 10.0  # seconds until a worker that does not end is killed
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._born: dict[int, float] = {}
+        self._stopping = 0
+        self._alive, self._parent = os.pipe()
+
+    def run(self) -> None:
+        """Return in each worker; the parent stays here to the end, which is a SystemExit."""
+        before = [signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)]
+        for _ in range(self._count):
+            if self._fork(before):
+                return
+        while self._born:
+            pid, status = os.wait()
+            born = self._born.pop(pid, 0.0)
+            code = os.waitstatus_to_exitcode(status)
+            if code == 0 or self._stopping:
+                continue
+            _LOG_RPC.error("worker %d ended with status %d; starting another", pid, code)
+            if time.monotonic() - born < 1.0:  # it cannot live: do not try a thousand times a second
+                time.sleep(1.0)
+            if self._fork(before):
+                return
+        raise SystemExit(128 + self._stopping if self._stopping else 0)
+
+    def _fork(self, handlers: list[Any]) -> bool:
+        """Make one worker; True in it."""
+        pid = os.fork()
+        if pid:
+            self._born[pid] = time.monotonic()
+            if self._stopping:
+                os.kill(pid, signal.SIGTERM)
+            return False
+        self._born.clear()
+        os.close(self._parent)
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), handlers, strict=True):
+            signal.signal(number, handler)
+        threading.Thread(target=self._watch, name="vgi_rpc-parent", daemon=True).start()
+        return True
+
+    def _watch(self) -> None:
+        os.read(self._alive, 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def _stop(self, number: int, frame: object) -> None:
+        self._stopping = number
+        for pid in list(self._born):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        signal.signal(signal.SIGALRM, self._kill)
+        signal.setitimer(signal.ITIMER_REAL, self.PATIENCE)
+
+    def _kill(self, number: int, frame: object) -> None:
+        for pid in list(self._born):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _door_serve_http(server: RpcServer, options: Any) -> None:
@@ -9575,6 +9660,9 @@ def _door_parser(prog: str | None = None) -> Any:
     parser.add_argument("--describe", action="store_true", help="let clients ask what the service offers")
     parser.add_argument(
         "--threaded", action=argparse.BooleanOptionalAction, default=True, help="sockets: a thread each"
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", default=env("WORKERS", 1, int), help="sockets: this many processes"
     )
     parser.add_argument(
         "--idle-timeout",

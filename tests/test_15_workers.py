@@ -1,0 +1,148 @@
+"""Room 15: `--workers N`, several processes on one socket."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from tests.core import core
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKER = """
+import sys
+sys.path.insert(0, {root!r})
+from tests.test_15_workers import Impl, Svc
+from tests.core import core
+core.run_server(Svc, Impl())
+"""
+
+
+class Svc(Protocol):
+    def pid(self) -> int: ...
+    def add(self, a: float, b: float) -> float: ...
+
+
+class Impl:
+    def pid(self) -> int:
+        return os.getpid()
+
+    def add(self, a: float, b: float) -> float:
+        return a + b
+
+
+class Family:
+    """A parent with its workers, and what reaches them."""
+
+    def __init__(self, process: subprocess.Popen[str], connect: Callable[[], Any]) -> None:
+        self.process = process
+        self.connect = connect
+
+    def pids(self, wanted: int) -> set[int]:
+        """Pids that answer, until there are `wanted` of them."""
+        found: set[int] = set()
+        end = time.monotonic() + 30
+        while len(found) < wanted and time.monotonic() < end:
+            with self.connect() as first, self.connect() as second:
+                found |= {first.pid(), second.pid()}
+        return found
+
+
+def start(tmp_path: Path, *flags: str) -> subprocess.Popen[str]:
+    path = tmp_path / "worker.py"
+    path.write_text(WORKER.format(root=str(ROOT)))
+    return subprocess.Popen([sys.executable, str(path), *flags], stdout=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(params=["unix", "tcp"])
+def family(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Family]:
+    unix = str(tmp_path / "s")
+    where = ["--unix", unix] if request.param == "unix" else ["--tcp", "127.0.0.1:0"]
+    process = start(tmp_path, *where, "--workers", "2", "--access-log", str(tmp_path / "log.{pid}"))
+    assert process.stdout is not None
+    line = process.stdout.readline().strip()
+
+    def connect() -> Any:
+        if request.param == "unix":
+            return core.unix_connect(Svc, unix)
+        return core.tcp_connect(Svc, "127.0.0.1", int(line.rpartition(":")[2]))
+
+    yield Family(process, connect)
+    process.terminate()
+    process.wait(20)
+    process.stdout.close()
+
+
+def gone(pids: set[int]) -> bool:
+    end = time.monotonic() + 15
+    while time.monotonic() < end:
+        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_two_processes_answer_and_the_dead_are_replaced(family: Family, tmp_path: Path) -> None:
+    pids = family.pids(2)
+    assert len(pids) == 2 and family.process.pid not in pids
+    logged = [json.loads(line) for pid in pids for line in (tmp_path / f"log.{pid}").read_text().splitlines()]
+    assert logged and {record["method"] for record in logged} == {"pid"}
+    victim = pids.pop()
+    os.kill(victim, signal.SIGKILL)
+    assert gone({victim})
+    again = family.pids(2)
+    assert len(again) == 2 and victim not in again and pids <= again
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_all(family: Family, number: signal.Signals, tmp_path: Path) -> None:
+    pids = family.pids(2)
+    family.process.send_signal(number)
+    assert family.process.wait(20) == 128 + number
+    assert gone(pids)
+    assert not (tmp_path / "s").exists()
+
+
+def test_workers_do_not_outlive_a_killed_parent(family: Family) -> None:
+    pids = family.pids(2)
+    family.process.kill()
+    family.process.wait(20)
+    assert gone(pids)
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--workers", "2"], "--workers is about sockets"),
+        (["--workers", "0", "--tcp", "0"], "--workers must be at least 1"),
+        (["--workers", "2", "--tcp", "0", "--access-log", "x.log"], "needs {pid} in its path"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(flags: list[str], text: str) -> None:
+    with pytest.raises(SystemExit, match=text.replace("{", r"\{")):
+        core._door_run(Svc, Impl(), flags)
+
+
+def test_idle_workers_end_the_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unix = str(tmp_path / "s")
+    process = start(tmp_path, "--unix", unix, "--workers", "2", "--idle-timeout", "0.2")
+    assert process.stdout is not None
+    process.stdout.readline()
+    with (
+        core.unix_connect(Svc, unix) as one,
+        core.unix_connect(Svc, unix) as two,
+        core.unix_connect(Svc, unix) as three,
+    ):
+        used = {one.pid(), two.pid(), three.pid()}
+    assert gone(used)  # those that had a client; others wait for their first one
+    process.terminate()
+    assert process.wait(20) in (0, 128 + signal.SIGTERM)
+    process.stdout.close()
