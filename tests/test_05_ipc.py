@@ -638,17 +638,15 @@ def hole_positions(data: bytes) -> list[int]:
     return found
 
 
-@needs_learning
-@pytest.mark.parametrize(("schema", "values"), FUZZED, ids=[" ".join(map(str, s.types)) for s, _ in FUZZED])
-def test_a_layout_accepts_nothing_that_pyarrow_refuses(schema: pa.Schema, values: list) -> None:
-    rng = random.Random(5)
+def fuzz(schema: pa.Schema, values: list, seed: int, count: int) -> None:
+    rng = random.Random(seed)
     arrays = [pa.array(value, type=field.type) for value, field in zip(values, schema, strict=True)]
     sample = by_pyarrow(schema, pa.RecordBatch.from_arrays(arrays, schema=schema), metadata={b"k": b"v"})
     layout = core._ipc_learn(sample, read_bytes(sample)[0][0])
     assert layout is not None
     holes = hole_positions(sample)
     accepted = 0
-    for _ in range(1500):
+    for _ in range(count):
         data = mutated(sample, holes, rng)
         found = layout.match(data, 0)
         if found is None:
@@ -661,3 +659,65 @@ def test_a_layout_accepts_nothing_that_pyarrow_refuses(schema: pa.Schema, values
         batches[0].validate(full=True)
         assert repr([column[0].as_py() for column in batches[0].columns]) == repr(list(row)), data.hex()
     assert accepted > 20
+
+
+FUZZ = pytest.mark.parametrize(("schema", "values"), FUZZED, ids=[" ".join(map(str, s.types)) for s, _ in FUZZED])
+
+
+@needs_learning
+@FUZZ
+def test_a_layout_accepts_nothing_that_pyarrow_refuses(schema: pa.Schema, values: list) -> None:
+    fuzz(schema, values, seed=5, count=1500)
+
+
+@needs_learning
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@FUZZ
+def test_a_hundred_thousand_mutants(schema: pa.Schema, values: list) -> None:
+    fuzz(schema, values, seed=77, count=100_000 // len(FUZZED))
+
+
+def relaid(data: bytes) -> bytes:
+    """The same one-row stream as another writer lays it out: validity bitmaps, every buffer on 64 bytes."""
+    schema_message, batch = core._ipc_split(data)
+    shape = core._ipc_shape(batch)
+    head, body = bytearray(batch[: shape.head]), bytearray()
+    places = struct.unpack_from(f"<{2 * shape.buffer_count}q", head, shape.buffers)
+    moved: list[int] = []
+    for at, size in zip(places[::2], places[1::2], strict=True):
+        piece = batch[shape.head + at : shape.head + at + size] or b"\1"
+        moved += (len(body), len(piece))
+        body += piece + bytes(-len(piece) % 64)
+    struct.pack_into(f"<{len(moved)}q", head, shape.buffers, *moved)
+    struct.pack_into("<q", head, shape.body_size, len(body))
+    return schema_message + head + body + data[-8:]
+
+
+@needs_learning
+def test_the_layout_of_a_writer_that_is_not_pyarrow() -> None:
+    fields = [("t", pa.utf8()), ("i", pa.int64()), ("y", pa.bool_())]
+    schema = pa.schema(fields)
+    rows = [{"t": ["hello"], "i": [7], "y": [True]}, {"t": ["x" * 90], "i": [-1], "y": [False]}]
+    streams = [relaid(by_pyarrow(schema, batch_of(schema, **row))) for row in rows]
+    layout = core._ipc_learn(streams[0], read_bytes(streams[0])[0][0])
+    assert layout is not None
+    for row, data in zip(rows, streams, strict=True):
+        assert read_bytes(data)[0][0].to_pydict() == row
+        found = layout.match(data, 0)
+        assert found is not None and list(found[0]) == [value for (value,) in row.values()]
+
+
+@needs_learning
+def test_the_caches_of_layouts_are_bounded() -> None:
+    schema = pa.schema([pa.field("t", pa.utf8(), nullable=False), pa.field("b", pa.binary(), nullable=False)])
+    template = core._ipc_template(schema, None)
+    sample = template.encode(("", b""))
+    layout = core._ipc_learn(sample, read_bytes(sample)[0][0])
+    for size in range(3000):
+        data = template.encode(("x" * size, b"y" * (size // 2)))
+        assert layout.match(data, 0)[0] == ["x" * size, b"y" * (size // 2)]
+        assert len(template._heads) <= 64 and len(layout._heads) <= 64
+    for k in range(1000):
+        core._ipc_schema(bytes(pa.schema([(f"column{k}", pa.int64())]).serialize()), core.IpcLimits())
+        assert len(core._IPC_SCHEMAS) <= 256

@@ -413,3 +413,32 @@ def test_the_body_of_an_error() -> None:
         _, metadata = reader.read_next_batch_with_custom_metadata()
     assert metadata[b"vgi_rpc.log_message"] == b"ValueError: no"
     assert metadata[b"vgi_rpc.request_id"] == b"the-id"
+
+
+def test_what_a_server_learns_is_bounded() -> None:
+    """Peers may send as many versions and lay out their requests as they like."""
+
+    class Versioned(Protocol):
+        protocol_version: ClassVar[str] = "1.2.0"
+
+        def echo(self, text: str) -> str: ...
+
+    class Echo:
+        def echo(self, text: str) -> str:
+            return text
+
+    server = core.RpcServer(Versioned, Echo())
+    client, served = core.make_pipe_pair()
+    thread = threading.Thread(target=server.serve, args=(served,))
+    thread.start()
+    info = core.rpc_methods(Versioned)["echo"]
+    try:
+        for patch in range(300):
+            proxy = core.RpcProxy(Versioned, client)
+            assert core._ClientMethod(proxy, core._WirePlan(info, "Versioned", f"1.2.{patch}"))("hi") == "hi"
+        layouts = server._layouts
+        assert len(layouts) <= 256 and all(len(known) <= 64 for known in layouts.values())
+    finally:
+        client.close()
+        thread.join(10)
+        served.close()

@@ -90,7 +90,6 @@ def test_several_audiences(shared: Provider, accept: Any) -> None:
         {"sub": ["alice"]},
         {"sub": 0.5},
     ],
-    ids=str,
 )
 def test_claims_that_are_refused(shared: Provider, accept: Any, claims: dict[str, Any]) -> None:
     with refused("invalid_credential"):
