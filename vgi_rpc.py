@@ -167,6 +167,8 @@ SHM_SEGMENT_SIZE_KEY: Final = b"vgi_rpc.shm_segment_size"
 # __transport_options__ and the older __describe__ (v4 table, wire.md appendix B).
 TRANSPORT_OPTIONS_METHOD_NAME: Final = "__transport_options__"
 TRANSPORT_SHM_KEY: Final = b"vgi_rpc.transport.shm"
+HEADER_SIZE: Final = 65_536  # of a shared memory segment: where its data begins
+MAX_ALLOCS: Final = 4_094  # regions that fit the header
 LEGACY_DESCRIBE_METHOD_NAME: Final = "__describe__"
 LEGACY_PROTOCOL_NAME_KEY: Final = b"vgi_rpc.protocol_name"
 LEGACY_DESCRIBE_VERSION_KEY: Final = b"vgi_rpc.describe_version"
@@ -873,6 +875,7 @@ _LOG.addHandler(logging.NullHandler())
 _LOG_RPC = logging.getLogger("vgi_rpc.rpc")
 _LOG_ACCESS = logging.getLogger("vgi_rpc.access")
 _LOG_POOL = logging.getLogger("vgi_rpc.pool")
+_LOG_SHM = logging.getLogger("vgi_rpc.shm")
 _LOG_WIRE_REQUEST = logging.getLogger("vgi_rpc.wire.request")
 _LOG_WIRE_RESPONSE = logging.getLogger("vgi_rpc.wire.response")
 _LOG_WIRE_BATCH = logging.getLogger("vgi_rpc.wire.batch")
@@ -3367,7 +3370,381 @@ def _ipc_dictionary_writer(message: bytes, column: int) -> Callable[[Sequence[An
 
 
 # ==== 6. SHARED MEMORY ================================================================================================
-# Uses: 1, 2, 5. Batches that stay where they are; empty until the segment is built.
+# Uses: 1, 2, 3, 4, 5. A segment that both processes map, for batches too large for a pipe (wire.md 11).
+#
+#   offset     0  magic "VGIS"     4  u32 version     8  u64 size of the data     16  u32 entries
+#             24  (u64 offset, u64 length) of each region, by offset
+#          65536  the regions
+#
+# The caller makes the segment and names it in its requests; a batch in it is sent as a pointer, which has no rows.
+# The table has no lock: only the side whose turn it is may touch it, so nothing is sent ahead on such a connection.
+#
+# Who reads a region frees it. A batch that was read stays where it is, and Arrow keeps the memory alive through every
+# column and slice of it; when the last of them is gone, a finaliser notes the region, in whatever thread that happens,
+# and `sweep` frees it in our own next turn. A peer's numbers are checked before anything is read: table and pointer
+# must lie within the segment, and the file must still be as long as it was.
+
+SHM_MIN_BATCH_BYTES: Final = 131_072  # below, a pipe is as fast; VGI_RPC_SHM_MIN_BATCH_BYTES sets another value
+_SHM_FOLDER = "/dev/shm"
+_SHM_HEAD = struct.Struct("<4sIQI")
+_SHM_MAGIC, _SHM_VERSION = b"VGIS", 1
+_SHM_CROWDED = MAX_ALLOCS * 8 // 10
+_SHM_NAME = re.compile(r"[A-Za-z0-9._-]{1,200}")
+
+
+def shm_available() -> bool:
+    """Whether this machine has shared memory that we can map (Linux)."""
+    return os.path.isdir(_SHM_FOLDER)
+
+
+def worker_transport_metadata() -> dict[bytes, bytes]:
+    """Return what a worker says about itself in `__transport_options__` (wire.md section 10)."""
+    return {TRANSPORT_SHM_KEY: b"true" if shm_available() else b"false"}
+
+
+class ShmAllocator:
+    """The table of a segment: first fit over the gaps between its entries.
+
+    Args:
+        buf: the whole segment, writable.
+        total_size: its size in bytes.
+    """
+
+    max_allocs: ClassVar[int] = MAX_ALLOCS
+
+    def __init__(self, buf: memoryview, total_size: int) -> None:
+        self._buf = buf
+        self._total = total_size
+
+    @staticmethod
+    def initialize(buf: memoryview, total_size: int) -> None:
+        """Write the header of an empty segment."""
+        _SHM_HEAD.pack_into(buf, 0, _SHM_MAGIC, _SHM_VERSION, total_size - HEADER_SIZE, 0)
+
+    @property
+    def num_allocs(self) -> int:
+        """The number of regions in use."""
+        return len(self.table())
+
+    def table(self) -> list[tuple[int, int]]:
+        """Return (offset, length) of each region; IPCError when the table makes no sense."""
+        count = _IPC_U32(self._buf, 16)[0]
+        if count > MAX_ALLOCS:
+            raise IPCError(f"the shared memory's table claims {count} regions; {MAX_ALLOCS} are possible")
+        numbers = struct.unpack_from(f"<{2 * count}Q", self._buf, 24)
+        found = list(zip(numbers[::2], numbers[1::2], strict=True))
+        end = HEADER_SIZE
+        for offset, length in found:
+            if offset < end or offset + length > self._total:
+                raise IPCError("the shared memory's table is damaged: its regions overlap or leave the segment")
+            end = offset + length
+        return found
+
+    def allocate(self, size: int) -> int | None:
+        """Reserve `size` bytes; the offset, on 64 bytes, or None when there is no room. ValueError unless positive."""
+        if size <= 0:
+            raise ValueError(f"size must be positive, got {size}")
+        table = self.table()
+        if len(table) >= MAX_ALLOCS:
+            return None
+        at = HEADER_SIZE
+        for index, (offset, length) in enumerate([*table, (self._total, 0)]):
+            if offset - at >= size:
+                table.insert(index, (at, size))
+                self._store(table, index)
+                if len(table) == _SHM_CROWDED:
+                    _LOG_SHM.warning("%d of %d regions of a segment are in use", len(table), MAX_ALLOCS)
+                return at
+            at = offset + length + (-(offset + length) & 63)
+        return None
+
+    def free(self, offset: int) -> None:
+        """Give a region back; ValueError when there is none at `offset`."""
+        if self.discard({offset}) != 1:
+            raise ValueError(f"No allocation at offset {offset}")
+
+    def discard(self, offsets: set[int]) -> int:
+        """Give these regions back, if they are there; returns how many were."""
+        table = self.table()
+        kept = [entry for entry in table if entry[0] not in offsets]
+        if len(kept) != len(table):
+            self._store(kept, 0)
+        return len(table) - len(kept)
+
+    def reset(self) -> None:
+        """Give everything back."""
+        self._store([], 0)
+
+    def _store(self, table: list[tuple[int, int]], first: int) -> None:
+        numbers = [number for entry in table[first:] for number in entry]
+        struct.pack_into(f"<{len(numbers)}Q", self._buf, 24 + 16 * first, *numbers)
+        struct.pack_into("<I", self._buf, 16, len(table))
+
+
+class ShmSegment:
+    """A named segment of shared memory; use `create` or `attach`. Closing is up to whoever made the object.
+
+    Attributes: `name`, `size` in bytes, `buf`, `allocator`, and the counters `batches_shared` and `batches_inline`
+    (large enough, but there was no room). The creator's process removes the name when the object or the process ends,
+    unless it is killed: `vgi_rpc launch --gc` removes what the dead have left.
+    """
+
+    def __init__(self, name: str, fd: int, size: int) -> None:
+        import mmap
+
+        try:
+            self._map = mmap.mmap(fd, size)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._fd = fd
+        self.name = name
+        self.size = size
+        self.buf = memoryview(self._map)
+        self.allocator = ShmAllocator(self.buf, size)
+        self.batches_shared = 0
+        self.batches_inline = 0
+        self._threshold = int(os.environ.get("VGI_RPC_SHM_MIN_BATCH_BYTES") or SHM_MIN_BATCH_BYTES)
+        self._noted: collections.deque[int] = collections.deque()  # regions that nobody looks at any more
+        self._remove: Callable[[], object] | None = None
+
+    @classmethod
+    def create(cls, size: int) -> ShmSegment:
+        """Make a segment of `size` bytes, all of them reserved: memory that is short is an OSError here, not a crash.
+
+        Raises:
+            ValueError: not larger than the header.
+        """
+        if size <= HEADER_SIZE:
+            raise ValueError(f"size must be larger than the header of {HEADER_SIZE} bytes, got {size}")
+        name = f"vgi_rpc_{os.getpid()}_{os.urandom(4).hex()}"
+        path = f"{_SHM_FOLDER}/{name}"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        remove = functools.partial(_shm_remove, path, os.getpid())
+        try:
+            os.posix_fallocate(fd, 0, size)
+            segment = cls(name, fd, size)
+        except BaseException:
+            remove()
+            raise
+        ShmAllocator.initialize(segment.buf, size)
+        segment._remove = weakref.finalize(segment, remove)
+        return segment
+
+    @classmethod
+    def attach(cls, name: str, size: int, *, track: bool = True) -> ShmSegment:
+        """Map a segment that another process has made; it stays that process's. `size` and `track` are not needed.
+
+        Raises:
+            ValueError: no such name, bad magic, another version, or a size that is not the header's.
+            OSError: there is no such segment.
+        """
+        if not _SHM_NAME.fullmatch(name) or name in (".", ".."):
+            raise ValueError(f"not the name of a shared memory segment: {name!r}")
+        fd = os.open(f"{_SHM_FOLDER}/{name}", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        actual = os.fstat(fd).st_size
+        if actual <= HEADER_SIZE:
+            os.close(fd)
+            raise ValueError(f"data_size mismatch: the segment has {actual} bytes, which is no more than a header")
+        segment = cls(name, fd, actual)
+        magic, version, data_size, _ = _SHM_HEAD.unpack_from(segment.buf)
+        problem = ""
+        if magic != _SHM_MAGIC:
+            problem = f"Bad SHM magic: {magic!r}"
+        elif version != _SHM_VERSION:
+            problem = f"Unsupported SHM version: {version}"
+        elif data_size != actual - HEADER_SIZE:
+            problem = f"data_size mismatch: header says {data_size}, expected {actual - HEADER_SIZE}"
+        if problem:
+            segment.close()
+            raise ValueError(problem)
+        return segment
+
+    def allocate_and_write(self, batch: pa.RecordBatch) -> tuple[int, int] | None:
+        """Store a batch as a complete IPC stream -> (offset, length); None when it does not fit."""
+        writer = _IpcWriter(batch.schema)
+        writer.write(batch)
+        writer.close()
+        views = [memoryview(piece).cast("B") for piece in writer.take()]
+        length = sum(map(len, views))
+        self._check_file()
+        offset = self.allocator.allocate(length)
+        if offset is None:
+            return None
+        at = offset
+        for view in views:
+            self.buf[at : at + len(view)] = view
+            at += len(view)
+        return offset, length
+
+    def read_buffer(self, offset: int, length: int) -> pa.Buffer:
+        """Return a region, or its beginning, without copying; IPCError when the table does not have it."""
+        return pa.py_buffer(self._view(offset, length))
+
+    def free(self, offset: int) -> None:
+        """Give a region back; ValueError when there is none at `offset`."""
+        self.allocator.free(offset)
+
+    def reset(self) -> None:
+        """Give everything back, read or not."""
+        self.allocator.reset()
+
+    def sweep(self) -> None:
+        """Free what is no longer referenced; to be called in our own turn only."""
+        if self._noted:
+            offsets = set()
+            while self._noted:
+                offsets.add(self._noted.popleft())
+            self.allocator.discard(offsets)
+
+    def note(self, offset: int) -> None:
+        """Have a region freed in our next turn; from any thread."""
+        self._noted.append(offset)
+
+    def close(self) -> None:
+        """Unmap, unless batches are still looked at; those stay valid, and the last of them unmaps. Idempotent."""
+        fd, self._fd = self._fd, -1
+        if fd < 0:
+            return
+        os.close(fd)
+        with contextlib.suppress(BufferError):
+            self.buf.release()
+            self._map.close()
+
+    def unlink(self) -> None:
+        """Remove the name; who has mapped the segment keeps it. Idempotent."""
+        if self._remove is not None:
+            self._remove()
+        else:
+            _shm_remove(f"{_SHM_FOLDER}/{self.name}", os.getpid())
+
+    def wants(self, batch: pa.RecordBatch) -> bool:
+        """Whether a batch is large enough, and of a kind that every peer reads (PORTABILITY.md section 5)."""
+        if batch.get_total_buffer_size() < self._threshold or batch.num_rows == 0 or batch.nbytes < self._threshold:
+            return False
+        return not any(pa.types.is_dictionary(field.type) for field in batch.schema)
+
+    def _view(self, offset: int, length: int) -> memoryview:
+        self._check_file()
+        if length <= 0 or not any(at == offset and length <= size for at, size in self.allocator.table()):
+            raise IPCError(f"a pointer to {length} bytes at {offset}, where the shared memory has no such region")
+        return self.buf[offset : offset + length]
+
+    def _check_file(self) -> None:
+        """A segment that has been truncated kills whoever touches the missing pages."""
+        if self._fd < 0:
+            raise IPCError(f"the shared memory segment {self.name} is closed")
+        if os.fstat(self._fd).st_size < self.size:
+            raise IPCError(f"the shared memory segment {self.name} has become shorter than its {self.size} bytes")
+
+
+def _shm_remove(path: str, pid: int) -> None:
+    if os.getpid() == pid:  # not in the child of a fork
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def is_shm_pointer_batch(batch: pa.RecordBatch, custom_metadata: pa.KeyValueMetadata | None) -> bool:
+    """Whether a batch only says where in shared memory the real one is."""
+    return batch.num_rows == 0 and custom_metadata is not None and SHM_OFFSET_KEY in custom_metadata
+
+
+def make_shm_pointer_batch(schema: pa.Schema, offset: int, length: int) -> tuple[pa.RecordBatch, pa.KeyValueMetadata]:
+    """Return a batch without rows that points to `length` bytes at `offset`, and its metadata."""
+    metadata = {SHM_OFFSET_KEY: str(offset).encode(), SHM_LENGTH_KEY: str(length).encode()}
+    return empty_batch(schema), pa.KeyValueMetadata(metadata)
+
+
+def maybe_write_to_shm(
+    batch: pa.RecordBatch,
+    custom_metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None,
+    shm: ShmSegment | None,
+) -> tuple[pa.RecordBatch, Mapping[bytes, bytes] | pa.KeyValueMetadata | None]:
+    """Store a batch that is large enough and return a pointer to it; one that is not, or does not fit, as it is."""
+    if shm is None or not shm.wants(batch):
+        return batch, custom_metadata
+    place = shm.allocate_and_write(batch)
+    if place is None:
+        if not shm.batches_inline:
+            _LOG_SHM.debug("no room for %d bytes in the segment %s; sending inline", batch.nbytes, shm.name)
+        shm.batches_inline += 1
+        return batch, custom_metadata
+    shm.batches_shared += 1
+    pointer, metadata = make_shm_pointer_batch(batch.schema, *place)
+    return pointer, {**dict(custom_metadata or {}), **dict(metadata)}
+
+
+def resolve_shm_batch(
+    batch: pa.RecordBatch, custom_metadata: pa.KeyValueMetadata | None, shm: ShmSegment | None
+) -> tuple[pa.RecordBatch, pa.KeyValueMetadata | None, Callable[[], None] | None]:
+    """Return the batch that a pointer means, its metadata, and what frees its region; others as they are, and None.
+
+    Nothing needs to be called: the region is freed when nobody refers to the batch any more.
+    """
+    if shm is None or custom_metadata is None or not is_shm_pointer_batch(batch, custom_metadata):
+        return batch, custom_metadata, None
+    found, metadata = _shm_read(shm, batch.schema, dict(custom_metadata), IpcValidation.FULL, IpcLimits())
+    return found, _ipc_key_values(metadata), shm.sweep
+
+
+def _shm_read(
+    segment: ShmSegment, schema: pa.Schema, metadata: _IpcMetadata, validation: IpcValidation, limits: IpcLimits
+) -> tuple[pa.RecordBatch, _IpcMetadata]:
+    """Read the batch that a pointer means, where it is; IPCError when there is none."""
+    offset, length = (_shm_number(metadata.get(key, b"")) for key in (SHM_OFFSET_KEY, SHM_LENGTH_KEY))
+    view = segment._view(offset, length)
+    weakref.finalize(view, segment.note, offset).atexit = False
+    region = pa.py_buffer(view)
+    del view
+    try:
+        source = _ShmSource(region, schema, limits)
+        reader = _IpcReader(source, validation)
+        item = reader.read() if reader.schema.equals(schema) else None
+    except (EOFError, struct.error) as exc:
+        raise IPCError(f"the batch at {offset} in shared memory ends before its {length} bytes do") from exc
+    if item is None:
+        raise IPCError(f"the batch at {offset} in shared memory is not of the schema that was announced")
+    own = {key: value for key, value in metadata.items() if key not in (SHM_OFFSET_KEY, SHM_LENGTH_KEY)}
+    return item[0], {**(item[1] or {}), **own, SHM_SOURCE_KEY: segment.name.encode()}
+
+
+def _shm_number(text: bytes) -> int:
+    if not text.isdigit() or len(text) > 20:
+        raise IPCError(f"a pointer into shared memory with the number {text[:40]!r}")
+    return int(text)
+
+
+class _ShmSource(_IpcSource):
+    """A region as a source of messages: small ones are copied, large ones stay where they are."""
+
+    __slots__ = ("_at", "_region")
+
+    def __init__(self, region: pa.Buffer, schema: pa.Schema, limits: IpcLimits) -> None:
+        super().__init__(b"", limits)
+        self._region = region
+        self._at = 0
+        self.more(16)
+        size = _ipc_metadata_size(self)
+        if len(self.buf) < 8 + size:
+            self.more(8 + size - len(self.buf))
+        if _ipc_parse(self.buf[8 : 8 + size], limits)[0] != _IPC_SCHEMA:  # with dictionaries: no schema, no end
+            self.buf = _ipc_schema_message(schema) + self.buf
+
+    def more(self, missing: int) -> None:
+        left = len(self._region) - self._at
+        if not left:
+            super().more(missing)
+        chunk = self._region.slice(self._at, min(left, max(missing, 4096)))
+        self._at += len(chunk)
+        self.buf = self.buf[self.pos :] + chunk.to_pybytes()
+        self.pos = 0
+
+    def take_large(self, size: int, head: int) -> pa.Buffer:
+        start = self._at - (len(self.buf) - self.pos)
+        if start < 0 or start + size > len(self._region):
+            return super().take_large(size, head)
+        self.buf, self.pos, self._at = b"", 0, start + size
+        return self._region.slice(start, size)
 
 
 # ==== 7. CONTEXT ======================================================================================================
@@ -3984,22 +4361,22 @@ def _methods_is_exchange(state: Any) -> bool | None:
 class AnnotatedBatch(_CtxRecord):
     """A batch with its custom metadata; immutable. Speaks the Arrow PyCapsule interface."""
 
-    __slots__ = ("_release", "batch", "custom_metadata")
+    __slots__ = ("_shared", "batch", "custom_metadata")
     __match_args__ = ("batch", "custom_metadata")
     batch: pa.RecordBatch
     custom_metadata: pa.KeyValueMetadata | None
-    _release: Callable[[], None] | None
+    _shared: bool  # its contents are in shared memory
 
     def __init__(
         self,
         batch: pa.RecordBatch,
         custom_metadata: pa.KeyValueMetadata | None = None,
         *,
-        _release: Callable[[], None] | None = None,
+        _shared: bool = False,
     ) -> None:
         _ANNOTATED_BATCH(self, batch)
         _ANNOTATED_METADATA(self, custom_metadata)
-        _ANNOTATED_RELEASE(self, _release)
+        _ANNOTATED_SHARED(self, _shared)
 
     @classmethod
     def from_pydict(cls, data: dict[str, Any], schema: pa.Schema | None = None) -> AnnotatedBatch:
@@ -4007,11 +4384,20 @@ class AnnotatedBatch(_CtxRecord):
         return cls(pa.RecordBatch.from_pydict(data, schema=schema))
 
     def release(self) -> None:
-        """Give a shared-memory region back; the contents are undefined afterwards. Otherwise nothing happens."""
-        release = self._release
-        object.__setattr__(self, "_release", None)
-        if release is not None:
-            release()
+        """Let go of a batch in shared memory; afterwards `batch` is an error. Idempotent; does nothing to others.
+
+        Its region is used again when columns and slices of it that are kept elsewhere are gone too.
+        """
+        if self._shared:
+            _ANNOTATED_SHARED(self, False)
+            _ANNOTATED_DROP(self)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name):
+            if name == "batch":
+                raise ValueError("this batch has been released; what is needed for longer must be copied before")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __arrow_c_array__(self, requested_schema: object | None = None) -> tuple[object, object]:
         return cast("tuple[object, object]", self.batch.__arrow_c_array__(requested_schema))
@@ -4033,9 +4419,10 @@ class AnnotatedBatch(_CtxRecord):
 
 
 # The slots' own setters: one of these is made per turn on each side, and object.__setattr__ costs twice as much.
-_ANNOTATED_BATCH, _ANNOTATED_METADATA, _ANNOTATED_RELEASE = (
-    getattr(AnnotatedBatch, name).__set__ for name in ("batch", "custom_metadata", "_release")
+_ANNOTATED_BATCH, _ANNOTATED_METADATA, _ANNOTATED_SHARED = (
+    getattr(AnnotatedBatch, name).__set__ for name in ("batch", "custom_metadata", "_shared")
 )
+_ANNOTATED_DROP: Callable[[AnnotatedBatch], None] = getattr(AnnotatedBatch, "batch").__delete__  # noqa: B009
 
 
 class StreamState(ArrowSerializableDataclass, abc.ABC):
@@ -4479,6 +4866,7 @@ def compute_protocol_hash(protocol_name: str, methods: Mapping[str, RpcMethodInf
 
 _WIRE_PLAIN = (str, bytes, int, float, bool)
 _WIRE_BYTES = (pa.binary(), pa.utf8())
+_WIRE_NOTHING: Mapping[bytes, bytes] = types.MappingProxyType({})
 _WIRE_DATA, _WIRE_LOG, _WIRE_ERROR, _WIRE_EXTERNAL, _WIRE_SHM = "data", "log", "error", "external", "shm"
 
 
@@ -4536,8 +4924,11 @@ class _WirePlan:
         self.is_stream = info.method_type is MethodType.STREAM
         self.doing = f"{'stream init for' if self.is_stream else 'unary call to'} '{info.name}'"
 
-    def template(self, budget: bytes) -> _IpcTemplate | _IpcFlat | None:
-        """What writes requests with or without a deadline; None: only pyarrow does."""
+    def template(self, budget: bytes, extra: Mapping[bytes, bytes] = _WIRE_NOTHING) -> _IpcTemplate | _IpcFlat | None:
+        """What writes requests, with or without a deadline and what a connection adds; None: only pyarrow does."""
+        if extra:
+            deadline = {DEADLINE_KEY: _IPC_DEADLINE} if budget else {}
+            return _ipc_template(self.info.params_schema, {**self.metadata, **extra, **deadline})
         if budget:
             if self._deadline_template == b"":
                 metadata = {**self.metadata, DEADLINE_KEY: _IPC_DEADLINE}
@@ -4711,7 +5102,12 @@ def _wire_request_batch(plan: _WirePlan, cells: list[Any]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(arrays, schema=plan.info.params_schema)
 
 
-def _wire_request(plan: _WirePlan, values: Sequence[Any], timeout: float | None = None) -> _IpcMessages:
+def _wire_request(
+    plan: _WirePlan,
+    values: Sequence[Any],
+    timeout: float | None = None,
+    extra: Mapping[bytes, bytes] = _WIRE_NOTHING,
+) -> _IpcMessages:
     """The complete request stream; with a timeout it carries the remaining time (DESIGN.md section 7)."""
     cells = _wire_cells(plan, values)
     budget = _wire_budget(timeout)
@@ -4725,11 +5121,12 @@ def _wire_request(plan: _WirePlan, values: Sequence[Any], timeout: float | None 
             _log_kwargs(dict(zip(plan.names, values, strict=True))),
             _log_metadata(plan.metadata),
         )
-    template = plan.template(budget)
+    template = None if extra else plan.template(budget)
     data = None if template is None else template.encode(cells, budget)
     if data is not None:
         return data
-    return _wire_write_request(plan, _wire_request_batch(plan, cells), {DEADLINE_KEY: budget} if budget else None)
+    deadline = {DEADLINE_KEY: budget} if budget else {}
+    return _wire_write_request(plan, _wire_request_batch(plan, cells), {**extra, **deadline})
 
 
 def _wire_budget(timeout: float | None) -> bytes:
@@ -5081,6 +5478,19 @@ def _wire_decode_result(plan: _WirePlan, value: Any) -> Any:
     return value
 
 
+def _wire_local(
+    shm: ShmSegment | None,
+    batch: pa.RecordBatch,
+    metadata: _IpcMetadata | None,
+    validation: IpcValidation,
+    limits: IpcLimits,
+) -> tuple[pa.RecordBatch, _IpcMetadata | None]:
+    """A batch that a pointer into shared memory means; others as they are."""
+    if shm is None or metadata is None or batch.num_rows or SHM_OFFSET_KEY not in metadata:
+        return batch, metadata
+    return _shm_read(shm, batch.schema, metadata, validation, limits)
+
+
 def _wire_refuse_pointer(name: str, batch: pa.RecordBatch, metadata: _IpcMetadata | None) -> None:
     """A batch that is elsewhere must fail loudly, never be taken for an empty one."""
     kind = _wire_classify(batch, metadata)
@@ -5163,8 +5573,10 @@ class Channel(_IpcSource):
         "inp",
         "lock",
         "out",
+        "owns_shm",
         "pid",
         "sent",
+        "shm",
         "stream",
         "stream_thread",
         "timeout",
@@ -5187,6 +5599,8 @@ class Channel(_IpcSource):
         self.timeout: float | None = None
         self.stream: object | None = None
         self.stream_thread = 0
+        self.shm: ShmSegment | None = None  # for batches that need not be sent
+        self.owns_shm: bool | None = None  # None: the peer has not been asked
         self._poll_in: select.poll | None = None
         self._poll_out: select.poll | None = None
 
@@ -5219,6 +5633,8 @@ class Channel(_IpcSource):
             raise self.lost()
         if stream is not None:
             self.stream_thread = threading.get_ident()
+        if self.shm is not None:
+            self.shm.sweep()
         self.deadline = deadline
         self.timeout = timeout
         self.sent = "no"
@@ -5266,6 +5682,10 @@ class Channel(_IpcSource):
         """Forget the descriptors: their numbers may soon mean something else."""
         self.buf, self.pos = b"", 0
         self.inp = self.out = -1
+        shm, self.shm = self.shm, None
+        if shm is not None and self.owns_shm:
+            shm.unlink()
+            shm.close()
         self._poll_in = self._poll_out = None
 
     def abandon(self, stream: object, reason: str) -> None:
@@ -5579,6 +5999,34 @@ class PipeTransport:
         for stream in (self._writer, self._reader):
             with contextlib.suppress(OSError, ValueError):
                 stream.close()
+
+
+class ShmPipeTransport:
+    """A pipe with a segment of shared memory beside it; closing the transport leaves the segment to its owner.
+
+    Nobody asks the far side whether it can: `connect(..., shm_size=...)` does.
+    """
+
+    def __init__(self, pipe: PipeTransport, shm: ShmSegment) -> None:
+        self._pipe = pipe
+        self.shm = shm
+        self.channel = pipe.channel
+        self.channel.shm = shm
+        self.channel.owns_shm = False
+
+    @property
+    def reader(self) -> io.IOBase:
+        """Bytes from the peer."""
+        return self._pipe.reader
+
+    @property
+    def writer(self) -> io.IOBase:
+        """Bytes to the peer."""
+        return self._pipe.writer
+
+    def close(self) -> None:
+        """Close both ends of the pipe; idempotent."""
+        self._pipe.close()
 
 
 def make_pipe_pair() -> tuple[PipeTransport, PipeTransport]:
@@ -6550,8 +6998,8 @@ class RpcServer:
             kind = TransportKind.UNIX
         elif isinstance(transport, TcpTransport):
             kind = TransportKind.TCP
-        self._start(kind, frozenset())
         channel = _transport_channel(transport)
+        self._start(kind, frozenset() if channel.shm is None else frozenset({"shm"}))
         channel.limits = self.limits
         return _ServerConnection(self, channel, kind, auth or AuthContext.anonymous(), metadata or {})
 
@@ -6739,6 +7187,7 @@ class _ServerConnection:
     __slots__ = (
         "_held",
         "_last",
+        "_segment",
         "_swallow",
         "auth",
         "channel",
@@ -6748,6 +7197,7 @@ class _ServerConnection:
         "request_id",
         "response_limit_bytes",
         "server",
+        "shm",
         "stream_id",
         "transport_metadata",
     )
@@ -6770,6 +7220,8 @@ class _ServerConnection:
         self.make_context: Callable[..., CallContext] = CallContext
         self.response_limit_bytes: int | None = None
         self.preferred_response_bytes: int | None = None
+        self.shm: ShmSegment | None = None  # where this call's batches may be
+        self._segment: ShmSegment | None = None  # that the peer has named and we have attached
         self._swallow = False  # an unknown method may have been a stream, whose input comes next
         self._last: _ServerLayout | None = None  # most calls look like the one before
         self._held: list[bytes] = []  # replies to calls sent ahead, which share a write (FINDINGS.md section 4)
@@ -6786,6 +7238,8 @@ class _ServerConnection:
             pass
         except (EOFError, ConnectionError):
             _LOG_RPC.debug("the peer went away", exc_info=True)
+        finally:
+            self._detach()
 
     def observed(self) -> bool:
         """Whether anyone wants to know about calls; if not, nothing is counted, timed or formatted."""
@@ -6841,6 +7295,7 @@ class _ServerConnection:
         channel.pos = end
         if plan.is_stream or plan.name in binding.ctx_methods:
             self._flush()
+            self.shm = None
             budget = layout.deadline(data, pos) if layout.deadline_at >= 0 else None
             self._dispatch(binding, plan, kwargs, _server_budget(budget), None)
         else:
@@ -6852,6 +7307,7 @@ class _ServerConnection:
         plan = None
         try:
             name = _wire_method_name(metadata)
+            batch, metadata = self._share(batch, metadata)
             _wire_check_rows(batch)
             if name.startswith("__") and name.endswith("__"):
                 return self._answer_builtin(name)
@@ -6867,6 +7323,33 @@ class _ServerConnection:
             self.server._learn(sample, batch, metadata, plan)
         self._dispatch(binding, plan, kwargs, _server_budget(metadata.get(DEADLINE_KEY)), batch)
 
+    def _share(self, batch: pa.RecordBatch, metadata: _IpcMetadata) -> tuple[pa.RecordBatch, _IpcMetadata]:
+        """Find the segment that a request names, and the request itself if it is in there (wire.md section 11.3)."""
+        self.shm = None
+        named = metadata.get(SHM_SEGMENT_NAME_KEY)
+        if self.kind not in _SERVER_SHM_KINDS or (named is None and SHM_OFFSET_KEY not in metadata):
+            return batch, metadata
+        self.shm = self.channel.shm or self._attached(named)
+        if self.shm is not None:
+            self.shm.sweep()
+        found, about = _wire_local(self.shm, batch, metadata, self.server.ipc_validation, self.server.limits)
+        return found, about or {}
+
+    def _attached(self, named: bytes | None) -> ShmSegment | None:
+        name = None if named is None else named.decode(errors="replace")
+        if name is not None and (self._segment is None or self._segment.name != name):
+            self._detach()
+            try:
+                self._segment = ShmSegment.attach(name, 0)
+            except (OSError, ValueError) as exc:
+                raise RpcError("ProtocolError", f"cannot attach the shared memory segment {name!r}: {exc}") from exc
+        return self._segment
+
+    def _detach(self) -> None:
+        segment, self._segment, self.shm = self._segment, None, None
+        if segment is not None:
+            segment.close()
+
     def _route(self, name: str, metadata: _IpcMetadata) -> ProtocolBinding:
         """Step 11."""
         return self.server._route(metadata)
@@ -6881,7 +7364,8 @@ class _ServerConnection:
     ) -> None:
         """Step 19: call the method and answer."""
         method = getattr(binding.impl, plan.name)
-        if not plan.is_stream and plan.name not in binding.ctx_methods and not self.observed():
+        plain = self.shm is None and not plan.is_stream and plan.name not in binding.ctx_methods
+        if plain and not self.observed():
             return self._unary_plain(binding, plan, method, kwargs)
         call = _ServerCall(self, binding, plan, request)
         call.stream_id = self.stream_id
@@ -6982,7 +7466,7 @@ class _ServerConnection:
         server = self.server
         if name == TRANSPORT_OPTIONS_METHOD_NAME:
             metadata = {
-                TRANSPORT_SHM_KEY: b"false",
+                TRANSPORT_SHM_KEY: b"true" if shm_available() and self.kind in _SERVER_SHM_KINDS else b"false",
                 REQUEST_VERSION_KEY: REQUEST_VERSION,
                 SERVER_ID_KEY: server.server_id.encode(),
             }
@@ -7058,16 +7542,19 @@ class _ServerReply:
     def end(self, batch: pa.RecordBatch, metadata: _IpcMetadata | None) -> None:
         call = self._call
         call.sent(batch)
+        sent, about = maybe_write_to_shm(batch, metadata, call.connection.shm)
         with self._lock:
             self._ended = True
-            self._writer.write(batch, metadata)
+            self._writer.write(sent, about)
             self._writer.close()
         if _LOG_WIRE_RESPONSE.isEnabledFor(logging.DEBUG):
             what = "result" if metadata is None else "error"
-            _LOG_WIRE_RESPONSE.debug("Write %s batch: %s, route=inline", what, _log_batch(batch))
+            route = "inline" if sent is batch else "shm"
+            _LOG_WIRE_RESPONSE.debug("Write %s batch: %s, route=%s", what, _log_batch(batch), route)
         call.connection.channel.send(self._writer.take())
 
 
+_SERVER_SHM_KINDS = (TransportKind.PIPE, TransportKind.UNIX)  # peers on this machine
 _SERVER_COALESCE = 32_768  # bytes of answers that may wait for the next one
 _SERVER_QUICK = 1e-4  # seconds; an answer that took longer is sent at once
 
@@ -7176,6 +7663,11 @@ class _ServerStream:
         try:
             reader = _IpcReader(channel, self._connection.server.ipc_validation)
             failure = self._loop(reader)
+            if (
+                self._connection.shm is not None
+            ):  # the last input's region is free before the output ends (wire.md 11.4)
+                self._collector = None
+                self._connection.shm.sweep()
             self._out.close()
             channel.send(self._out.take())
             reader.drain()
@@ -7201,6 +7693,9 @@ class _ServerStream:
                 return None
             if not ticks:
                 call.received(batch)
+            if self._connection.shm is not None:
+                self._collector = None
+                self._connection.shm.sweep()
             began = time.monotonic()
             try:
                 finished = self._turn(batch, metadata, ctx)
@@ -7223,9 +7718,11 @@ class _ServerStream:
         return out.finished
 
     def _process(self, batch: pa.RecordBatch, metadata: _IpcMetadata | None, ctx: CallContext) -> OutputCollector:
-        if metadata is not None:
-            _wire_refuse_pointer(self._call.plan.name, batch, metadata)
         stream, connection = self._stream, self._connection
+        if metadata is not None:
+            server = connection.server
+            batch, metadata = _wire_local(connection.shm, batch, metadata, server.ipc_validation, server.limits)
+            _wire_refuse_pointer(self._call.plan.name, batch, metadata)
         producer = len(stream.input_schema) == 0
         limit = connection.response_limit_bytes
         out = self._collector = OutputCollector(
@@ -7246,8 +7743,12 @@ class _ServerStream:
         return out
 
     def _write(self, out: OutputCollector) -> None:
+        shm = self._connection.shm
         for item in out.batches:
-            self._out.write(item.batch, item.custom_metadata)
+            if shm is None:
+                self._out.write(item.batch, item.custom_metadata)
+            else:
+                self._out.write(*maybe_write_to_shm(item.batch, item.custom_metadata, shm))
             if self._call.observed:
                 self._call.sent(item.batch)
 
@@ -7431,6 +7932,9 @@ class ServerRequest(_ServerConnection):
 
     def _answer_builtin(self, name: str) -> None:
         raise self._mismatch(name)
+
+    def _share(self, batch: pa.RecordBatch, metadata: _IpcMetadata) -> tuple[pa.RecordBatch, _IpcMetadata]:
+        return batch, metadata
 
     def _route(self, name: str, metadata: _IpcMetadata) -> ProtocolBinding:
         """The path has named both; the batch may not name others (http.md section 3, step 10)."""
@@ -7697,6 +8201,7 @@ class RequestTransport:
     """
 
     limits = IpcLimits()
+    shm = None
 
     def request(
         self, protocol: str, method: str, pieces: Sequence[_IpcPiece], *, timeout: float | None, doing: str
@@ -7744,6 +8249,13 @@ class _ClientLink:
         self.channel: Any = transport if isinstance(transport, RequestTransport) else _transport_channel(transport)
         if self.limits is not None:
             self.channel.limits = self.limits
+
+    def extra(self) -> dict[bytes, bytes]:
+        """Metadata that goes with every request: the shared memory, if there is any (wire.md section 11.3)."""
+        shm = self.channel.shm
+        if shm is None:
+            return {}
+        return {SHM_SEGMENT_NAME_KEY: shm.name.encode(), SHM_SEGMENT_SIZE_KEY: str(shm.size).encode()}
 
     def submit(self, job: _ClientJob) -> Any:
         """Hand a call to the connection's thread; returns its Future."""
@@ -7831,7 +8343,8 @@ class _ClientMethod:
         self._options = proxy._options
         self._plan = plan
         self._budget = _wire_budget(proxy._options.timeout)
-        template = plan.template(self._budget)
+        self._extra = proxy._link.extra()
+        template = plan.template(self._budget, self._extra)
         self._encode = template.encode if template is not None and plan.plain else None
         self._call = _client_caller(proxy._link, plan)
 
@@ -7851,7 +8364,7 @@ class _ClientMethod:
                 return request
         if not kwargs:
             values = _wire_bind(self._plan, args, kwargs)
-        return _wire_request(self._plan, values, self._options.timeout)
+        return _wire_request(self._plan, values, self._options.timeout, self._extra)
 
     def __repr__(self) -> str:
         return f"<RPC method {self._plan.protocol}.{self._plan.name}>"
@@ -7889,9 +8402,22 @@ def _client_unary(
         channel.leave()
     except BaseException as exc:
         raise channel.fail(exc)  # noqa: B904 (fail sets the cause)
+    if reply is not None and channel.shm is not None:
+        reply = _client_local(channel, plan, reply, options)
     if _LOG_WIRE_RESPONSE.isEnabledFor(logging.DEBUG):
         _LOG_WIRE_RESPONSE.debug("Read unary response: method=%s, result_type=%s", plan.name, plan.info.result_type)
     return value(plan, reply) if reply is not None else _wire_row_value(plan, row or ())
+
+
+def _client_local(channel: Channel, plan: _WirePlan, reply: _WireReply, options: _ClientOptions) -> _WireReply:
+    """A reply whose batch is in shared memory. The conversation is over: what is wrong with it does not cost it."""
+    if reply.batch is None:
+        return reply
+    try:
+        found = _wire_local(channel.shm, reply.batch, reply.metadata, options.validation, channel.limits)
+    except Exception as exc:
+        raise RpcError(type(exc).__name__, f"{plan.name}() result: {exception_str(exc)}", sent="answered") from exc
+    return _WireReply(*found, reply.error)
 
 
 def _client_post(
@@ -8023,24 +8549,48 @@ def ping(proxy: object, *, timeout: float | None = None) -> float:
     """Return the seconds of one round trip. Every server answers it, whatever it hosts (wire.md section 10)."""
     link, options = _client_target(proxy)
     timeout = _client_check_timeout(timeout) if timeout is not None else options.timeout
-    writer = _IpcWriter(EMPTY_SCHEMA)
-    writer.write(empty_batch(EMPTY_SCHEMA), _wire_request_metadata(TRANSPORT_OPTIONS_METHOD_NAME, None, None))
-    writer.close()
-    channel = link.channel
     began = time.monotonic()
-    if isinstance(channel, RequestTransport):
-        channel.ping(timeout)
-        return time.monotonic() - began
+    if isinstance(link.channel, RequestTransport):
+        link.channel.ping(timeout)
+    else:
+        _client_transport_options(link.channel, "ping", timeout)
+    return time.monotonic() - began
+
+
+def _client_transport_options(channel: Channel, doing: str, timeout: float | None) -> _IpcMetadata:
+    """Ask the far side what its transport can do (wire.md section 10); nothing when it answers with an error."""
+    about = _wire_request_metadata(TRANSPORT_OPTIONS_METHOD_NAME, None, None)
+    writer = _IpcWriter(EMPTY_SCHEMA)
+    writer.write(empty_batch(EMPTY_SCHEMA), {**about, **worker_transport_metadata()})
+    writer.close()
     channel.check()
     try:
-        channel.enter("ping", timeout)
+        channel.enter(doing, timeout)
         channel.send(writer.take())
-        reader = _IpcReader(channel, options.validation)
+        reader = _IpcReader(channel, IpcValidation.FULL)
+        item = reader.read()
         reader.drain()  # an error is an answer too
         channel.leave()
     except BaseException as exc:
         raise channel.fail(exc)  # noqa: B904
-    return time.monotonic() - began
+    return {} if item is None or item[1] is None else item[1]
+
+
+def _client_share(channel: Channel, size: int | None, timeout: float | None) -> None:
+    """Make a segment for a connection whose far side says that it can use one; it goes when the connection goes."""
+    if size is None or channel.owns_shm is not None:
+        return
+    if size <= HEADER_SIZE:
+        raise ValueError(f"shm_size must be larger than the header of {HEADER_SIZE} bytes, got {size}")
+    channel.owns_shm = False
+    if (
+        not shm_available()
+        or _client_transport_options(channel, "the handshake", timeout).get(TRANSPORT_SHM_KEY) != b"true"
+    ):
+        _LOG_SHM.debug("no shared memory with this peer; batches are sent inline")
+        return
+    channel.shm = ShmSegment.create(size)
+    channel.owns_shm = True
 
 
 def list_protocols(target: object) -> list[HostedProtocol]:
@@ -8209,7 +8759,7 @@ class _ClientPipeline:
 
     def __init__(self, link: _ClientLink, depth: int) -> None:
         self._link = link
-        self._depth = depth
+        self._depth = depth if link.channel.shm is None else 1  # the two sides must take turns
         self._token = object()
         self._next: _ClientJob | None = None  # taken, and did not fit
         self.waiting: collections.deque[_ClientJob] = collections.deque()
@@ -8582,9 +9132,13 @@ class _ClientStream(StreamSession):
             raise item
         if item is None:
             return None
-        if item[1]:
-            _wire_refuse_pointer(self._plan.name, *item)
-        return AnnotatedBatch(item[0], _ipc_key_values(item[1]))
+        if not item[1]:
+            return AnnotatedBatch(item[0])
+        reply = _client_local(channel, self._plan, _WireReply(*item, None), self._options)
+        assert reply.batch is not None
+        _wire_refuse_pointer(self._plan.name, reply.batch, reply.metadata)
+        shared = reply.batch is not item[0]
+        return AnnotatedBatch(reply.batch, _ipc_key_values(reply.metadata), _shared=shared)
 
     def _pieces(self, batch: pa.RecordBatch | None, metadata: pa.KeyValueMetadata | None) -> list[_IpcPiece]:
         """What a turn writes. A refusal leaves the conversation before anything has been sent."""
@@ -8595,14 +9149,16 @@ class _ClientStream(StreamSession):
                 return self._ticks()
             if self._ahead:
                 raise RpcArgumentError(f"{self._plan.name}(): a tick cannot carry metadata when others are ahead of it")
-            return self._write(empty_batch(EMPTY_SCHEMA) if batch is None else batch, metadata)
+            if batch is None:
+                batch = empty_batch(EMPTY_SCHEMA)
+            return self._write(batch, metadata)
         except RpcArgumentError:
             self._channel.leave()
             raise
 
     def _ticks(self) -> list[_IpcPiece]:
         """One tick, or as many as fill the window when half of it is used up."""
-        window = self._options.read_ahead + 1
+        window = 1 if self._channel.shm is not None else self._options.read_ahead + 1
         if self._ahead > window // 2:
             self._ahead -= 1
             return []
@@ -8622,7 +9178,7 @@ class _ClientStream(StreamSession):
                 f"{self._plan.name}(): all inputs of a stream have one schema: it began with"
                 f" {_log_schema(writer.schema)}, now {_log_schema(batch.schema)}"
             )
-        _client_write_input(self._plan, writer, batch, metadata)
+        _client_write_input(self._plan, writer, *maybe_write_to_shm(batch, metadata, self._channel.shm))
         return writer.take()
 
     def _read(self) -> tuple[pa.RecordBatch, _IpcMetadata | None] | RpcError | None:
@@ -8652,6 +9208,9 @@ class _ClientStream(StreamSession):
             if isinstance(item, RpcError):
                 error = item
                 self._reader.drain()
+            elif channel.shm is not None and item[1]:
+                with contextlib.suppress(IPCError):
+                    channel.shm.note(_shm_number(item[1].get(SHM_OFFSET_KEY, b"")))
         else:
             raise EOFError(f"gave up after {_CLIENT_MAX_DRAIN} batches that nobody wanted")
         self._closed = True
@@ -8891,6 +9450,8 @@ class WorkerPool:
         max_idle: idle workers kept in all; a further one evicts the one that has been idle longest. 0 keeps none.
         idle_timeout: seconds after which an idle worker is ended.
         stderr, stderr_logger: where the workers' stderr goes, as in `connect`.
+        shm_size: bytes of shared memory for each worker, as in `connect`; it is kept with the worker, because memory
+            that has been used before is ten times as fast (FINDINGS.md section 5).
 
     Borrowing never waits: there is no limit on active workers. Safe to share between threads.
     """
@@ -8901,6 +9462,7 @@ class WorkerPool:
         idle_timeout: float = 60.0,
         stderr: StderrMode = StderrMode.INHERIT,
         stderr_logger: logging.Logger | None = None,
+        shm_size: int | None = None,
     ) -> None:
         if max_idle < 0:
             raise ValueError(f"max_idle must be non-negative, got {max_idle}")
@@ -8912,6 +9474,7 @@ class WorkerPool:
         self._idle_timeout = idle_timeout
         self._stderr = stderr
         self._stderr_logger = stderr_logger
+        self._shm_size = shm_size
         self._lock = threading.Lock()
         self._idle: list[_PoolWorker] = []  # oldest first
         self._counts: collections.Counter[str] = collections.Counter()
@@ -8936,6 +9499,7 @@ class WorkerPool:
         key = tuple(_transport_command(cmd))
         transport = self._borrow(key)
         try:
+            _client_share(transport.channel, self._shm_size, timeout)
             yield cast(_P, _client_proxy(cast(type, protocol), _ClientLink(transport), options))
         finally:
             self._give_back(key, transport)
@@ -9085,6 +9649,7 @@ def connect(
     timeout: float | None = None,
     reconnect: bool = False,
     limits: IpcLimits | None = None,
+    shm_size: int | None = None,
 ) -> Iterator[_P]:
     """Start a worker process and talk over its stdin and stdout; leaving the block ends it.
 
@@ -9094,6 +9659,8 @@ def connect(
         timeout: seconds for each call and each turn of a stream; None waits for ever.
         reconnect: start the worker again when it is gone, and repeat only what was never sent.
         limits: what the peer may claim before memory is allocated for it.
+        shm_size: bytes of shared memory for batches of 128 KiB and more, if the worker can use it (wire.md section 11).
+            A batch that was read from there keeps its place until nothing refers to it; not with `reconnect`.
 
     Raises the operating system's own error when the worker cannot be started.
     """
@@ -9101,7 +9668,8 @@ def connect(
     def spawn() -> SubprocessTransport:
         return SubprocessTransport(cmd, stderr=stderr, stderr_logger=stderr_logger)
 
-    with _door_client(protocol, spawn, _ClientOptions(on_log, ipc_validation, timeout), reconnect, limits) as proxy:
+    options = _ClientOptions(on_log, ipc_validation, timeout)
+    with _door_client(protocol, spawn, options, reconnect, limits, shm_size) as proxy:
         yield proxy
 
 
@@ -9115,13 +9683,15 @@ def unix_connect(
     timeout: float | None = None,
     reconnect: bool = False,
     limits: IpcLimits | None = None,
+    shm_size: int | None = None,
 ) -> Iterator[_P]:
     """Connect to a server on a Unix socket; options as in `connect`; `timeout` also bounds connecting."""
 
     def dial() -> UnixTransport:
         return _door_dial_unix(path, timeout)
 
-    with _door_client(protocol, dial, _ClientOptions(on_log, ipc_validation, timeout), reconnect, limits) as proxy:
+    options = _ClientOptions(on_log, ipc_validation, timeout)
+    with _door_client(protocol, dial, options, reconnect, limits, shm_size) as proxy:
         yield proxy
 
 
@@ -9158,11 +9728,19 @@ def tcp_connect(
 
 @contextlib.contextmanager
 def _door_client(
-    protocol: Any, dial: Callable[[], Any], options: _ClientOptions, reconnect: bool, limits: IpcLimits | None
+    protocol: Any,
+    dial: Callable[[], Any],
+    options: _ClientOptions,
+    reconnect: bool,
+    limits: IpcLimits | None,
+    shm_size: int | None = None,
 ) -> Iterator[Any]:
     _client_check_timeout(options.timeout)
+    if reconnect and shm_size is not None:
+        raise ValueError("reconnect and shm_size exclude each other: what is in shared memory would be lost")
     link = _ClientLink(dial(), dial if reconnect else None, limits)
     try:
+        _client_share(link.channel, shm_size, options.timeout)
         yield _client_proxy(protocol, link, options)
     finally:
         link.transport.close()
@@ -10612,36 +11190,38 @@ __all__ = [  # noqa: RUF022 (plain order of the characters)
     "CALL_STATE_KEY", "CANCEL_KEY", "CLIENT_ERROR_CODES", "CallContext", "CallStatistics", "Channel", "ClientLog",
     "Code", "ConnectionLostError", "DEADLINE_KEY", "DESCRIBE_VERSION", "DeadlineExceededError", "DispatchHook",
     "EMPTY_SCHEMA", "ERROR_CODE_KEY", "ERROR_DETAILS_KEY", "ERROR_KIND_KEY", "ERROR_KIND_METHOD_NOT_IMPLEMENTED",
-    "ErrorDetail", "ErrorInfo", "ExchangeState", "FieldViolation", "HASH_DOMAIN", "Help", "HelpLink", "HostedProtocol",
-    "IDEMPOTENCY_LEVELS", "IPCError", "IPC_READ_OPTIONS", "IPC_WRITE_OPTIONS", "IpcLimits", "IpcValidation",
-    "LEGACY_DESCRIBE_METHOD_NAME", "LEGACY_DESCRIBE_VERSION_KEY", "LEGACY_PROTOCOL_HASH_KEY",
+    "ErrorDetail", "ErrorInfo", "ExchangeState", "FieldViolation", "HASH_DOMAIN", "HEADER_SIZE", "Help", "HelpLink",
+    "HostedProtocol", "IDEMPOTENCY_LEVELS", "IPCError", "IPC_READ_OPTIONS", "IPC_WRITE_OPTIONS", "IpcLimits",
+    "IpcValidation", "LEGACY_DESCRIBE_METHOD_NAME", "LEGACY_DESCRIBE_VERSION_KEY", "LEGACY_PROTOCOL_HASH_KEY",
     "LEGACY_PROTOCOL_NAME_KEY", "LOCATION_FETCH_MS_KEY", "LOCATION_KEY", "LOCATION_SHA256_KEY", "LOCATION_SOURCE_KEY",
-    "LOG_EXTRA_KEY", "LOG_LEVEL_KEY", "LOG_MESSAGE_KEY", "Level", "LocalizedMessage", "MAX_ERROR_DETAILS_BYTES",
-    "MAX_PROTOCOL_NAME_BYTES", "MAX_TRACEBACK_CHARS", "MAX_TRACEBACK_FRAMES", "Message", "MethodDescription",
-    "MethodInfo", "MethodNotImplementedError", "MethodType", "OTEL_SERVER_ERROR_CODES", "OutputCollector",
-    "PROTOCOL_KEY", "PROTOCOL_NAME_RE", "PROTOCOL_VERSION_KEY", "PipeTransport", "PoolMetrics", "PreconditionFailure",
-    "PreconditionViolation", "ProducerState", "ProtocolBinding", "ProtocolError", "ProtocolList",
+    "LOG_EXTRA_KEY", "LOG_LEVEL_KEY", "LOG_MESSAGE_KEY", "Level", "LocalizedMessage", "MAX_ALLOCS",
+    "MAX_ERROR_DETAILS_BYTES", "MAX_PROTOCOL_NAME_BYTES", "MAX_TRACEBACK_CHARS", "MAX_TRACEBACK_FRAMES", "Message",
+    "MethodDescription", "MethodInfo", "MethodNotImplementedError", "MethodType", "OTEL_SERVER_ERROR_CODES",
+    "OutputCollector", "PROTOCOL_KEY", "PROTOCOL_NAME_RE", "PROTOCOL_VERSION_KEY", "PipeTransport", "PoolMetrics",
+    "PreconditionFailure", "PreconditionViolation", "ProducerState", "ProtocolBinding", "ProtocolError", "ProtocolList",
     "ProtocolNotSpecifiedError", "ProtocolNotSupportedError", "ProtocolSummary", "ProtocolVersionError", "QuotaFailure",
     "QuotaViolation", "REDACTED", "REFLECTION_PROTOCOL_NAME", "REQUEST_ID_KEY", "REQUEST_VERSION",
     "REQUEST_VERSION_KEY", "RESERVED_PROTOCOL_PREFIX", "RPC_METHOD_KEY", "Reflection", "ReflectionImpl",
     "ReflectionNotSupportedError", "RequestTransport", "ResourceInfo", "RetryInfo", "RpcArgumentError", "RpcConnection",
     "RpcError", "RpcMethodInfo", "RpcProxy", "RpcServer", "RpcTransport", "SEMVER_REGEX", "SERVER_ID_KEY",
-    "SHM_LENGTH_KEY", "SHM_OFFSET_KEY", "SHM_SEGMENT_NAME_KEY", "SHM_SEGMENT_SIZE_KEY", "SHM_SOURCE_KEY", "STATE_KEY",
-    "STREAM_KINDS", "ServerDrainingError", "ServerRequest", "ServiceDescription", "SessionLostError", "StatusError",
-    "StderrMode", "Stream", "StreamCall", "StreamReply", "StreamSession", "StreamState", "SubprocessTransport",
-    "TRACEPARENT_KEY", "TRACESTATE_KEY", "TRANSIENT_ERROR_CODES", "TRANSPORT_OPTIONS_METHOD_NAME", "TRANSPORT_SHM_KEY",
+    "SHM_LENGTH_KEY", "SHM_MIN_BATCH_BYTES", "SHM_OFFSET_KEY", "SHM_SEGMENT_NAME_KEY", "SHM_SEGMENT_SIZE_KEY",
+    "SHM_SOURCE_KEY", "STATE_KEY", "STREAM_KINDS", "ServerDrainingError", "ServerRequest", "ServiceDescription",
+    "SessionLostError", "ShmAllocator", "ShmPipeTransport", "ShmSegment", "StatusError", "StderrMode", "Stream",
+    "StreamCall", "StreamReply", "StreamSession", "StreamState", "SubprocessTransport", "TRACEPARENT_KEY",
+    "TRACESTATE_KEY", "TRANSIENT_ERROR_CODES", "TRANSPORT_OPTIONS_METHOD_NAME", "TRANSPORT_SHM_KEY",
     "TYPE_TOKEN_VERSION", "TcpTransport", "Transient", "TransportKind", "UnixTransport", "UnsupportedArrowTypeError",
     "ValidatedReader", "VersionError", "VgiAccessLogFormatter", "VgiJsonFormatter", "WireServiceDescription",
     "WorkerDiedError", "WorkerPool", "WrongProcessError", "apply_claim_redaction", "batch_from_json", "batch_to_json",
     "canonical_json", "compute_protocol_hash", "connect", "current_auth", "decode_error_details", "describe_protocol",
     "describe_rpc", "deserialize_record_batch", "empty_batch", "encode_error_details", "encode_metadata",
     "error_code_of", "error_details_of", "error_kind_of", "exception_str", "field_token", "introspect", "is_retryable",
-    "list_protocols", "main", "make_pipe_pair", "make_tcp_pair", "make_unix_pair", "map_calls", "merge_metadata",
-    "new_ipc_stream", "no_redaction", "parse_error_detail", "parse_version", "ping", "protocol_description",
-    "read_single_record_batch", "redact_claims", "rpc_methods", "run_server", "schema_tokens", "serialize_record_batch",
+    "is_shm_pointer_batch", "list_protocols", "main", "make_pipe_pair", "make_shm_pointer_batch", "make_tcp_pair",
+    "make_unix_pair", "map_calls", "maybe_write_to_shm", "merge_metadata", "new_ipc_stream", "no_redaction",
+    "parse_error_detail", "parse_version", "ping", "protocol_description", "read_single_record_batch", "redact_claims",
+    "resolve_shm_batch", "rpc_methods", "run_server", "schema_tokens", "serialize_record_batch",
     "serialize_record_batch_bytes", "serve_pipe", "serve_stdio", "serve_tcp", "serve_tcp_pipe", "serve_unix",
-    "serve_unix_pipe", "set_claim_redactor", "strip_keys", "submit", "tcp_connect", "type_token", "unix_connect",
-    "validate_batch", "validate_protocol_name", "with_options",
+    "serve_unix_pipe", "set_claim_redactor", "shm_available", "strip_keys", "submit", "tcp_connect", "type_token",
+    "unix_connect", "validate_batch", "validate_protocol_name", "with_options", "worker_transport_metadata",
 ]
 # fmt: on
 

@@ -527,20 +527,21 @@ def test_annotated_batch_can_be_copied(clone: Any) -> None:
     assert clone(item) == item
 
 
-def test_release_is_idempotent() -> None:
-    calls: list[int] = []
-    item = core.AnnotatedBatch(BATCH, _release=lambda: calls.append(1))
+def test_release_is_idempotent_and_ends_access() -> None:
+    item = core.AnnotatedBatch(BATCH, _shared=True)
+    assert item.batch is BATCH
     item.release()
     item.release()
-    assert calls == [1]
-    assert core.AnnotatedBatch(BATCH).release() is None
+    with pytest.raises(ValueError, match="has been released"):
+        _ = item.batch
+    with pytest.raises(AttributeError, match="no attribute 'other'"):
+        _ = item.other
 
 
-def test_release_that_fails_is_not_repeated() -> None:
-    item = core.AnnotatedBatch(BATCH, _release=lambda: 1 // 0)
-    with pytest.raises(ZeroDivisionError):
-        item.release()
-    assert item.release() is None
+def test_release_leaves_other_batches_alone() -> None:
+    item = core.AnnotatedBatch(BATCH)
+    item.release()
+    assert item.batch is BATCH
 
 
 def test_annotated_batch_speaks_the_capsule_interface() -> None:

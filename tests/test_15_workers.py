@@ -144,5 +144,5 @@ def test_idle_workers_end_the_parent(tmp_path: Path, monkeypatch: pytest.MonkeyP
         used = {one.pid(), two.pid(), three.pid()}
     assert gone(used)  # those that had a client; others wait for their first one
     process.terminate()
-    assert process.wait(20) in (0, 128 + signal.SIGTERM)
     process.stdout.close()
+    assert process.wait(20) in (0, 128 + signal.SIGTERM, -signal.SIGTERM)  # it may have been on its way out
