@@ -50,6 +50,7 @@ __all__ = [
     "StatusRow",
     "compute_hash",
     "default_state_dir",
+    "gc_shared_memory",
     "gc_state_dir",
     "launch",
     "main",
@@ -67,6 +68,7 @@ _TERM_GRACE = 2.0
 _MAX_LINE = 65_536
 _MAX_PATH = 103 if sys.platform == "darwin" else 107  # of a Unix socket, in bytes
 _FILES = re.compile(r"([0-9a-f]{16})\.(lock|sock|meta)")
+_SEGMENT = re.compile(r"vgi_rpc_([1-9][0-9]*)_[0-9a-f]{8}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -461,6 +463,29 @@ def gc_state_dir(state_dir: Path, *, limit: int | None = None, exclude_hash: str
     return result
 
 
+def gc_shared_memory(folder: Path = Path("/dev/shm")) -> list[str]:
+    """Remove the shared memory segments whose owner is dead; return their names. Only a killed process leaves any."""
+    found = []
+    for path in sorted(folder.glob("vgi_rpc_*")):
+        match = _SEGMENT.fullmatch(path.name)
+        if match is None or _lives(int(match[1])):
+            continue
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # gone meanwhile, or another user's
+            path.unlink()
+            found.append(path.name)
+    return found
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
 def _clean(state_dir: Path, hash_id: str) -> bool:
     lock = state_dir / f"{hash_id}.lock"
     fd = _try_lock(lock)
@@ -555,7 +580,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--worker-stderr", metavar="FILE", help="append the worker's stderr there")
     parser.add_argument("--state-dir", metavar="DIR", help="where locks and sockets are kept")
     parser.add_argument("--status", action="store_true", help="list the workers")
-    parser.add_argument("--gc", action="store_true", help="remove the files of workers that are gone")
+    parser.add_argument("--gc", action="store_true", help="remove what is left of workers that are gone")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- CMD ...", help="the worker's command")
     return parser
 
@@ -587,5 +612,8 @@ def _print_gc(state: Path) -> None:
         print(f"cleaned {len(result.cleaned)}: {', '.join(result.cleaned)}")
     if result.skipped_in_use:
         print(f"skipped {len(result.skipped_in_use)} in use: {', '.join(result.skipped_in_use)}")
-    if not (result.cleaned or result.skipped_in_use):
+    segments = gc_shared_memory()
+    if segments:
+        print(f"removed {len(segments)} shared memory segments: {', '.join(segments)}")
+    if not (result.cleaned or result.skipped_in_use or segments):
         print("(nothing to clean)")
