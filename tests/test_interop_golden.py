@@ -50,7 +50,7 @@ def test_globs_leave_out_two_cases() -> None:
 @pytest.mark.parametrize("glob", GLOBS)
 def test_server_replays(glob: str, tmp_path: Path) -> None:
     assert fnmatch.filter(cases(), glob)
-    env = {**os.environ, "VGI_IMPL_PATH": str(ROOT), "VGI_IMPL": "vgi_rpc", "PYTHONDONTWRITEBYTECODE": "1"}
+    env = {**os.environ, "VGI_IMPL_PATH": str(ROOT), "VGI_IMPL": "vgi_rpc"}
     command = [sys.executable, str(INTEROP / "replay.py"), "server", "--only", glob]
     ran = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=110)
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-2000:]

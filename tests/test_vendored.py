@@ -28,7 +28,7 @@ def app(tmp_path: Path) -> Path:
 
 
 def run(app: Path, *args: str, timeout: float = 100) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": str(app), "VGI_RPC_CORE": NAME, "PYTHONDONTWRITEBYTECODE": "1"}
+    env = {**os.environ, "PYTHONPATH": str(app), "VGI_RPC_CORE": NAME}
     return subprocess.run([sys.executable, *args], cwd=app, env=env, capture_output=True, text=True, timeout=timeout)
 
 

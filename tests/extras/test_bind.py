@@ -85,7 +85,7 @@ def lay(place: Path, *names: str) -> None:
 
 def outcome(place: Path, code: str) -> tuple[int, str]:
     """Run `code` with only what was laid on the path: (exit status, last line printed)."""
-    env = {**os.environ, "PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1"}
+    env = {**os.environ, "PYTHONPATH": str(place)}
     path = (
         "import sys; sys.path[:] = [p for p in sys.path if not p or not __import__('os').path.exists(p + '/vgi_rpc.py')"
     )
