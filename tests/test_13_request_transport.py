@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -43,7 +43,16 @@ class Loopback(core.RequestTransport):  # type: ignore[misc, name-defined]
         self.opened: list[Any] = []
         self.garbled = False
 
-    def request(self, protocol: str, method: str, pieces: Sequence[Any], *, timeout: float | None, doing: str) -> bytes:
+    def request(
+        self,
+        protocol: str,
+        method: str,
+        pieces: Sequence[Any],
+        *,
+        timeout: float | None,
+        doing: str,
+        metadata: Mapping[bytes, bytes],
+    ) -> bytes:
         self.calls.append((protocol, method, timeout))
         out = io.BytesIO()
         SERVER.serve_one(core.PipeTransport(io.BytesIO(b"".join(pieces)), out))
