@@ -8883,10 +8883,12 @@ class _ClientObservedStream(StreamSession):
     def tick(
         self, custom_metadata: pa.KeyValueMetadata | None = None, *, timeout: float | None = _UNSET
     ) -> AnnotatedBatch:
-        return self._step(lambda: self._session.tick(custom_metadata, timeout=timeout))
+        given = {} if timeout is _UNSET else {"timeout": timeout}
+        return self._step(lambda: self._session.tick(custom_metadata, **given))
 
     def exchange(self, input: AnnotatedBatch, *, timeout: float | None = _UNSET) -> AnnotatedBatch:
-        return self._step(lambda: self._session.exchange(input, timeout=timeout))
+        given = {} if timeout is _UNSET else {"timeout": timeout}
+        return self._step(lambda: self._session.exchange(input, **given))
 
     def __iter__(self) -> Iterator[AnnotatedBatch]:
         items = iter(self._session)

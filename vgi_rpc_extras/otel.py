@@ -13,10 +13,10 @@ is current.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import logging
 import time
-import types
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -38,8 +38,9 @@ _P = TypeVar("_P")
 _LOG = logging.getLogger("vgi_rpc.otel")
 _SCOPE = ("vgi_rpc", core.__version__)
 _W3C = TraceContextTextMapPropagator()
-_NONE: Mapping[str, str] = types.MappingProxyType({})
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
+# The span of the call that this thread dispatches: what a method has left current is not it.
+_dispatched: contextvars.ContextVar[trace.Span | None] = contextvars.ContextVar("vgi_rpc_otel", default=None)
 _STATISTICS = ("input_batches", "output_batches", "input_rows", "output_rows", "input_bytes", "output_bytes")
 
 
@@ -61,15 +62,15 @@ class OtelConfig:
     enable_tracing: bool = True
     enable_metrics: bool = True
     record_exceptions: bool = True
-    custom_attributes: Mapping[str, str] = _NONE
-    claim_attributes: Mapping[str, str] = _NONE
+    custom_attributes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    claim_attributes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     error_redactor: Callable[[BaseException], str] | None = None
 
 
 def instrument_server(server: core.RpcServer, config: OtelConfig | None = None) -> core.RpcServer:
     """Record every call that `server` dispatches; returns it. Do it before serving; a second time replaces the first.
 
-    Records of the access log get `trace_id` and `span_id` of the span that is current when a call ends.
+    Records of the access log get `trace_id` and `span_id`: those of the call's span, else of the current one.
     """
     hook = _ServerHook(server, _checked(config))
     for old in server.dispatch_hooks:
@@ -129,6 +130,7 @@ class _Call:
     labels: dict[str, str]
     span: trace.Span | None = None
     attached: Any = None
+    dispatched: Any = None
 
 
 class _ServerHook:
@@ -167,6 +169,7 @@ class _ServerHook:
                 {**labels, **self._attributes(auth, transport_metadata)},
             )
             call.attached = context.attach(trace.set_span_in_context(call.span, parent))
+            call.dispatched = _dispatched.set(call.span)
         return call
 
     def on_dispatch_end(
@@ -180,6 +183,7 @@ class _ServerHook:
         with contextlib.ExitStack() as ends:
             if token.attached is not None:
                 ends.callback(context.detach, token.attached)
+                ends.callback(_dispatched.reset, token.dispatched)
             if token.span is not None:
                 ends.callback(token.span.end)
                 self._conclude(token.span, error, stats)
@@ -313,9 +317,9 @@ def _fail(span: trace.Span, error: BaseException, config: OtelConfig, *, blames:
 
 
 def _correlate(record: logging.LogRecord) -> bool:
-    """A filter that drops nothing: it gives access records the ids of the current span (runtime.md section 6)."""
+    """A filter that drops nothing: it gives access records the ids of their span (runtime.md section 6)."""
     try:
-        current = trace.get_current_span().get_span_context()
+        current = (_dispatched.get() or trace.get_current_span()).get_span_context()
         if current.is_valid:
             record.trace_id = trace.format_trace_id(current.trace_id)
             record.span_id = trace.format_span_id(current.span_id)

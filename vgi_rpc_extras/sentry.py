@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import hashlib
 import re
-import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +31,7 @@ __all__ = ["SentryConfig", "attach_by_default", "instrument_server_sentry", "noo
 
 Redactor = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
-_NONE: Mapping[str, str] = types.MappingProxyType({})
-_USER: Mapping[str, str] = types.MappingProxyType({"username": "preferred_username", "email": "email", "name": "name"})
+_USER = {"username": "preferred_username", "email": "email", "name": "name"}
 _SECRET = re.compile("password|token|secret|key|authorization", re.IGNORECASE)
 _MAX_TAG = 200  # characters; Sentry's own limit
 
@@ -59,12 +57,12 @@ class SentryConfig:
     enable_error_capture: bool = True
     enable_performance: bool = False
     record_request_context: bool = True
-    custom_tags: Mapping[str, str] = _NONE
+    custom_tags: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored_exceptions: tuple[type[BaseException], ...] = ()
     ignored_error_codes: frozenset[core.Code] = core.CLIENT_ERROR_CODES | core.TRANSIENT_ERROR_CODES
     op_name: str = "rpc.server"
-    claim_tags: Mapping[str, str] = _NONE
-    user_claim_map: Mapping[str, str] = _USER
+    claim_tags: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    user_claim_map: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(_USER))
     set_transaction_name: bool = True
     record_params: bool = False
     tag_params: Sequence[str] = ()
