@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import sentry_sdk
+from sentry_sdk.integrations.logging import ignore_logger
 
 from . import core as _bound_core
 
@@ -79,6 +80,8 @@ def instrument_server_sentry(server: core.RpcServer, config: SentryConfig | None
         if isinstance(old, _SentryHook):
             server.remove_dispatch_hook(old)
     server.add_dispatch_hook(_SentryHook(server, config or SentryConfig()))
+    # The core also logs what failed, and the SDK would make events of that, whatever the configuration ignores.
+    ignore_logger("vgi_rpc.rpc")
     return server
 
 
@@ -130,7 +133,8 @@ class _SentryHook:
             return None
         with contextlib.ExitStack() as scopes:
             ambient = sentry_sdk.get_current_span()
-            if ambient is None:  # no integration has made a scope for this request
+            # A web framework's integration has made a scope for this request; else it is on us.
+            if ambient is None or "user_agent" not in transport_metadata:
                 scopes.enter_context(sentry_sdk.isolation_scope())
             span = self._span(scopes, ambient, info)
             if self._config.set_transaction_name and (ambient is not None or span is None):
