@@ -6917,7 +6917,7 @@ class _ServerConnection:
             return self._refuse(exc, plan, RPC_METHOD_KEY in metadata)
         if _LOG_WIRE_REQUEST.isEnabledFor(logging.DEBUG):
             _LOG_WIRE_REQUEST.debug("Parsed request: method=%s, kwargs={%s}", name, _log_kwargs(kwargs))
-        if sample:
+        if sample and not self.observed():  # what is observed does not use what was learned
             self.server._learn(sample, batch, metadata, plan)
         self._dispatch(binding, plan, kwargs, _server_budget(metadata.get(DEADLINE_KEY)), (batch, metadata))
 

@@ -53,7 +53,8 @@ class CountState(core.ProducerState):
         if self.at == 2 and self.end == 13:
             raise ValueError("unlucky")
         if self.at >= self.end:
-            return out.finish()
+            out.finish()
+            return
         out.emit_pydict({"n": [self.at]})
         self.at += 1
 
@@ -550,7 +551,7 @@ def test_a_second_time_replaces_the_first() -> None:
     with pytest.raises(TypeError, match="expected an OtelConfig, got dict"):
         otel().instrument_server(server, {})
     with pytest.raises(ValueError, match="not a dispatch hook of this server"):
-        server.remove_dispatch_hook(Broken("start"))
+        server.remove_dispatch_hook(broken("start"))
     server.remove_dispatch_hook(server.dispatch_hooks[0])
     assert server.dispatch_hook is None and server.dispatch_hooks == ()
 
@@ -576,14 +577,18 @@ class Broken:
         raise AssertionError
 
 
+def broken(at: str) -> Any:
+    return Broken(at)
+
+
 @KINDS
 @pytest.mark.parametrize("at", ["start", "end"])
 def test_hooks_that_fail_disturb_nobody(kind: str, at: str) -> None:
     far = Telemetry()
     server = make(far)
-    server.add_dispatch_hook(Broken(at))
+    server.add_dispatch_hook(broken(at))
     with serving(kind, server) as plain:
-        proxy = core.with_options(plain, call_hook=Broken(at))
+        proxy = core.with_options(plain, call_hook=broken(at))
         assert proxy.add(1.0, 2.0) == 3.0
         assert proxy.count(3).read_all().num_rows == 3
         with pytest.raises(core.RpcError, match="stout"):
@@ -594,7 +599,7 @@ def test_hooks_that_fail_disturb_nobody(kind: str, at: str) -> None:
 
 def test_calls_without_a_hook_do_not_look_for_one() -> None:
     with serving("pipe", core.RpcServer(Calc, Impl())) as proxy:
-        observed = core.with_options(proxy, call_hook=Broken("end"))
+        observed = core.with_options(proxy, call_hook=broken("end"))
         assert type(proxy.add) is not type(observed.add)
         with proxy.count(1) as plain, contextlib.ExitStack():
             assert type(plain).__name__ == "_ClientStream"
