@@ -10,6 +10,7 @@ import logging
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -81,6 +82,8 @@ class Impl:
         return a + b
 
     def fail(self, kind: str) -> float:
+        if kind == "interrupt":
+            raise KeyboardInterrupt
         raise Teapot("short and stout") if kind == "client" else ValueError("secret of a user")
 
     def inner(self) -> str:
@@ -168,12 +171,21 @@ def http(server: core.RpcServer, **options: Any) -> Iterator[str]:
     door: Any = core
     app = door.make_wsgi_app(server, token_key=b"k" * 32, **options)
     listener = waitress.create_server(app, host="127.0.0.1", port=0, threads=1)
-    thread = threading.Thread(target=listener.run)
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.is_set():
+            listener.asyncore.loop(timeout=1, map=listener._map, count=1)
+        listener.task_dispatcher.shutdown()
+        listener.asyncore.close_all(listener._map)
+
+    thread = threading.Thread(target=run)
     thread.start()
     try:
         yield f"http://127.0.0.1:{listener.effective_port}"
     finally:
-        listener.close()
+        ended.set()
+        listener.pull_trigger()
         thread.join(10)
         assert not thread.is_alive()
 
@@ -405,6 +417,9 @@ def test_calls_that_share_the_latency(kind: str) -> None:
         with pytest.raises(core.RpcError, match="stout"):
             list(core.map_calls(proxy.fail, [{"kind": "client"}]))
         assert isinstance(core.submit(proxy.fail, "client").exception(20), core.RpcError)
+    deadline = time.monotonic() + 5
+    while len(near.spans()) < 42 and time.monotonic() < deadline:
+        time.sleep(0.01)  # a Future's callbacks run after its result can be had
     assert len(near.spans()) == 42
     assert [s.status.status_code for s in near.spans()].count(StatusCode.ERROR) == 2
     assert {parent(s) for s in far.spans()} == {ids(s) for s in near.spans()}
@@ -504,6 +519,17 @@ def test_context_is_current_while_authenticating_and_gone_afterwards() -> None:
     (request,) = points["rpc.server.requests {request}"]
     assert dict(request.attributes or {})["rpc.vgi_rpc.auth.domain"] == "jwt"
     assert "ann" not in str(points), "no principal on a metric"
+
+
+def test_a_call_that_is_interrupted_leaves_nothing_current() -> None:
+    far = Telemetry()
+    lazy: Any = core
+    client = sys.modules[lazy.make_wsgi_app.__module__.rpartition(".")[0]].make_sync_client(make(far))
+    with lazy.http_connect(Calc, client=client) as proxy, pytest.raises(KeyboardInterrupt):
+        proxy.fail("interrupt")
+    assert not trace.get_current_span().get_span_context().is_valid
+    (span,) = far.spans()
+    assert attributes(span)["rpc.vgi_rpc.error_type"] == "KeyboardInterrupt"
 
 
 def test_two_servers_in_one_process_do_not_mix() -> None:
