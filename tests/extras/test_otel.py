@@ -22,7 +22,7 @@ pytest.importorskip("opentelemetry.sdk")
 waitress: Any = pytest.importorskip("waitress")
 pytest.importorskip("falcon")
 
-from opentelemetry import context, trace
+from opentelemetry import baggage, context, trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import HistogramDataPoint, InMemoryMetricReader, NumberDataPoint
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -468,6 +468,15 @@ def test_malformed_contexts_are_ignored(bad: str) -> None:
         assert trace_of(far, {"traceparent": bad}, {"traceparent": PARENT}) == (TRACE, SPAN)
     assert trace_of(far, {}, {"traceparent": bad.strip() + "?"}) == ("", "")
     assert trace_of(far, {"traceparent": PARENT, "tracestate": "\x00" + "=" * 9999}, {}) == (TRACE, SPAN)
+
+
+def test_a_callers_context_brings_nothing_else_of_the_thread() -> None:
+    token = context.attach(baggage.set_baggage("left", "behind"))
+    try:
+        assert baggage.get_all(otel()._parent({"traceparent": PARENT})) == {}
+        assert baggage.get_all(otel()._parent({})) == {"left": "behind"}
+    finally:
+        context.detach(token)
 
 
 def test_an_instrumented_web_server_is_the_parent() -> None:

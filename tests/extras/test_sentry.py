@@ -307,6 +307,22 @@ def test_a_span_of_the_ambient_one(start: Start) -> None:
     assert outer["transaction"] == "rpc fail"
 
 
+def test_a_span_around_a_worker_is_not_a_scope_for_its_calls(start: Start) -> None:
+    inbox = start(traces_sample_rate=1.0)
+    server = make(tag_params=["kind"])
+    client, far = core.make_pipe_pair()
+    thread = threading.Thread(target=lambda: fail(core.RpcProxy(Calc, client)))
+    with sentry_sdk.isolation_scope(), sentry_sdk.start_transaction(name="worker"):
+        thread.start()
+        server.serve_one(far)
+        assert sentry_sdk.get_isolation_scope()._tags == {}
+    thread.join(10)
+    client.close()
+    far.close()
+    (event,) = inbox.found()
+    assert event["tags"]["rpc.param.kind"] == "server"
+
+
 def test_parameters(start: Start) -> None:
     inbox = start(include_local_variables=False)
     with serving(make(tag_params=["kind", "api_key", "sizes"], hashed_tags=["kind"])) as proxy:
