@@ -4041,13 +4041,37 @@ class DispatchHook(Protocol):
         transport_metadata: Mapping[str, Any],
         kwargs: Mapping[str, Any],
     ) -> Any:
-        """Before the method; returns a token for the end. When it raises, the end is not called."""
+        """Before the method, in its thread; returns a token for the end. When it raises, the end is not called.
+
+        `transport_metadata` also has the strings `traceparent` and `tracestate` if the request came with a W3C trace
+        context; that of its batch goes before that of an HTTP header.
+        """
         ...
 
     def on_dispatch_end(
         self, token: Any, info: RpcMethodInfo, error: BaseException | None, *, stats: CallStatistics | None = None
     ) -> None:
-        """After the method, or after the whole stream."""
+        """After the method, or after the whole stream, in the same thread; the access record has been written."""
+        ...
+
+
+class CallHook(Protocol):
+    """Told of every call that a proxy makes (`with_options(proxy, call_hook=...)`); client spans plug in here.
+
+    Called from any thread, and what it raises is swallowed.
+    """
+
+    def on_call_start(self, info: RpcMethodInfo, metadata: dict[bytes, bytes]) -> Any:
+        """Before the request is made; returns a token for the end.
+
+        What is put into `metadata` goes along with the request: over a byte stream as metadata of its batch, over a
+        RequestTransport as that sees fit (HTTP: `traceparent` and `tracestate` are headers of all requests of the
+        call).
+        """
+        ...
+
+    def on_call_end(self, token: Any, info: RpcMethodInfo, error: BaseException | None) -> None:
+        """After the answer, or after the whole stream."""
         ...
 
 
@@ -5108,7 +5132,10 @@ def _wire_request(
     timeout: float | None = None,
     extra: Mapping[bytes, bytes] = _WIRE_NOTHING,
 ) -> _IpcMessages:
-    """The complete request stream; with a timeout it carries the remaining time (DESIGN.md section 7)."""
+    """The complete request stream; with a timeout it carries the remaining time (DESIGN.md section 7).
+
+    `extra` is further metadata, which no template of the plan knows.
+    """
     cells = _wire_cells(plan, values)
     budget = _wire_budget(timeout)
     if _LOG_WIRE_REQUEST.isEnabledFor(logging.DEBUG):
@@ -5135,7 +5162,7 @@ def _wire_budget(timeout: float | None) -> bytes:
 
 def _wire_write_request(plan: _WirePlan, batch: pa.RecordBatch, extra: Mapping[bytes, bytes] | None) -> list[_IpcPiece]:
     writer = _IpcWriter(batch.schema)
-    writer.write(batch, {**plan.metadata, **extra} if extra else plan.metadata)
+    writer.write(batch, {**extra, **plan.metadata} if extra else plan.metadata)
     writer.close()
     return writer.take()
 
@@ -6919,6 +6946,8 @@ class RpcServer:
             len(self.methods),
             extra={"server_id": self.server_id, "protocol": self.protocol_name, "method_count": len(self.methods)},
         )
+        for created in _server_created:
+            created(self)
 
     @property
     def methods(self) -> Mapping[str, RpcMethodInfo]:
@@ -6950,10 +6979,22 @@ class RpcServer:
         """Methods of the primary protocol whose implementation takes `ctx`."""
         return self._primary.ctx_methods
 
+    @property
+    def dispatch_hooks(self) -> tuple[DispatchHook, ...]:
+        """What is told of every dispatched call, in the order of starting."""
+        return self._hooks
+
     def add_dispatch_hook(self, hook: DispatchHook) -> None:
         """Tell `hook` of every dispatched call; hooks added later start later and end earlier."""
         self._hooks = (*self._hooks, hook)
         self.dispatch_hook = _CtxHooks(self._hooks)
+
+    def remove_dispatch_hook(self, hook: DispatchHook) -> None:
+        """Tell `hook` no more, from the next call on; ValueError when it was not added."""
+        if hook not in self._hooks:
+            raise ValueError(f"{type(hook).__name__} is not a dispatch hook of this server")
+        self._hooks = tuple(known for known in self._hooks if known is not hook)
+        self.dispatch_hook = _CtxHooks(self._hooks) if self._hooks else None
 
     def serve(
         self,
@@ -7068,6 +7109,7 @@ class RpcServer:
                 self._layouts[key] = (_ServerLayout(layout, binding, plan), *known)
 
 
+_server_created: list[Callable[[RpcServer], None]] = []  # told of every new server; rooms below add to it
 _SERVER_LAYOUT_SCHEMAS = 256
 _SERVER_LAYOUTS_PER_SCHEMA = 64  # methods with the same parameters share a schema message
 _SERVER_LEARNED_KEYS = {RPC_METHOD_KEY, REQUEST_VERSION_KEY, PROTOCOL_KEY, PROTOCOL_VERSION_KEY, DEADLINE_KEY}
@@ -7098,6 +7140,7 @@ class _ServerCall:
         "connection",
         "error",
         "is_turn",
+        "metadata",
         "notes",
         "observed",
         "plan",
@@ -7123,6 +7166,7 @@ class _ServerCall:
         self.cancelled = False
         self.stream_id = ""
         self.is_turn = False  # of a stream whose state travels; then a call of its own
+        self.metadata: _IpcMetadata = {}  # of the request, when it is observed
         self.notes: Mapping[str, Any] = {}  # what a transport adds to the access record
         self._request_id = connection.request_id
         self._hook = connection.server.dispatch_hook
@@ -7143,9 +7187,8 @@ class _ServerCall:
         self.begin()
         if self.observed and self._hook is not None:
             connection = self.connection
-            self._token = self._hook.on_dispatch_start(
-                self.plan.info, connection.auth, connection.transport_metadata, kwargs
-            )
+            known = _server_traced(connection.transport_metadata, self.metadata)
+            self._token = self._hook.on_dispatch_start(self.plan.info, connection.auth, known, kwargs)
 
     def begin(self) -> None:
         """Begin counting."""
@@ -7169,16 +7212,20 @@ class _ServerCall:
         return _wire_error(exc, server.server_id, self.request_id, server.include_tracebacks)
 
     def finish(self) -> None:
-        """Tell the hook and write the access record; never fails."""
-        if not self.observed:
+        """Write the access record and tell the hook, in this order: what the hook has made current is in the record.
+
+        Never fails; a second time it does nothing.
+        """
+        observed, self.observed = self.observed, False
+        if not observed:
             return
-        if self._hook is not None and self._token is not None:
-            self._hook.on_dispatch_end(self._token, self.plan.info, self.error, stats=self.stats)
         if _LOG_ACCESS.isEnabledFor(logging.INFO):
             try:
                 _server_access_record(self)
             except Exception:
                 _LOG_RPC.debug("could not write an access record", exc_info=True)
+        if self._hook is not None and self._token is not None:
+            self._hook.on_dispatch_end(self._token, self.plan.info, self.error, stats=self.stats)
 
 
 class _ServerConnection:
@@ -7319,9 +7366,9 @@ class _ServerConnection:
             return self._refuse(exc, plan, RPC_METHOD_KEY in metadata)
         if _LOG_WIRE_REQUEST.isEnabledFor(logging.DEBUG):
             _LOG_WIRE_REQUEST.debug("Parsed request: method=%s, kwargs={%s}", name, _log_kwargs(kwargs))
-        if sample:
+        if sample and not self.observed():  # what is observed does not use what was learned
             self.server._learn(sample, batch, metadata, plan)
-        self._dispatch(binding, plan, kwargs, _server_budget(metadata.get(DEADLINE_KEY)), batch)
+        self._dispatch(binding, plan, kwargs, _server_budget(metadata.get(DEADLINE_KEY)), (batch, metadata))
 
     def _share(self, batch: pa.RecordBatch, metadata: _IpcMetadata) -> tuple[pa.RecordBatch, _IpcMetadata]:
         """Find the segment that a request names, and the request itself if it is in there (wire.md section 11.3)."""
@@ -7360,14 +7407,16 @@ class _ServerConnection:
         plan: _WirePlan,
         kwargs: dict[str, Any],
         budget: float | None,
-        request: pa.RecordBatch | None,
+        request: tuple[pa.RecordBatch, _IpcMetadata] | None,
     ) -> None:
         """Step 19: call the method and answer."""
         method = getattr(binding.impl, plan.name)
         plain = self.shm is None and not plan.is_stream and plan.name not in binding.ctx_methods
         if plain and not self.observed():
             return self._unary_plain(binding, plan, method, kwargs)
-        call = _ServerCall(self, binding, plan, request)
+        batch, metadata = request or (None, {})
+        call = _ServerCall(self, binding, plan, batch)
+        call.metadata = metadata
         call.stream_id = self.stream_id
         call.start(kwargs)
         try:
@@ -7898,7 +7947,10 @@ class ServerRequest(_ServerConnection):
         return self.server.error_body(exc, self.request_id, self._call_schema())
 
     def finish(self, notes: Mapping[str, Any]) -> None:
-        """Tell the hooks and write the access record; `notes` is what the transport adds to it."""
+        """Write the access record and tell the hooks; `notes` is what the transport adds to the record.
+
+        A second time it does nothing, so that it may also be called where a request goes wrong.
+        """
         if self._call is not None:
             self._call.notes = notes
             self._call.finish()
@@ -7918,6 +7970,7 @@ class ServerRequest(_ServerConnection):
 
     def _begin(self, batch: pa.RecordBatch, metadata: dict[bytes, bytes]) -> _ServerCall:
         call = self._call = _ServerCall(self, self.binding, self.binding.plan(self.info.name), batch)
+        call.metadata = metadata
         call.stream_id = self.stream_id
         call.is_turn = True
         return call
@@ -7951,7 +8004,7 @@ class ServerRequest(_ServerConnection):
         plan: _WirePlan,
         kwargs: dict[str, Any],
         budget: float | None,
-        request: pa.RecordBatch | None,
+        request: tuple[pa.RecordBatch, _IpcMetadata] | None,
     ) -> None:
         self._check_target(binding, plan)
         super()._dispatch(binding, plan, kwargs, budget, request)
@@ -8048,6 +8101,21 @@ def _server_reconcile(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatc
         return batch if batch.schema.equals(schema) else batch.cast(schema)
     except (pa.ArrowException, ValueError, TypeError) as exc:
         raise TypeError(refusal) from exc
+
+
+_SERVER_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}[!-~]{0,200}\Z")
+
+
+def _server_traced(known: Mapping[str, Any], metadata: _IpcMetadata) -> Mapping[str, Any]:
+    """What hooks learn of a request: the trace context of its batch goes before the transport's (observability.md 2).
+
+    One that is malformed is ignored. Nothing outlives the request: there is no state of the thread in this.
+    """
+    parent = metadata.get(TRACEPARENT_KEY)
+    if parent is None or not _SERVER_TRACEPARENT.match(parent):
+        return known
+    state = metadata.get(TRACESTATE_KEY, b"")
+    return {**known, "traceparent": parent.decode("ascii"), "tracestate": state.decode("latin-1")}
 
 
 def _server_budget(raw: bytes | None) -> float | None:
@@ -8191,6 +8259,8 @@ class _ClientOptions(_NamedTuple):
     validation: IpcValidation = IpcValidation.FULL
     timeout: float | None = None
     read_ahead: int = 0
+    call_hook: CallHook | None = None
+    metadata: Mapping[bytes, bytes] = types.MappingProxyType({})  # of one call: what its hook sends along
 
 
 class RequestTransport:
@@ -8204,13 +8274,21 @@ class RequestTransport:
     shm = None
 
     def request(
-        self, protocol: str, method: str, pieces: Sequence[_IpcPiece], *, timeout: float | None, doing: str
+        self,
+        protocol: str,
+        method: str,
+        pieces: Sequence[_IpcPiece],
+        *,
+        timeout: float | None,
+        doing: str,
+        metadata: Mapping[bytes, bytes],
     ) -> bytes:
         """Send a unary request, the joined `pieces`, and return the body of its answer.
 
         Args:
             timeout: seconds for all of it; None: as long as the far side is alive.
             doing: what an error text calls it.
+            metadata: what a CallHook sends along, which is not in `pieces`.
         """
         raise NotImplementedError
 
@@ -8262,6 +8340,8 @@ class _ClientLink:
         import concurrent.futures
 
         job.future = concurrent.futures.Future()
+        if job.observed is not None:
+            job.future.add_done_callback(job.settled)
         if self._submitter is None:
             self._submitter = _ClientSubmitter(self)
         self._submitter.add(job)
@@ -8320,7 +8400,8 @@ class RpcProxy:
                 f"{self.__dict__.get('_protocol_name', type(self).__name__)} has no RPC method '{name}'."
                 f" Available: {', '.join(sorted(methods))}"
             )
-        method = _ClientMethod(self, _client_plan(self._protocol, info, self._protocol_name, self._protocol_version))
+        plan = _client_plan(self._protocol, info, self._protocol_name, self._protocol_version)
+        method = (_ClientMethod if self._options.call_hook is None else _ClientObservedMethod)(self, plan)
         self.__dict__[name] = method
         return method
 
@@ -8355,7 +8436,13 @@ class _ClientMethod:
             return self._call(link.channel, self._plan, request, self._options)
         return _client_retry(link, self._call, self._plan, request, self._options)
 
-    def _request(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _IpcMessages:
+    def _observe(self) -> _ClientObservation | None:
+        """Tell the hook that a call begins."""
+        return None
+
+    def _request(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], observed: _ClientObservation | None = None
+    ) -> _IpcMessages:
         """Most arguments are in order and need no conversion; what else may be with them, `_wire_bind` finds out."""
         values = _wire_bind(self._plan, args, kwargs) if kwargs else args
         if self._encode is not None and not _LOG_WIRE_REQUEST.isEnabledFor(logging.DEBUG):
@@ -8368,6 +8455,69 @@ class _ClientMethod:
 
     def __repr__(self) -> str:
         return f"<RPC method {self._plan.protocol}.{self._plan.name}>"
+
+
+class _ClientObservation:
+    """One call of which a CallHook is told; it ends once, at the latest when nobody holds it any more."""
+
+    __slots__ = ("_hook", "_info", "_token", "metadata")
+
+    def __init__(self, hook: CallHook, info: RpcMethodInfo) -> None:
+        self._hook: CallHook | None = None
+        self._info = info
+        self.metadata: dict[bytes, bytes] = {}
+        try:
+            self._token = hook.on_call_start(info, self.metadata)
+            self._hook = hook
+        except Exception:
+            self.metadata.clear()
+            _LOG_RPC.debug("a call hook failed at start", exc_info=True)
+
+    def end(self, error: BaseException | None) -> None:
+        hook, self._hook = self._hook, None
+        if hook is None:
+            return
+        try:
+            hook.on_call_end(self._token, self._info, error)
+        except Exception:
+            _LOG_RPC.debug("a call hook failed at end", exc_info=True)
+
+    def __del__(self) -> None:
+        self.end(None)
+
+
+class _ClientObservedMethod(_ClientMethod):
+    # A class of its own, so that calls without a hook do not even look for one.
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        observed = self._observe()
+        options = self._options._replace(metadata=observed.metadata)
+        link = self._link
+        try:
+            request = self._request(args, kwargs, observed)
+            if link.reopen is None:
+                value = self._call(link.channel, self._plan, request, options)
+            else:
+                value = _client_retry(link, self._call, self._plan, request, options)
+        except BaseException as exc:
+            observed.end(exc)
+            raise
+        if self._plan.is_stream:
+            return _ClientObservedStream(value, observed)
+        observed.end(None)
+        return value
+
+    def _observe(self) -> _ClientObservation:
+        assert self._options.call_hook is not None
+        return _ClientObservation(self._options.call_hook, self._plan.info)
+
+    def _request(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], observed: _ClientObservation | None = None
+    ) -> _IpcMessages:
+        extra = None if observed is None else observed.metadata
+        if not extra or isinstance(self._link.channel, RequestTransport):  # which is given the metadata itself
+            return super()._request(args, kwargs)
+        extra = {**self._extra, **extra}
+        return _wire_request(self._plan, _wire_bind(self._plan, args, kwargs), self._options.timeout, extra)
 
 
 # Plans are shared by all proxies of a Protocol: what was compiled or learned once is learned.
@@ -8429,7 +8579,9 @@ def _client_post(
 ) -> Any:
     """One call over a transport without conversations."""
     pieces = _client_pieces(request)
-    body = transport.request(plan.protocol, plan.name, pieces, timeout=options.timeout, doing=plan.doing)
+    body = transport.request(
+        plan.protocol, plan.name, pieces, timeout=options.timeout, doing=plan.doing, metadata=options.metadata
+    )
     source = _IpcSource(body, transport.limits)
     try:
         row = _wire_read_learned(plan, source)
@@ -8522,6 +8674,7 @@ def with_options(
     timeout: float | None = _UNSET,
     on_log: Callable[[Message], None] | None = _UNSET,
     read_ahead: int = _UNSET,
+    call_hook: CallHook | None = _UNSET,
 ) -> _T:
     """Return a proxy on the same connection with other defaults; what is not given stays as it is.
 
@@ -8531,6 +8684,7 @@ def with_options(
         on_log: receives the Messages that methods send while they run.
         read_ahead: batches that a producer may make before they are asked for, 0 to 63. Hides the latency of a turn;
             but leaving a stream early waits for those batches, and what making them does has been done.
+        call_hook: is told of every call, and may send metadata along.
     """
     old = _client_expect_proxy(proxy)
     options = old._options
@@ -8542,6 +8696,8 @@ def with_options(
         if not 0 <= read_ahead < _CLIENT_WINDOW:
             raise ValueError(f"read_ahead must be within 0..{_CLIENT_WINDOW - 1}, got {read_ahead}")
         options = options._replace(read_ahead=read_ahead)
+    if call_hook is not _UNSET:
+        options = options._replace(call_hook=call_hook)
     return cast(_T, _client_proxy(old._protocol, old._link, options))
 
 
@@ -8699,7 +8855,7 @@ def map_calls(
     call = _client_expect_method(method)
     if not 1 <= depth <= _CLIENT_WINDOW:
         raise ValueError(f"depth must be within 1..{_CLIENT_WINDOW}, got {depth}")
-    jobs = (_ClientJob(call, kwargs) for kwargs in kwargs_iterable)
+    jobs = (_ClientJob(call, (), kwargs) for kwargs in kwargs_iterable)
     if isinstance(call._link.channel, RequestTransport):
         return _client_map_requests(call._link, depth, jobs)
     return _client_map(_ClientPipeline(call._link, depth), jobs)
@@ -8715,7 +8871,8 @@ def submit(method: Callable[_Q, _T], /, *args: _Q.args, **kwargs: _Q.kwargs) -> 
         futures = [submit(proxy.add, 1.0, float(k)) for k in range(100)]
     """
     call = _client_expect_method(method)
-    job = _ClientJob(call, {}, call._request(args, kwargs))
+    job = _ClientJob(call, args, kwargs)
+    job.pieces()
     return cast("concurrent.futures.Future[_T]", call._link.submit(job))
 
 
@@ -8730,22 +8887,44 @@ def _client_expect_method(method: object) -> _ClientMethod:
 class _ClientJob:
     """One call of a pipeline."""
 
-    __slots__ = ("call", "future", "kwargs", "request", "size")
+    __slots__ = ("args", "call", "future", "kwargs", "observed", "request", "size")
 
-    def __init__(self, call: _ClientMethod, kwargs: Mapping[str, Any], request: _IpcMessages | None = None) -> None:
+    def __init__(self, call: _ClientMethod, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self.call = call
+        self.args = args
         self.kwargs = kwargs
-        self.request = request
+        self.request: _IpcMessages | None = None
+        self.observed: _ClientObservation | None = None
         self.size = 0
         self.future: Any = None
+
+    @property
+    def options(self) -> _ClientOptions:
+        """Those of the method, with what the hook sends along."""
+        options = self.call._options
+        return options if self.observed is None else options._replace(metadata=self.observed.metadata)
 
     def pieces(self) -> list[_IpcPiece]:
         """What to send; RpcArgumentError."""
         if self.request is None:
-            self.request = self.call._request((), self.kwargs)
+            self.observed = self.call._observe()
+            try:
+                self.request = self.call._request(self.args, self.kwargs, self.observed)
+            except BaseException as exc:
+                self.end(exc)
+                raise
         pieces = _client_pieces(self.request)
         self.size = sum(map(len, pieces))
         return pieces
+
+    def end(self, error: BaseException | None) -> None:
+        """Tell the hook, if there is one."""
+        if self.observed is not None:
+            self.observed.end(error)
+
+    def settled(self, future: concurrent.futures.Future[Any]) -> None:
+        """The same for what a Future holds."""
+        self.end(None if future.cancelled() else future.exception())
 
 
 class _ClientPipeline:
@@ -8829,7 +9008,14 @@ def _client_map(pipeline: _ClientPipeline, jobs: Iterator[_ClientJob]) -> Iterat
                     failure = exc
             if not new and not pipeline.waiting:
                 break
-            yield pipeline.turn(new)()
+            oldest = (pipeline.waiting or new)[0]
+            try:
+                value = pipeline.turn(new)()
+            except BaseException as exc:
+                oldest.end(exc)
+                raise
+            oldest.end(None)
+            yield value
     finally:
         pipeline.drain()
     if failure is not None:
@@ -8867,8 +9053,8 @@ class _ClientRequests(_ClientPipeline):
         super().__init__(link, 1)
 
     def turn(self, new: list[_ClientJob]) -> Callable[[], Any]:
-        call, pieces = new[0].call, new[0].pieces()
-        return lambda: _client_post(self._link.channel, call._plan, pieces, call._options)
+        job, pieces = new[0], new[0].pieces()
+        return lambda: _client_post(self._link.channel, job.call._plan, pieces, job.options)
 
 
 class _ClientSubmitter:
@@ -9238,6 +9424,66 @@ class _ClientStream(StreamSession):
             raise self._logs.failure
 
 
+class _ClientObservedStream(StreamSession):
+    """A session whose end a CallHook is told of; what else the transport's own session can do, it does."""
+
+    def __init__(self, session: StreamSession, observed: _ClientObservation) -> None:
+        super().__init__()
+        self.header = session.header
+        self._session = session
+        self._observed = observed
+
+    def tick(
+        self, custom_metadata: pa.KeyValueMetadata | None = None, *, timeout: float | None = _UNSET
+    ) -> AnnotatedBatch:
+        given = {} if timeout is _UNSET else {"timeout": timeout}
+        return self._step(lambda: self._session.tick(custom_metadata, **given))
+
+    def exchange(self, input: AnnotatedBatch, *, timeout: float | None = _UNSET) -> AnnotatedBatch:
+        given = {} if timeout is _UNSET else {"timeout": timeout}
+        return self._step(lambda: self._session.exchange(input, **given))
+
+    def __iter__(self) -> Iterator[AnnotatedBatch]:
+        items = iter(self._session)
+        while True:
+            try:
+                item = self._step(items.__next__)
+            except StopIteration:
+                return
+            yield item
+
+    def close(self) -> None:
+        self._step(self._session.close)
+        self._observed.end(None)
+
+    def __exit__(self, kind: object, exc: object, traceback: object) -> None:
+        self._step(lambda: self._session.__exit__(kind, exc, traceback))
+        self._observed.end(None)
+
+    def cancel(self) -> None:
+        self._step(self._session.cancel)
+        self._observed.end(None)
+
+    @property
+    def schema(self) -> pa.Schema:
+        return self._step(lambda: self._session.schema)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_session"], name)
+
+    def _step(self, step: Callable[[], _T]) -> _T:
+        try:
+            return step()
+        except StopIteration:
+            self._observed.end(None)
+            raise
+        except (RpcArgumentError, ValueError):  # nothing was sent, and the stream goes on
+            raise
+        except BaseException as exc:
+            self._observed.end(exc)
+            raise
+
+
 _CLIENT_MAX_DRAIN = 10_000  # data batches that close() reads and drops (runtime.md section 4.2)
 
 
@@ -9339,9 +9585,21 @@ class StreamCall:
         request: the pieces of the request's body; none for a stream that is resumed.
         timeout: seconds for each turn, or None.
         doing: what error texts call its beginning.
+        metadata: what a CallHook sends along with every request of the stream.
     """
 
-    __slots__ = ("_has_header", "_limits", "_options", "_plan", "doing", "info", "protocol", "request", "timeout")
+    __slots__ = (
+        "_has_header",
+        "_limits",
+        "_options",
+        "_plan",
+        "doing",
+        "info",
+        "metadata",
+        "protocol",
+        "request",
+        "timeout",
+    )
 
     def __init__(
         self,
@@ -9356,6 +9614,7 @@ class StreamCall:
         self.request = request
         self.timeout = options.timeout
         self.doing = plan.doing
+        self.metadata = options.metadata
         self._plan = plan
         self._options = options
         self._limits = limits
@@ -11187,28 +11446,28 @@ def _cli_demo_service() -> tuple[Any, Any]:
 # fmt: off
 __all__ = [  # noqa: RUF022 (plain order of the characters)
     "AnnotatedBatch", "ArrowSerializableDataclass", "ArrowType", "AuthContext", "AuthUnavailableError", "BadRequest",
-    "CALL_STATE_KEY", "CANCEL_KEY", "CLIENT_ERROR_CODES", "CallContext", "CallStatistics", "Channel", "ClientLog",
-    "Code", "ConnectionLostError", "DEADLINE_KEY", "DESCRIBE_VERSION", "DeadlineExceededError", "DispatchHook",
-    "EMPTY_SCHEMA", "ERROR_CODE_KEY", "ERROR_DETAILS_KEY", "ERROR_KIND_KEY", "ERROR_KIND_METHOD_NOT_IMPLEMENTED",
-    "ErrorDetail", "ErrorInfo", "ExchangeState", "FieldViolation", "HASH_DOMAIN", "HEADER_SIZE", "Help", "HelpLink",
-    "HostedProtocol", "IDEMPOTENCY_LEVELS", "IPCError", "IPC_READ_OPTIONS", "IPC_WRITE_OPTIONS", "IpcLimits",
-    "IpcValidation", "LEGACY_DESCRIBE_METHOD_NAME", "LEGACY_DESCRIBE_VERSION_KEY", "LEGACY_PROTOCOL_HASH_KEY",
-    "LEGACY_PROTOCOL_NAME_KEY", "LOCATION_FETCH_MS_KEY", "LOCATION_KEY", "LOCATION_SHA256_KEY", "LOCATION_SOURCE_KEY",
-    "LOG_EXTRA_KEY", "LOG_LEVEL_KEY", "LOG_MESSAGE_KEY", "Level", "LocalizedMessage", "MAX_ALLOCS",
-    "MAX_ERROR_DETAILS_BYTES", "MAX_PROTOCOL_NAME_BYTES", "MAX_TRACEBACK_CHARS", "MAX_TRACEBACK_FRAMES", "Message",
-    "MethodDescription", "MethodInfo", "MethodNotImplementedError", "MethodType", "OTEL_SERVER_ERROR_CODES",
-    "OutputCollector", "PROTOCOL_KEY", "PROTOCOL_NAME_RE", "PROTOCOL_VERSION_KEY", "PipeTransport", "PoolMetrics",
-    "PreconditionFailure", "PreconditionViolation", "ProducerState", "ProtocolBinding", "ProtocolError", "ProtocolList",
-    "ProtocolNotSpecifiedError", "ProtocolNotSupportedError", "ProtocolSummary", "ProtocolVersionError", "QuotaFailure",
-    "QuotaViolation", "REDACTED", "REFLECTION_PROTOCOL_NAME", "REQUEST_ID_KEY", "REQUEST_VERSION",
-    "REQUEST_VERSION_KEY", "RESERVED_PROTOCOL_PREFIX", "RPC_METHOD_KEY", "Reflection", "ReflectionImpl",
-    "ReflectionNotSupportedError", "RequestTransport", "ResourceInfo", "RetryInfo", "RpcArgumentError", "RpcConnection",
-    "RpcError", "RpcMethodInfo", "RpcProxy", "RpcServer", "RpcTransport", "SEMVER_REGEX", "SERVER_ID_KEY",
-    "SHM_LENGTH_KEY", "SHM_MIN_BATCH_BYTES", "SHM_OFFSET_KEY", "SHM_SEGMENT_NAME_KEY", "SHM_SEGMENT_SIZE_KEY",
-    "SHM_SOURCE_KEY", "STATE_KEY", "STREAM_KINDS", "ServerDrainingError", "ServerRequest", "ServiceDescription",
-    "SessionLostError", "ShmAllocator", "ShmPipeTransport", "ShmSegment", "StatusError", "StderrMode", "Stream",
-    "StreamCall", "StreamReply", "StreamSession", "StreamState", "SubprocessTransport", "TRACEPARENT_KEY",
-    "TRACESTATE_KEY", "TRANSIENT_ERROR_CODES", "TRANSPORT_OPTIONS_METHOD_NAME", "TRANSPORT_SHM_KEY",
+    "CALL_STATE_KEY", "CANCEL_KEY", "CLIENT_ERROR_CODES", "CallContext", "CallHook", "CallStatistics", "Channel",
+    "ClientLog", "Code", "ConnectionLostError", "DEADLINE_KEY", "DESCRIBE_VERSION", "DeadlineExceededError",
+    "DispatchHook", "EMPTY_SCHEMA", "ERROR_CODE_KEY", "ERROR_DETAILS_KEY", "ERROR_KIND_KEY",
+    "ERROR_KIND_METHOD_NOT_IMPLEMENTED", "ErrorDetail", "ErrorInfo", "ExchangeState", "FieldViolation", "HASH_DOMAIN",
+    "HEADER_SIZE", "Help", "HelpLink", "HostedProtocol", "IDEMPOTENCY_LEVELS", "IPCError", "IPC_READ_OPTIONS",
+    "IPC_WRITE_OPTIONS", "IpcLimits", "IpcValidation", "LEGACY_DESCRIBE_METHOD_NAME", "LEGACY_DESCRIBE_VERSION_KEY",
+    "LEGACY_PROTOCOL_HASH_KEY", "LEGACY_PROTOCOL_NAME_KEY", "LOCATION_FETCH_MS_KEY", "LOCATION_KEY",
+    "LOCATION_SHA256_KEY", "LOCATION_SOURCE_KEY", "LOG_EXTRA_KEY", "LOG_LEVEL_KEY", "LOG_MESSAGE_KEY", "Level",
+    "LocalizedMessage", "MAX_ALLOCS", "MAX_ERROR_DETAILS_BYTES", "MAX_PROTOCOL_NAME_BYTES", "MAX_TRACEBACK_CHARS",
+    "MAX_TRACEBACK_FRAMES", "Message", "MethodDescription", "MethodInfo", "MethodNotImplementedError", "MethodType",
+    "OTEL_SERVER_ERROR_CODES", "OutputCollector", "PROTOCOL_KEY", "PROTOCOL_NAME_RE", "PROTOCOL_VERSION_KEY",
+    "PipeTransport", "PoolMetrics", "PreconditionFailure", "PreconditionViolation", "ProducerState", "ProtocolBinding",
+    "ProtocolError", "ProtocolList", "ProtocolNotSpecifiedError", "ProtocolNotSupportedError", "ProtocolSummary",
+    "ProtocolVersionError", "QuotaFailure", "QuotaViolation", "REDACTED", "REFLECTION_PROTOCOL_NAME", "REQUEST_ID_KEY",
+    "REQUEST_VERSION", "REQUEST_VERSION_KEY", "RESERVED_PROTOCOL_PREFIX", "RPC_METHOD_KEY", "Reflection",
+    "ReflectionImpl", "ReflectionNotSupportedError", "RequestTransport", "ResourceInfo", "RetryInfo",
+    "RpcArgumentError", "RpcConnection", "RpcError", "RpcMethodInfo", "RpcProxy", "RpcServer", "RpcTransport",
+    "SEMVER_REGEX", "SERVER_ID_KEY", "SHM_LENGTH_KEY", "SHM_MIN_BATCH_BYTES", "SHM_OFFSET_KEY", "SHM_SEGMENT_NAME_KEY",
+    "SHM_SEGMENT_SIZE_KEY", "SHM_SOURCE_KEY", "STATE_KEY", "STREAM_KINDS", "ServerDrainingError", "ServerRequest",
+    "ServiceDescription", "SessionLostError", "ShmAllocator", "ShmPipeTransport", "ShmSegment", "StatusError",
+    "StderrMode", "Stream", "StreamCall", "StreamReply", "StreamSession", "StreamState", "SubprocessTransport",
+    "TRACEPARENT_KEY", "TRACESTATE_KEY", "TRANSIENT_ERROR_CODES", "TRANSPORT_OPTIONS_METHOD_NAME", "TRANSPORT_SHM_KEY",
     "TYPE_TOKEN_VERSION", "TcpTransport", "Transient", "TransportKind", "UnixTransport", "UnsupportedArrowTypeError",
     "ValidatedReader", "VersionError", "VgiAccessLogFormatter", "VgiJsonFormatter", "WireServiceDescription",
     "WorkerDiedError", "WorkerPool", "WrongProcessError", "apply_claim_redaction", "batch_from_json", "batch_to_json",
@@ -11246,7 +11505,7 @@ _EXTRAS_NAMES: Final = {
     ),
     "storage.s3": ("s3", "S3Storage"),
     "storage.gcs": ("gcs", "GCSStorage"),
-    "otel": ("otel", "OtelConfig instrument_server"),
+    "otel": ("otel", "OtelConfig instrument_client instrument_server"),
     "sentry": ("sentry", "SentryConfig instrument_server_sentry"),
     "access_log": ("", "configure_access_log AccessLogSampler DroppingQueueHandler"),
 }
@@ -11258,7 +11517,7 @@ _EXTRAS_NEEDS: Final = {
     "auth": "joserfc",
     "storage.s3": "boto3",
     "storage.gcs": "google.cloud.storage",
-    "otel": "opentelemetry.sdk",
+    "otel": "opentelemetry.trace",
     "sentry": "sentry_sdk",
     "access_log": "",
 }
@@ -11292,6 +11551,20 @@ def _extras_load(module: str, wanted: str, extra: str = "") -> Any:
         if not missing:
             raise
         raise _extras_missing(wanted, missing, extra) from exc
+
+
+def _extras_sentry(server: RpcServer) -> None:
+    """Report a new server's failures to Sentry, if the application has initialised its SDK (API.md section 7)."""
+    sdk = sys.modules.get("sentry_sdk")
+    if sdk is None or not getattr(sdk, "is_initialized", bool)():
+        return
+    try:
+        _extras_load("sentry", "SentryConfig", "sentry").attach_by_default(server)
+    except ImportError:  # a lone file: then the application has other plans for its Sentry
+        _LOG_RPC.debug("Sentry is not attached", exc_info=True)
+
+
+_server_created.append(_extras_sentry)
 
 
 def _extras_package(wanted: str, extra: str) -> Any:

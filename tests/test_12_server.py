@@ -378,11 +378,11 @@ def test_log_level_follows_the_code(connected, caplog) -> None:
 # ---- whole messages: the seam that HTTP is built on
 
 
-def whole(name: str, protocol: str = "Calc", **values: float) -> bytes:
+def whole(name: str, protocol: str = "Calc", trace: dict[str, str] | None = None, **values: float) -> bytes:
     sink = pa.BufferOutputStream()
     schema = core.rpc_methods(Calc)[name].params_schema
     batch = pa.RecordBatch.from_pylist([values], schema) if values else core.empty_batch(schema)
-    metadata = {"vgi_rpc.method": name, "vgi_rpc.request_version": "1", "vgi_rpc.protocol": protocol}
+    metadata = {"vgi_rpc.method": name, "vgi_rpc.request_version": "1", "vgi_rpc.protocol": protocol, **(trace or {})}
     with core.new_ipc_stream(sink, schema) as writer:
         writer.write_batch(batch, custom_metadata=pa.KeyValueMetadata(metadata))
     return sink.getvalue().to_pybytes()
@@ -405,6 +405,81 @@ def test_a_whole_request_goes_through_the_same_pipeline() -> None:
         core.ServerRequest(server, "Calc", "nope", core.TransportKind.HTTP)
     with pytest.raises(core.ProtocolNotSupportedError):
         core.ServerRequest(server, "Nope", "add", core.TransportKind.HTTP)
+
+
+class Listener:
+    """A hook that notes what it is told of a transport, and when."""
+
+    def __init__(self) -> None:
+        self.seen: list[object] = []
+
+    def on_dispatch_start(self, info, auth, transport_metadata, kwargs):
+        self.seen.append(dict(transport_metadata))
+
+    def on_dispatch_end(self, token, info, error, *, stats=None):
+        self.seen.append("end")
+
+
+PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+@pytest.mark.parametrize(
+    ("trace", "told"),
+    [
+        ({}, {"remote_addr": "me", "traceparent": "header", "tracestate": "h=1"}),
+        ({"traceparent": PARENT}, {"remote_addr": "me", "traceparent": PARENT, "tracestate": ""}),
+        (
+            {"traceparent": PARENT, "tracestate": "b=2"},
+            {"remote_addr": "me", "traceparent": PARENT, "tracestate": "b=2"},
+        ),
+        ({"traceparent": PARENT[:-1]}, {"remote_addr": "me", "traceparent": "header", "tracestate": "h=1"}),
+        ({"tracestate": "b=2"}, {"remote_addr": "me", "traceparent": "header", "tracestate": "h=1"}),
+    ],
+)
+def test_hooks_are_told_of_the_requests_own_trace_context_first(trace, told) -> None:
+    server, hook = core.RpcServer(Calc, CalcImpl()), Listener()
+    server.add_dispatch_hook(hook)
+    known = {"remote_addr": "me", "traceparent": "header", "tracestate": "h=1"}
+    for content in (trace, {}):  # the second on the same thread knows nothing of the first
+        request = core.ServerRequest(
+            server, "Calc", "add", core.TransportKind.HTTP, transport_metadata=dict(known) if content is trace else {}
+        )
+        request.unary(whole("add", trace=content, a=1.0, b=2.0))
+        request.finish({})
+    assert hook.seen == [told, "end", {}, "end"]
+
+
+def test_a_call_ends_once_and_its_record_is_written_before_hooks_hear_of_it(caplog) -> None:
+    server, hook = core.RpcServer(Calc, CalcImpl()), Listener()
+    server.add_dispatch_hook(hook)
+    caplog.set_level(logging.INFO, "vgi_rpc.access")
+    handler = logging.Handler()
+    handler.emit = lambda record: hook.seen.append("record")  # type: ignore[method-assign]
+    logging.getLogger("vgi_rpc.access").addHandler(handler)
+    try:
+        request = core.ServerRequest(server, "Calc", "add", core.TransportKind.HTTP)
+        request.finish({})  # nothing has begun
+        request.unary(whole("add", a=1.0, b=2.0))
+        request.finish({})
+        request.finish({})
+    finally:
+        logging.getLogger("vgi_rpc.access").removeHandler(handler)
+    assert hook.seen == [{}, "record", "end"]
+
+
+def test_hooks_can_be_removed() -> None:
+    server, first, second = core.RpcServer(Calc, CalcImpl()), Listener(), Listener()
+    for hook in (first, second):
+        server.add_dispatch_hook(hook)
+    server.remove_dispatch_hook(first)
+    assert server.dispatch_hooks == (second,)
+    request = core.ServerRequest(server, "Calc", "add", core.TransportKind.HTTP)
+    request.unary(whole("add", a=1.0, b=2.0))
+    assert first.seen == [] and second.seen == [{}]
+    with pytest.raises(ValueError, match="Listener is not a dispatch hook of this server"):
+        server.remove_dispatch_hook(first)
+    server.remove_dispatch_hook(second)
+    assert server.dispatch_hook is None
 
 
 def test_the_body_of_an_error() -> None:

@@ -172,6 +172,61 @@ def test_with_options_shares_the_connection(proxy) -> None:
         core.with_options(object(), timeout=1)
 
 
+class Told:
+    """A call hook: what it is told, and what it sends along."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.ended: list[tuple[object, str, str]] = []
+
+    def on_call_start(self, info, metadata):
+        self.begun.append(info.name)
+        metadata[b"mine"] = b"1"
+        metadata[core.RPC_METHOD_KEY] = b"another"  # which it may not change
+        return len(self.begun)
+
+    def on_call_end(self, token, info, error):
+        self.ended.append((token, info.name, type(error).__name__))
+
+
+def test_a_call_hook_hears_of_every_call_of_its_proxy(proxy) -> None:
+    told = Told()
+    other = core.with_options(proxy, call_hook=told)
+    assert other.join("a") == "a-" and core.with_options(other, timeout=5).join("b") == "b-"
+    proxy.join("not told")
+    with pytest.raises(core.RpcError):
+        other.fail("x")
+    with pytest.raises(core.RpcArgumentError):
+        other.join()
+    assert list(core.map_calls(other.maybe, [{"a": 1}, {"a": 2}])) == [1, 2]
+    assert core.submit(other.maybe, 3).result(5) == 3
+    with pytest.raises(core.RpcArgumentError):
+        core.submit(other.maybe, 1, 2)
+    with pytest.raises(core.RpcError):
+        list(core.map_calls(other.fail, [{"text": "y"}]))
+    deadline = time.monotonic() + 5
+    while len(told.ended) < len(told.begun) and time.monotonic() < deadline:
+        time.sleep(0.01)  # a Future's callbacks run after its result can be had
+    assert sorted(token for token, _, _ in told.ended) == list(range(1, len(told.begun) + 1))
+    outcomes = [(name, error) for _, name, error in sorted(told.ended)]
+    assert outcomes[:4] == [
+        ("join", "NoneType"),
+        ("join", "NoneType"),
+        ("fail", "RpcError"),
+        ("join", "RpcArgumentError"),
+    ]
+    assert outcomes[-1] == ("fail", "RpcError")
+
+
+def test_what_a_call_hook_adds_is_in_the_request_beside_the_deadline() -> None:
+    plan = core._WirePlan(core.rpc_methods(Svc)["maybe"], "Svc", None)
+    pieces = core._wire_request(plan, [1], 2.0, {b"mine": b"1", core.RPC_METHOD_KEY: b"another"})
+    with pa.ipc.open_stream(b"".join(pieces)) as reader:
+        _, metadata = reader.read_next_batch_with_custom_metadata()
+    assert metadata[b"mine"] == b"1" and metadata[core.DEADLINE_KEY] == b"%016d" % 2_000_000
+    assert metadata[core.RPC_METHOD_KEY] == b"maybe"
+
+
 def test_ping_and_reflection_over_the_connection_in_hand(proxy) -> None:
     assert 0 < core.ping(proxy) < 5 and core.ping(proxy, timeout=5) > 0
     with pytest.raises(core.ReflectionNotSupportedError, match="enable_describe"):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -40,11 +41,22 @@ class Loopback(core.RequestTransport):  # type: ignore[misc, name-defined]
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, str, float | None]] = []
+        self.metadata: list[Mapping[bytes, bytes]] = []
         self.opened: list[Any] = []
         self.garbled = False
 
-    def request(self, protocol: str, method: str, pieces: Sequence[Any], *, timeout: float | None, doing: str) -> bytes:
+    def request(
+        self,
+        protocol: str,
+        method: str,
+        pieces: Sequence[Any],
+        *,
+        timeout: float | None,
+        doing: str,
+        metadata: Mapping[bytes, bytes],
+    ) -> bytes:
         self.calls.append((protocol, method, timeout))
+        self.metadata.append(metadata)
         out = io.BytesIO()
         SERVER.serve_one(core.PipeTransport(io.BytesIO(b"".join(pieces)), out))
         return out.getvalue()[: 20 if self.garbled else None]
@@ -89,6 +101,28 @@ def test_calls_are_those_of_any_proxy() -> None:
     assert transport.calls[0] == ("Calc", "add", 5.0)
     assert ("Calc", "add", None) in transport.calls and ("", "ping", 5.0) in transport.calls
     assert transport.calls[-1] == ("", "close", None)
+
+
+class Along:
+    """A call hook that sends something along."""
+
+    def on_call_start(self, info: Any, metadata: dict[bytes, bytes]) -> None:
+        metadata[b"traceparent"] = info.name.encode()
+
+    def on_call_end(self, token: None, info: Any, error: BaseException | None) -> None:
+        pass
+
+
+def test_the_transport_is_given_what_a_call_hook_sends_along() -> None:
+    transport = Loopback()
+    with core.RpcConnection(Calc, transport) as plain:
+        calc = core.with_options(plain, call_hook=Along())
+        assert calc.add(1.0, 2.0) == plain.add(1.0, 2.0) == core.submit(calc.add, 1.0, 2.0).result(5)
+        assert [dict(given) for given in transport.metadata] == [{b"traceparent": b"add"}, {}, {b"traceparent": b"add"}]
+        with contextlib.suppress(AttributeError):  # this transport has no sessions
+            calc.count(1)
+        assert transport.opened[-1].metadata == {b"traceparent": b"count"}
+        assert b"traceparent" not in b"".join(transport.opened[-1].request)
 
 
 def test_an_answer_that_cannot_be_read_is_a_lost_connection() -> None:

@@ -26,6 +26,7 @@ import random
 import re
 import struct
 import time
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
@@ -59,6 +60,7 @@ __all__ = [
 _P = TypeVar("_P")
 _T = TypeVar("_T")
 _UNSET: Any = object()
+_NOTHING: Mapping[bytes, bytes] = types.MappingProxyType({})
 _LOG_HTTP = logging.getLogger("vgi_rpc.wire.http")
 _LOG_RETRY = logging.getLogger("vgi_rpc.http.retry")
 
@@ -344,25 +346,34 @@ class HttpTransport(core.RequestTransport):
         return f"<HttpTransport to {self.url}{self._prefix}>"
 
     def request(
-        self, protocol: str, method: str, pieces: Sequence[Piece], *, timeout: float | None, doing: str
+        self,
+        protocol: str,
+        method: str,
+        pieces: Sequence[Piece],
+        *,
+        timeout: float | None,
+        doing: str,
+        metadata: Mapping[bytes, bytes],
     ) -> bytes:
         """POST a unary call; reflection is safe to repeat and follows the HttpRetryConfig."""
         deadline = None if timeout is None else time.monotonic() + timeout
         path = self._path(protocol, method, "")
         if protocol != core.REFLECTION_PROTOCOL_NAME or not self._retry.max_retries:
-            return self._post(path, pieces, deadline, doing)
+            return self._post(path, pieces, deadline, doing, metadata)
         return _repeated(self._retry, deadline, lambda: self._post(path, pieces, deadline, doing, replay_safe=True))
 
     def open_stream(self, call: core.StreamCall) -> HttpStreamSession:
         """POST the request of a stream; what comes back is its first turn."""
         deadline = None if call.timeout is None else time.monotonic() + call.timeout
-        body = self._post(self._path(call.protocol, call.info.name, "init"), call.request, deadline, call.doing)
+        path = self._path(call.protocol, call.info.name, "init")
+        body = self._post(path, call.request, deadline, call.doing, call.metadata)
         return HttpStreamSession(self, call, call.read_opening(body))
 
     def turn(self, call: core.StreamCall, pieces: Sequence[Piece], timeout: float | None, doing: str) -> bytes:
         """POST a later turn of a stream; no part of it is ever repeated."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        return self._post(self._path(call.protocol, call.info.name, "exchange"), pieces, deadline, doing)
+        path = self._path(call.protocol, call.info.name, "exchange")
+        return self._post(path, pieces, deadline, doing, call.metadata)
 
     def ping(self, timeout: float | None) -> None:
         """Ask for the server's health."""
@@ -427,7 +438,14 @@ class HttpTransport(core.RequestTransport):
         return found
 
     def _post(
-        self, path: str, pieces: Sequence[Piece], deadline: float | None, doing: str, *, replay_safe: bool = False
+        self,
+        path: str,
+        pieces: Sequence[Piece],
+        deadline: float | None,
+        doing: str,
+        metadata: Mapping[bytes, bytes] = _NOTHING,
+        *,
+        replay_safe: bool = False,
     ) -> bytes:
         """POST an Arrow body and return that of the answer. Whatever has no Arrow body is raised."""
         self._check()
@@ -439,14 +457,14 @@ class HttpTransport(core.RequestTransport):
             self._known = None
             raise _no_support(doing, "no")
         pieces, shrunk = self._fit(pieces, doing)
-        response, packed = self._send(path, pieces, deadline, doing, replay_safe)
+        response, packed = self._send(path, pieces, deadline, doing, metadata, replay_safe)
         if response.status == 415 and packed and not _is_arrow(response):
             self._known = _capabilities(response.headers)
-            response, _ = self._send(path, pieces, deadline, doing, replay_safe, refused=packed)
+            response, _ = self._send(path, pieces, deadline, doing, metadata, replay_safe, refused=packed)
         elif response.status == 413 and not shrunk:
             self._known = _capabilities(response.headers)
             if self._can_upload():
-                response, _ = self._send(path, self._upload(pieces), deadline, doing, replay_safe)
+                response, _ = self._send(path, self._upload(pieces), deadline, doing, metadata, replay_safe)
         return self._body(response, doing)
 
     def _fit(self, pieces: Sequence[Piece], doing: str) -> tuple[Sequence[Piece], bool]:
@@ -476,12 +494,15 @@ class HttpTransport(core.RequestTransport):
         pieces: Sequence[Piece],
         deadline: float | None,
         doing: str,
+        metadata: Mapping[bytes, bytes],
         replay_safe: bool,
         refused: coding.Encoding | None = None,
     ) -> tuple[Response, coding.Encoding | None]:
         """Pack, send, and follow redirects. Returns the coding that was used, too."""
         pieces, encoding = self._pack(pieces, refused)
         headers = self._headers if encoding is None else {**self._headers, "Content-Encoding": encoding.value}
+        if metadata:
+            headers = {**headers, **_trace_headers(metadata)}
         limit = coding.MAX_DECODED_BYTES if self._limit is None else self._limit
         request = Request("POST", path, headers, pieces, limit, deadline, doing, replay_safe)
         response = self._sender.send(request)
@@ -554,6 +575,12 @@ class HttpTransport(core.RequestTransport):
             f"{doing}: the response is larger than accepted_max_response_bytes={self._limit}",
             error_code=core.Code.RESOURCE_EXHAUSTED,
         )
+
+
+def _trace_headers(metadata: Mapping[bytes, bytes]) -> dict[str, str]:
+    """W3C trace context as headers (observability.md section 2), where proxies on the way see it too."""
+    keys = (core.TRACEPARENT_KEY, core.TRACESTATE_KEY)
+    return {key.decode(): metadata[key].decode("latin-1") for key in keys if key in metadata}
 
 
 def _make_sender(base_url: str | None, client: Any) -> tuple[Sender, str]:

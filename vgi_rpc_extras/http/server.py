@@ -38,6 +38,9 @@ from .tokens import StreamCall, StreamTokens, TokenScope, declared_states
 
 if TYPE_CHECKING:
     import vgi_rpc as core
+
+    from ..otel import OtelConfig
+    from ..sentry import SentryConfig
 else:
     core = _bound_core()
 
@@ -92,6 +95,8 @@ def make_wsgi_app(
     enable_health_endpoint: bool = True,
     repo_url: str | None = None,
     call_state_cache_entries: int = 4096,
+    otel_config: OtelConfig | None = None,
+    sentry_config: SentryConfig | None = None,
 ) -> HttpApp:
     """Make the WSGI application of `server`, for any WSGI server, behind any proxy (API.md section 3.2).
 
@@ -110,8 +115,11 @@ def make_wsgi_app(
         compression_level: of zstd responses; None: responses are not compressed, requests are decoded all the same.
         enable_describe_calls: the describe page may call unary methods with JSON.
         call_state_cache_entries: calls whose unchanging half is kept in memory; 0: none.
+        otel_config: instruments the server, and counts callers that are not let in.
+        sentry_config: reports the server's failures to Sentry.
 
     Raises:
+        TypeError: a config that is not one.
         ValueError: a number out of range, a malformed prefix, a key that is too short.
     """
     if token_key is None:
@@ -137,7 +145,18 @@ def make_wsgi_app(
     )
     tokens = StreamTokens(token_key, token_ttl, call_state_cache_entries, server.limits.max_metadata_entry_bytes)
     rpc = _Rpc(server, door, tokens, response_cap, preferred, produced, compression_level)
-    app = HttpApp(middleware=[door])
+    middleware: list[Any] = [door]
+    if otel_config is not None:
+        from .. import otel  # whoever has a config has the package
+
+        otel.instrument_server(server, otel_config)
+        door.count_refused = otel.make_auth_failure_counter(otel_config, server.protocol_name)
+        middleware.insert(0, otel.TraceMiddleware())
+    if sentry_config is not None:
+        from .. import sentry
+
+        sentry.instrument_server_sentry(server, sentry_config)
+    app = HttpApp(middleware=middleware)
     app.door = door
     app.resp_options.xml_error_serialization = False
     app.add_error_handler(Exception, _unexpected)
@@ -220,6 +239,7 @@ class _Door:
         declared = tuple(getattr(authenticate, "vgi_proxy_headers", ()))
         self._proxy_headers = tuple(dict.fromkeys((*proxy_headers, *declared)))
         self._cors = cors
+        self.count_refused: Callable[[str | None, str], None] = lambda who, error_type: None
         self.draining = False
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
@@ -275,6 +295,7 @@ class _Door:
     def _refuse(self, req: falcon.Request, resp: falcon.Response, exc: Exception) -> None:
         """401 (auth.md section 5). The exception's text may hold the credential: it goes nowhere."""
         reason = classify(exc)
+        self.count_refused(None, type(exc).__name__)
         _LOG.warning(
             "refused a request from %s: %s (%s)", req.env.get("REMOTE_ADDR", ""), reason.value, type(exc).__name__
         )
@@ -449,8 +470,11 @@ class _Rpc:
         except _Refused as refused:
             raise refused.exc from None
         body = make(call.binding, call.info)
-        reply = self._unary(call, body, turn, req)
-        self._record(req, call, turn, body, reply)
+        try:
+            reply = self._unary(call, body, turn, req)
+            self._record(req, call, turn, body, reply)
+        finally:
+            call.finish(_NO_CLAIMS)
         return reply
 
     def _serve(
@@ -463,18 +487,31 @@ class _Rpc:
         work: Callable[[core.ServerRequest, bytes, _Turn, falcon.Request], bytes],
     ) -> None:
         body = self._body(req)
-        turn = _Turn()
         try:
             call = self._open(req, protocol, method, kind)
-            try:
-                reply = work(call, body, turn, req)
-            except Exception as exc:
-                raise _Refused(400, exc) from exc
         except _Refused as refused:
             return self._refuse(req, resp, refused)
+        try:
+            self._answer(req, resp, call, body, work)
+        finally:  # whatever went wrong, hooks hear of the end: they may have made something current in this thread
+            call.finish(_NO_CLAIMS)
+
+    def _answer(
+        self,
+        req: falcon.Request,
+        resp: falcon.Response,
+        call: core.ServerRequest,
+        body: bytes,
+        work: Callable[[core.ServerRequest, bytes, _Turn, falcon.Request], bytes],
+    ) -> None:
+        turn = _Turn()
+        try:
+            reply = work(call, body, turn, req)
+        except Exception as exc:
+            return self._refuse(req, resp, _Refused(400, exc))
         limit = call.response_limit_bytes
         if limit is not None and len(reply) > limit and call.error is None:
-            text = f"HTTP body exceeds max_response_bytes ({len(reply)} > {limit}) for method '{method}'"
+            text = f"HTTP body exceeds max_response_bytes ({len(reply)} > {limit}) for method '{call.info.name}'"
             reply = call.replace(ResponseTooLargeError(text))
         for cookie in turn.cookies:
             cookie(resp)
@@ -686,6 +723,9 @@ def _transport_metadata(req: falcon.Request) -> dict[str, Any]:
         "remote_addr": env.get("REMOTE_ADDR", ""),
         "user_agent": env.get("HTTP_USER_AGENT", ""),
     }
+    if "HTTP_TRACEPARENT" in env:
+        found["traceparent"] = env["HTTP_TRACEPARENT"]
+        found["tracestate"] = env.get("HTTP_TRACESTATE", "")
     if "HTTP_COOKIE" in env:
         found["cookies"] = types.MappingProxyType(dict(req.cookies))
     return found
