@@ -11494,14 +11494,18 @@ if TYPE_CHECKING:  # what __getattr__ gives
 _EXTRAS_NAMES: Final = {
     "http": (
         "http",
-        "http_connect http_introspect http_capabilities make_wsgi_app make_sync_client serve_http"
-        " AuthenticationError HttpRetryConfig HttpServerCapabilities HttpStreamSession HttpTransientError"
-        " MAX_REQUEST_BYTES_HEADER MAX_UPLOAD_BYTES_HEADER UPLOAD_URL_HEADER bearer_authenticate_static",
+        "http_connect http_introspect http_capabilities AuthenticationError HttpRetryConfig HttpServerCapabilities"
+        " HttpStreamSession HttpTransientError MAX_REQUEST_BYTES_HEADER MAX_UPLOAD_BYTES_HEADER UPLOAD_URL_HEADER",
     ),
-    "auth": (
+    "http.server": ("http", "make_wsgi_app"),
+    "http.serve": ("http", "serve_http"),
+    "http.testing": ("http", "make_sync_client"),
+    "auth.bearer": ("http", "bearer_authenticate bearer_authenticate_static chain_authenticate"),
+    "auth.jwt": ("oauth", "jwt_authenticate"),
+    "auth.oauth": (
         "oauth",
-        "bearer_authenticate chain_authenticate jwt_authenticate OAuthResourceMetadata"
-        " OAuthResourceMetadataResponse fetch_oauth_metadata http_oauth_metadata parse_resource_metadata_url",
+        "OAuthResourceMetadata OAuthResourceMetadataResponse fetch_oauth_metadata http_oauth_metadata"
+        " parse_resource_metadata_url",
     ),
     "storage.s3": ("s3", "S3Storage"),
     "storage.gcs": ("gcs", "GCSStorage"),
@@ -11513,8 +11517,13 @@ _EXTRAS_WHERE: Final = {
     name: (module, extra) for module, (extra, names) in _EXTRAS_NAMES.items() for name in names.split()
 }
 _EXTRAS_NEEDS: Final = {
-    "http": "falcon httpx cryptography",
-    "auth": "joserfc",
+    "http": "",
+    "http.server": "falcon cryptography",
+    "http.serve": "falcon cryptography waitress",
+    "http.testing": "falcon cryptography",
+    "auth.bearer": "",
+    "auth.jwt": "joserfc httpx",
+    "auth.oauth": "httpx",
     "storage.s3": "boto3",
     "storage.gcs": "google.cloud.storage",
     "otel": "opentelemetry.trace",

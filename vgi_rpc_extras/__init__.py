@@ -9,9 +9,10 @@ from __future__ import annotations
 import importlib
 import threading
 from types import ModuleType
+from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["bind", "core"]
+__all__ = ["bind", "core", "load"]
 
 _lock = threading.Lock()
 _core: ModuleType | None = None
@@ -49,6 +50,22 @@ def core() -> ModuleType:
         bind(_beside())
     assert _core is not None
     return _core
+
+
+def load(package: str, module: str, name: str, extra: str) -> Any:
+    """Return `name` of a module of `package`, for the lazy names of an extra.
+
+    ImportError says which third-party package is missing, and which pip extra brings it.
+    """
+    try:
+        return getattr(importlib.import_module(f"{package}.{module}"), name)
+    except ModuleNotFoundError as exc:
+        if not exc.name or exc.name.startswith(__name__):
+            raise  # a fault of the extra itself
+        raise ImportError(
+            f"{name} needs the package {exc.name!r}, which is not installed: pip install 'vgi-rpc-onefile[{extra}]'",
+            name=exc.name,
+        ) from exc
 
 
 def _beside() -> ModuleType:

@@ -11,7 +11,7 @@ import falcon.testing
 
 from tests.core import core
 
-getattr(core, "_extras_load")("auth", "authentication")  # noqa: B009 (binds the extras to the core under test)
+getattr(core, "_extras_load")("auth.bearer", "authentication")  # noqa: B009 (binds the extras to the core under test)
 
 from vgi_rpc_extras.auth import AuthFailure, AuthGuard  # noqa: E402
 

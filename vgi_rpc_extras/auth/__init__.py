@@ -8,8 +8,9 @@ Names are found at first use, so bearer tokens work where the packages for JWT a
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from .. import load
 
 if TYPE_CHECKING:
     from .bearer import *
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 _EXTRA = {"jwt": "oauth", "oauth": "oauth", "login": "oauth", "device_login": "oauth", "mtls": "mtls"}
 _NAMES = {
-    "unauthorized": "AUTH_PROXY_REQUIRED_HEADER AUTH_REASON_HEADER AuthFailure AuthGuard AuthReason AuthenticationError"
+    "unauthorized": "AuthFailure AuthGuard AuthReason AuthenticationError"
     " build_proxy_hint classify_auth_failure declare_proxy_headers merge_proxy_headers proxy_headers_of"
     " read_unauthorized",
     "bearer": "Authenticate PreconditionGate bearer_authenticate bearer_authenticate_static chain_authenticate"
@@ -40,36 +41,21 @@ _NAMES = {
     "device_login": "OAuthChallenge OAuthFlow OAuthIdentity OAuthPrompt OAuthRefreshContext OAuthTokenError"
     " OAuthTokenSet VgiOAuthAuth attempt_token_refresh is_colab_environment is_headless_environment"
     " parse_oauth_challenge perform_device_code_flow select_device_code_client",
-    "proxy_proof": "NonceCache PROOF_HEADER PROOF_REQUIRED_HEADER ProofError ProxyProofConfig canonical_string"
+    "proxy_proof": "NonceCache ProofError ProxyProofConfig canonical_string"
     " derive_secret mint_proof parse_secrets proxy_proof_gate verify_proof",
 }
 _WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted(_WHERE)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-def _load(name: str) -> Any:
-    """The object behind a lazy name. ImportError says which package is missing and how to get it."""
-    module = _WHERE.get(name)
-    if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        found = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    except ModuleNotFoundError as exc:
-        if not exc.name or exc.name.startswith(__name__):
-            raise
-        raise ImportError(
-            f"{name} needs the package {exc.name!r}, which is not installed:"
-            f" pip install 'vgi-rpc-onefile[{_EXTRA.get(module, 'oauth')}]'",
-            name=exc.name,
-        ) from exc
-    globals()[name] = found
-    return found
-
-
 if not TYPE_CHECKING:  # a checker would take any name for existing
 
     def __getattr__(name: str) -> Any:
-        return _load(name)
+        module = _WHERE.get(name)
+        if module is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = globals()[name] = load(__name__, module, name, _EXTRA.get(module, "oauth"))
+        return found
 
 
 def __dir__() -> list[str]:

@@ -3,8 +3,10 @@
 """Login of people with a browser: authorization code with PKCE (auth.md section 8, RFC 7636, OpenID Connect Core).
 
     login = BrowserLogin(metadata, prefix="/vgi", token_key=key)
-    app = falcon.App(middleware=[AuthGuard(authenticate, prefix="/vgi", login=login)])
-    login.add_routes(app)
+    app = make_wsgi_app(server, authenticate=authenticate, prefix="/vgi", token_key=key,
+                        oauth_resource_metadata=metadata, browser_login=login)
+
+Without `browser_login`, make_wsgi_app makes one with the defaults, for metadata that have a client_id.
 
     GET page, 401  ->  302 to the provider, cookie _vgi_oauth_session (verifier, state, nonce, where to return)
     GET callback   ->  code for tokens; cookie _vgi_auth, 302 to the page
@@ -18,7 +20,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-import html
 import json
 import logging
 import re
@@ -36,6 +37,7 @@ from authlib.common.errors import AuthlibBaseError
 from authlib.oauth2.client import OAuth2Client
 
 from .. import core as _bound_core
+from ..http import pages
 from .bearer import Authenticate, make_cookie_authenticate
 from .fetch import FetchError, bounded_client, is_loopback_url, json_object, origin_of
 from .jwt import JwtVerifier
@@ -347,13 +349,7 @@ class BrowserLogin:
     def _page(self, resp: falcon.Response, status: str, text: str) -> None:
         self._clear(resp, _SESSION_COOKIE, f"{self.prefix}/_oauth/")
         resp.status = status
-        resp.content_type = "text/html; charset=utf-8"
-        resp.set_header("Content-Security-Policy", "default-src 'none'")
-        resp.data = (
-            '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Login failed</title></head>'
-            f'<body><h1>Login failed</h1><p>{html.escape(text)}</p><p><a href="{html.escape(self.prefix or "/")}">'
-            "Start again</a></p></body></html>"
-        ).encode()
+        pages.send(resp, pages.notice("Login failed", text, link=(self.prefix or "/", "Start again")))
 
     def _seal(self, session: _Session) -> str:
         raw = struct.pack("<BQ", _SESSION_VERSION, int(time.time()))

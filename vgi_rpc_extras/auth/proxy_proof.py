@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..http.names import PROOF_HEADER
 from .bearer import PreconditionGate
 from .unauthorized import AuthReason
 
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     import falcon
 
 __all__ = [
-    "PROOF_HEADER",
-    "PROOF_REQUIRED_HEADER",
     "NonceCache",
     "ProofError",
     "ProxyProofConfig",
@@ -43,8 +42,6 @@ __all__ = [
     "verify_proof",
 ]
 
-PROOF_HEADER = "VGI-Proxy-Proof"
-PROOF_REQUIRED_HEADER = "VGI-Proxy-Proof-Required"
 Mode = Literal["off", "allow", "require"]
 Secrets = Mapping[str, tuple[bytes, str]]
 _LABEL = b"vgi.proxy.proof.v1"

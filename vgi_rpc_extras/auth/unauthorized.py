@@ -1,9 +1,8 @@
-# Needs: the standard library only (Falcon's objects are passed in). Seam: the authentication step of the HTTP server.
+# Needs: nothing but the core (Falcon's objects are passed in). Seam: the authentication step of the HTTP server.
 """How a request that may not pass is answered: 401, 503 and 500, and what a client makes of them (auth.md 1 and 5).
 
     guard = AuthGuard(authenticate, prefix="/vgi")
-    app = falcon.App(middleware=[guard])          # guard.process_request runs before routing
-    ...
+    guard.process_request(req, resp)          # before a body is read, and before routing
     req.context.auth                          # an AuthContext in every request that passes
 
 All refusals of one service look alike but for the reason code: the texts are constants, so that neither a verifier's
@@ -13,13 +12,14 @@ words nor a caller's input come back.
 from __future__ import annotations
 
 import enum
-import html
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from .. import core as _bound_core
+from ..http import pages
+from ..http.names import AUTH_PROXY_REQUIRED_HEADER, AUTH_REASON_HEADER, PROOF_HEADER
 
 if TYPE_CHECKING:
     import falcon
@@ -29,8 +29,6 @@ else:
     core = _bound_core()
 
 __all__ = [
-    "AUTH_PROXY_REQUIRED_HEADER",
-    "AUTH_REASON_HEADER",
     "AuthFailure",
     "AuthGuard",
     "AuthReason",
@@ -43,9 +41,6 @@ __all__ = [
     "read_unauthorized",
 ]
 
-AUTH_REASON_HEADER = "VGI-Auth-Reason"
-AUTH_PROXY_REQUIRED_HEADER = "VGI-Auth-Proxy-Required"
-_PROOF_HEADER = "VGI-Proxy-Proof"
 _DETAIL = "authentication rejected"
 _LOG = logging.getLogger("vgi_rpc.http.auth")
 _F = TypeVar("_F")
@@ -211,20 +206,18 @@ class AuthGuard:
         on_failure: Callable[[BaseException], None] | None = None,
     ) -> None:
         names = (*(proxy_auth_headers or ()), *proxy_headers_of(authenticate))
-        names += (_PROOF_HEADER,) if proxy_proof_required else ()
+        names += (PROOF_HEADER,) if proxy_proof_required else ()
         self.proxy_hint = build_proxy_hint(dict.fromkeys(names))
         self._authenticate = login.authenticator(authenticate) if login and authenticate else authenticate
-        self._prefix = prefix
+        self._open = (f"{prefix}/health", *([f"{prefix}/_oauth"] if login else []))
+        self._open_below = ("/.well-known/", *(f"{path}/" for path in self._open))
         self._challenge = challenge
         self._login = login
         self._on_failure = on_failure
 
     def is_exempt(self, method: str, path: str) -> bool:
         """Whether a request passes unauthenticated; paths are compared by whole segments (http.md section 15)."""
-        if method == "OPTIONS" or path.startswith("/.well-known/"):
-            return True
-        open_paths = [f"{self._prefix}/health"] + ([f"{self._prefix}/_oauth"] if self._login else [])
-        return any(path == one or path.startswith(f"{one}/") for one in open_paths)
+        return method == "OPTIONS" or path in self._open or path.startswith(self._open_below)
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Set `req.context.auth`, or complete the response with the refusal."""
@@ -267,16 +260,15 @@ class AuthGuard:
             resp.set_header(AUTH_PROXY_REQUIRED_HEADER, "true")
         if self._challenge:
             resp.set_header("WWW-Authenticate", self._challenge)
-        resp.content_type, resp.data = self._body(reason, as_html)
         resp.complete = True
-
-    def _body(self, reason: AuthReason, as_html: bool) -> tuple[str, bytes]:
         if as_html:
-            return "text/html; charset=utf-8", _page(reason, self.proxy_hint).encode()
+            pages.send(resp, pages.notice("Not authorized", f"{_DETAIL}: {reason.value}", self.proxy_hint))
+            return
         found = {"error": "unauthorized", "reason": reason.value, "detail": _DETAIL}
         if self.proxy_hint:
             found["proxy_hint"] = self.proxy_hint
-        return "application/json", json.dumps(found, separators=(",", ":")).encode()
+        resp.content_type = "application/json"
+        resp.data = json.dumps(found, separators=(",", ":")).encode()
 
     def _log(self, req: falcon.Request, reason: str, exc: BaseException) -> None:
         # Never the message, a header or the path: an authenticator may have put the credential into its words.
@@ -285,14 +277,6 @@ class AuthGuard:
 
 def _wants_html(req: falcon.Request) -> bool:
     return "text/html" in (req.get_header("Accept") or "").lower()
-
-
-def _page(reason: AuthReason, hint: str) -> str:
-    note = f"<p>{html.escape(hint)}</p>" if hint else ""
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>401 Unauthorized</title></head>'
-        f"<body><h1>401 Unauthorized</h1><p>{_DETAIL}: <code>{reason.value}</code></p>{note}</body></html>"
-    )
 
 
 def _complete_json(resp: falcon.Response, status: str, description: str = "") -> None:

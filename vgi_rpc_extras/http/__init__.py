@@ -1,16 +1,17 @@
 # Needs: falcon, httpx, cryptography (and waitress to serve). Install: pip install 'vgi-rpc-onefile[http]'.
-"""HTTP for vgi_rpc: server, client, in-process test client.
+"""HTTP for vgi_rpc: server, client, in-process test client; the names of authentication are found here, too.
 
 Names are found at first use, so that a client does not load the server, nor a server the client.
 """
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
+from .. import auth, load
+
 if TYPE_CHECKING:
-    from .bearer import *  # noqa: F403
+    from ..auth import *  # noqa: F403
     from .client import *  # noqa: F403
     from .coding import *  # noqa: F403
     from .names import *  # noqa: F403
@@ -21,9 +22,8 @@ if TYPE_CHECKING:
 _WHERE = {
     name: module
     for module, listed in {
-        "bearer": "AuthFailure AuthReason bearer_authenticate_static",
         "client": (
-            "http_connect http_introspect http_capabilities AuthenticationError HttpRetryConfig HttpServerCapabilities"
+            "http_connect http_introspect http_capabilities HttpRetryConfig HttpServerCapabilities"
             " HttpStreamSession HttpTransientError HttpTransport RequestUploader"
         ),
         "coding": (
@@ -59,9 +59,11 @@ if not TYPE_CHECKING:  # a checker would take any name for existing
 
     def __getattr__(name: str) -> Any:
         wanted = _ALIASES.get(name, name)
+        if wanted in auth.__all__:
+            return getattr(auth, wanted)
         if wanted not in _WHERE:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        found = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_WHERE[wanted]}"), wanted)
+        found = globals()[name] = load(__name__, _WHERE[wanted], wanted, "http")
         return found
 
 

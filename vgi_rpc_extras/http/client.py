@@ -19,7 +19,6 @@ import collections
 import contextlib
 import dataclasses
 import email.utils
-import json
 import logging
 import os
 import random
@@ -34,6 +33,7 @@ from urllib.parse import quote, urlsplit
 import pyarrow as pa
 
 from .. import core as _bound_core
+from ..auth.unauthorized import AuthenticationError, read_unauthorized
 from . import coding, names
 from ._connection import HttpxSender, Origin, Piece, PooledSender, Request, Response, Sender, Sent, SimpleSender
 
@@ -102,58 +102,11 @@ class HttpTransientError(core.RpcError):
         self.retry_after = retry_after
 
 
-class AuthenticationError(core.RpcError):
-    """The server refused the credentials, or found none (auth.md section 5).
-
-    Attributes:
-        reason: `missing_credential`, `invalid_credential`, `expired_credential`, `insufficient_scope`,
-            `proxy_required` or `unauthorized`.
-        detail: the server's text.
-        proxy_hint: how the service has to be reached, if it must be through a proxy.
-    """
-
-    def __init__(self, reason: str, detail: str, proxy_hint: str = "", *, request_id: str = "") -> None:
-        hint = f"\n\n{proxy_hint}" if proxy_hint else ""
-        text = f"{detail} ({reason}){hint}"
-        super().__init__("AuthenticationError", text, request_id=request_id, error_code=core.Code.UNAUTHENTICATED)
-        self.reason = reason
-        self.detail = detail
-        self.proxy_hint = proxy_hint
-
-
-_AUTH_REASONS = frozenset(
-    (
-        "missing_credential",
-        "invalid_credential",
-        "expired_credential",
-        "insufficient_scope",
-        "proxy_required",
-        "unauthorized",
-    )
-)
-
-
 def _unauthorized(response: Response) -> AuthenticationError:
     headers = response.headers
-    reason, detail, hint = headers.get(names.AUTH_REASON_HEADER.lower(), ""), "unauthorized", ""
-    kind = headers.get("content-type", "")
-    found: Any = None
-    if "json" in kind:
-        with contextlib.suppress(ValueError, RecursionError):
-            found = json.loads(response.body)
-    if isinstance(found, dict):
-        reason = str(found.get("reason") or reason)
-        detail = _printable(str(found.get("detail") or detail), _DETAIL)
-        hint = _printable(str(found.get("proxy_hint") or ""), 4 * _DETAIL)
-    elif "html" in kind:
-        detail = "the server answered with a login page; send credentials with the request"
-    elif response.body and kind.startswith("text/plain"):
-        detail = _printable(response.body.decode("utf-8", "replace"), _DETAIL)
-    if reason not in _AUTH_REASONS:
-        reason = "unauthorized"
-    return AuthenticationError(
-        reason, detail, hint, request_id=_printable(headers.get(names.REQUEST_ID_HEADER.lower(), ""), 128)
-    )
+    request_id = _printable(headers.get(names.REQUEST_ID_HEADER.lower(), ""), 128)
+    body = b"" if "content-encoding" in headers else response.body
+    return read_unauthorized(body, headers, request_id=request_id)
 
 
 def _printable(text: str, limit: int) -> str:
@@ -551,7 +504,7 @@ class HttpTransport(core.RequestTransport):
 
     def _body(self, response: Response, doing: str) -> bytes:
         if response.status == 401:
-            raise _unauthorized(response)
+            raise _refusal(response, doing, "HttpError")
         if response.too_large:
             raise self._response_too_large(doing)
         if not _is_arrow(response):

@@ -1,4 +1,4 @@
-# Needs: falcon. Used by server.py.
+# Needs: pyarrow only (Falcon's response is passed in). Used by the HTTP server and by authentication.
 """Pages for people: landing, describe, not found, not let in (http.md section 13).
 
 Everything is in the page itself: no font, script or image is fetched from anywhere. What is shown is escaped; the
@@ -11,15 +11,16 @@ import base64
 import hashlib
 import html
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import falcon
 import pyarrow as pa
 
 from .. import core as _bound_core
 
 if TYPE_CHECKING:
+    import falcon
+
     import vgi_rpc as core
 else:
     core = _bound_core()
@@ -217,98 +218,16 @@ def _example(dtype: pa.DataType) -> Any:
 
 def not_found(server: core.RpcServer, prefix: str) -> Page:
     """The page of a path that is none."""
-    return _page(
+    return notice(
         "Not found",
-        f"<h1>Not found</h1><p>This server speaks <code>{_text(server.protocol_name)}</code>. A call goes to"
-        f" <code>POST {_text(prefix)}/{{protocol}}/{{method}}</code>, a stream begins at"
-        f" <code>{_text(prefix)}/{{protocol}}/{{method}}/init</code>.</p>",
+        f"This server speaks {server.protocol_name}. A call goes to POST {prefix}/{{protocol}}/{{method}}, a stream"
+        f" begins at {prefix}/{{protocol}}/{{method}}/init.",
     )
 
 
-def unauthorized(reason: str, hint: str) -> Page:
-    """The page of a 401."""
-    note = f"<p>{_text(hint)}</p>" if hint else ""
-    return _page("Not authorized", f"<h1>Not authorized</h1><p>Reason: <code>{_text(reason)}</code></p>{note}")
-
-
-def proxy_hint(headers: Sequence[str]) -> str:
-    """What to tell a caller who may have come past the proxy (auth.md section 5)."""
-    return (
-        f"This service is reachable only through its proxy, which must add the header(s) {', '.join(headers)}."
-        " The proxy is as likely at fault as the credential."
-    )
-
-
-# ---- calls with JSON
-
-
-class JsonCalls:
-    """`POST {prefix}/__call__` with {"protocol", "method", "args"}: a unary call for people and their browsers.
-
-    Its exact content type keeps other origins out: a browser asks before it sends that.
-    """
-
-    def __init__(
-        self,
-        call: Callable[[falcon.Request, str, str, Callable[[core.ProtocolBinding, core.RpcMethodInfo], bytes]], bytes],
-        max_request: int,
-    ) -> None:
-        self._call = call
-        self._max_request = max_request
-
-    def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
-        from .server import read_body
-
-        try:
-            asked = json.loads(read_body(req, self._max_request))
-            protocol, method, args = asked["protocol"], asked["method"], asked.get("args", {})
-            if not (isinstance(protocol, str) and isinstance(method, str) and isinstance(args, dict)):
-                raise TypeError
-        except (ValueError, TypeError, KeyError, RecursionError) as exc:
-            raise falcon.HTTPBadRequest(
-                title="Bad call", description='expected {"protocol": "...", "method": "...", "args": {...}}'
-            ) from exc
-        try:
-            reply = self._call(req, protocol, method, lambda binding, info: _request(binding, info, args))
-        except falcon.HTTPError:
-            raise
-        except Exception as exc:
-            raise falcon.HTTPBadRequest(title=type(exc).__name__, description=core.exception_str(exc)) from exc
-        resp.content_type = "application/json"
-        resp.data = json.dumps(_answer(reply)).encode()
-
-
-def _request(binding: core.ProtocolBinding, info: core.RpcMethodInfo, args: dict[str, Any]) -> bytes:
-    batch = core.batch_from_json(args, info.params_schema)
-    metadata = {
-        core.RPC_METHOD_KEY: info.name.encode(),
-        core.REQUEST_VERSION_KEY: core.REQUEST_VERSION,
-        core.PROTOCOL_KEY: binding.name.encode(),
-    }
-    if binding.version is not None:
-        metadata[core.PROTOCOL_VERSION_KEY] = binding.version.encode()
-    sink = pa.BufferOutputStream()
-    with core.new_ipc_stream(sink, info.params_schema) as writer:
-        writer.write_batch(batch, custom_metadata=pa.KeyValueMetadata(metadata))
-    body: bytes = sink.getvalue().to_pybytes()
-    return body
-
-
-def _answer(reply: bytes) -> dict[str, Any]:
-    """The reply as JSON: `result`, or `error`; and `logs`, if there are any."""
-    logs: list[dict[str, str]] = []
-    found: dict[str, Any] = {}
-    with pa.ipc.open_stream(reply) as reader:
-        for batch, metadata in reader.iter_batches_with_custom_metadata():
-            level = (metadata or {}).get(core.LOG_LEVEL_KEY)
-            if level is None:
-                rows = core.batch_to_json(batch)
-                found["result"] = rows[0].get("result") if rows else None
-                continue
-            message = metadata.get(core.LOG_MESSAGE_KEY, b"").decode("utf-8", "replace")
-            if level == b"EXCEPTION":
-                code = metadata.get(core.ERROR_CODE_KEY, b"").decode("utf-8", "replace")
-                found["error"] = {"message": message, "code": code}
-            else:
-                logs.append({"level": level.decode("utf-8", "replace"), "message": message})
-    return {**found, "logs": logs} if logs else found
+def notice(title: str, *texts: str, link: tuple[str, str] | None = None) -> Page:
+    """A page that only says something, with one link (URL, text) at most; empty texts are left out."""
+    content = f"<h1>{_text(title)}</h1>" + "".join(f"<p>{_text(text)}</p>" for text in texts if text)
+    if link is not None:
+        content += f'<p><a href="{_text(link[0])}">{_text(link[1])}</a></p>'
+    return _page(title, content)

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import falcon
 
 from .. import core as _bound_core
+from ..auth.unauthorized import AuthGuard
 from . import names, pages
-from .bearer import classify
 from .coding import (
     DecompressionError,
     DecompressionLimitExceeded,
@@ -33,20 +33,22 @@ from .coding import (
     decompress,
     negotiate,
 )
+from .json_calls import JsonCalls
 from .names import ARROW_CONTENT_TYPE
 from .tokens import StreamCall, StreamTokens, TokenScope, declared_states
 
 if TYPE_CHECKING:
     import vgi_rpc as core
 
+    from ..auth.bearer import Authenticate
+    from ..auth.login import BrowserLogin
+    from ..auth.oauth import OAuthResourceMetadata
     from ..otel import OtelConfig
     from ..sentry import SentryConfig
 else:
     core = _bound_core()
 
 __all__ = ["ResponseTooLargeError", "make_wsgi_app"]
-
-Authenticate = Callable[[falcon.Request], "core.AuthContext"]
 
 _LOG = logging.getLogger("vgi_rpc.http")
 _LOG_ACCESS = logging.getLogger("vgi_rpc.access")
@@ -62,6 +64,15 @@ class ResponseTooLargeError(RuntimeError):
     """A reply is larger than the server or the caller allows."""
 
     error_code = core.Code.RESOURCE_EXHAUSTED
+
+
+def _failure_counter(config: OtelConfig | None, server: core.RpcServer) -> Callable[[BaseException], None] | None:
+    if config is None:
+        return None
+    from .. import otel  # whoever has a config has the package
+
+    count = otel.make_auth_failure_counter(config, server.protocol_name)
+    return lambda exc: count(None, type(exc).__name__)
 
 
 class HttpApp(falcon.App[Any, Any]):
@@ -94,6 +105,8 @@ def make_wsgi_app(
     enable_describe_calls: bool = True,
     enable_health_endpoint: bool = True,
     repo_url: str | None = None,
+    oauth_resource_metadata: OAuthResourceMetadata | None = None,
+    browser_login: BrowserLogin | None = None,
     call_state_cache_entries: int = 4096,
     otel_config: OtelConfig | None = None,
     sentry_config: SentryConfig | None = None,
@@ -108,12 +121,16 @@ def make_wsgi_app(
         preferred_response_bytes: what methods are told to aim at.
         max_request_bytes, hosting_max_request_bytes: bytes of a request, encoded and decoded; the least wins. When
             neither is set, 256 MiB are accepted, and no number is advertised.
-        authenticate: says who calls; ValueError or PermissionError: 401, AuthUnavailableError: 503, else 500.
+        authenticate: says who calls (auth/bearer.py); ValueError or PermissionError: 401, AuthUnavailableError: 503,
+            else 500.
         proxy_proof_required, proxy_auth_headers: tell callers that a proxy must add headers.
         cors_origins: "*", an origin, or several; None: no CORS. `cors_max_age` in seconds.
         token_ttl: seconds that the state of a stream is good for; 0: for ever.
         compression_level: of zstd responses; None: responses are not compressed, requests are decoded all the same.
         enable_describe_calls: the describe page may call unary methods with JSON.
+        oauth_resource_metadata: published (RFC 9728), and announced in every 401. With a client_id and `authenticate`,
+            people without a credential are sent to log in.
+        browser_login: that login, when it needs other settings than the defaults; of the same prefix and metadata.
         call_state_cache_entries: calls whose unchanging half is kept in memory; 0: none.
         otel_config: instruments the server, and counts callers that are not let in.
         sentry_config: reports the server's failures to Sentry.
@@ -121,9 +138,12 @@ def make_wsgi_app(
     Raises:
         TypeError: a config that is not one.
         ValueError: a number out of range, a malformed prefix, a key that is too short.
+        TypeError: `oauth_resource_metadata` is none.
     """
     if token_key is None:
         _LOG.warning("no token_key: streams cannot be continued by another process, nor after a restart")
+        token_key = os.urandom(32)
+    prefix = _check_prefix(prefix)
     request_cap = _least("max_request_bytes", 1, max_request_bytes, hosting_max_request_bytes)
     response_cap = _least(
         "max_response_bytes", names.MIN_RESPONSE_BYTES, max_response_bytes, hosting_max_response_bytes
@@ -133,24 +153,31 @@ def make_wsgi_app(
         preferred = min(preferred, response_cap)
     produced = () if compression_level is None else available_encodings()
     capabilities = _capabilities(produced, request_cap, response_cap, proxy_proof_required)
+    oauth = _OAuth(oauth_resource_metadata, browser_login, prefix, token_key, authenticate is not None)
+    guard = AuthGuard(
+        authenticate,
+        prefix=prefix,
+        proxy_auth_headers=proxy_auth_headers,
+        proxy_proof_required=proxy_proof_required,
+        challenge=oauth.challenge,
+        login=oauth.login,
+        on_failure=_failure_counter(otel_config, server),
+    )
     door = _Door(
         server,
-        _check_prefix(prefix),
+        prefix,
         capabilities,
         request_cap or _MAX_REQUEST,
-        authenticate,
-        proxy_proof_required,
-        tuple(proxy_auth_headers or ()),
+        guard,
         None if cors_origins is None else _Cors(cors_origins, cors_max_age, cors_resource_policy, capabilities),
     )
     tokens = StreamTokens(token_key, token_ttl, call_state_cache_entries, server.limits.max_metadata_entry_bytes)
-    rpc = _Rpc(server, door, tokens, response_cap, preferred, produced, compression_level)
+    rpc = RpcResource(server, door, tokens, response_cap, preferred, produced, compression_level)
     middleware: list[Any] = [door]
     if otel_config is not None:
-        from .. import otel  # whoever has a config has the package
+        from .. import otel
 
         otel.instrument_server(server, otel_config)
-        door.count_refused = otel.make_auth_failure_counter(otel_config, server.protocol_name)
         middleware.insert(0, otel.TraceMiddleware())
     if sentry_config is not None:
         from .. import sentry
@@ -160,19 +187,20 @@ def make_wsgi_app(
     app.door = door
     app.resp_options.xml_error_serialization = False
     app.add_error_handler(Exception, _unexpected)
-    _add_routes(app, rpc, door.prefix)
-    page = pages.not_found(server, door.prefix) if enable_not_found_page else None
+    _add_routes(app, rpc, prefix)
+    oauth.add_routes(app)
+    page = pages.not_found(server, prefix) if enable_not_found_page else None
     app.add_sink(functools.partial(_unmatched, rpc, page))
     if enable_health_endpoint:
-        app.add_route(f"{door.prefix}/health", _Health(server))
+        app.add_route(f"{prefix}/health", _Health(server))
     describes = enable_describe_page and server.describe_enabled
     if enable_landing_page:
-        page = pages.landing(server, door.prefix, describes=describes, repo_url=repo_url)
-        app.add_route(door.prefix or "/", _Page(page))
+        page = pages.landing(server, prefix, describes=describes, repo_url=repo_url)
+        app.add_route(prefix or "/", _Page(page))
     if describes:
-        app.add_route(f"{door.prefix}/describe", _Page(pages.describe(server, door.prefix, enable_describe_calls)))
+        app.add_route(f"{prefix}/describe", _Page(pages.describe(server, prefix, enable_describe_calls)))
         if enable_describe_calls:
-            app.add_route(f"{door.prefix}/{pages.CALL_NAME}", pages.JsonCalls(rpc.json_call, door.max_request))
+            app.add_route(f"{prefix}/{pages.CALL_NAME}", JsonCalls(rpc))
     return app
 
 
@@ -210,6 +238,41 @@ def _capabilities(
     return found
 
 
+class _OAuth:
+    """What OAuth metadata add to an application; their modules are loaded only then (auth.md sections 6 and 8)."""
+
+    def __init__(
+        self,
+        metadata: OAuthResourceMetadata | None,
+        login: BrowserLogin | None,
+        prefix: str,
+        token_key: bytes,
+        guarded: bool,
+    ) -> None:
+        self.login = login
+        self.challenge = ""
+        self._routes: dict[str, object] = {}
+        if metadata is None:
+            return
+        from ..auth.oauth import MetadataResource, OAuthResourceMetadata, build_www_authenticate, well_known_paths
+
+        if not isinstance(metadata, OAuthResourceMetadata):
+            raise TypeError(f"oauth_resource_metadata must be an OAuthResourceMetadata, got {type(metadata).__name__}")
+        if login is None and guarded and metadata.client_id is not None:
+            from ..auth.login import BrowserLogin
+
+            self.login = BrowserLogin(metadata, prefix=prefix, token_key=token_key)
+        self.challenge = build_www_authenticate(metadata, prefix=prefix)
+        document = MetadataResource(metadata, prefix=prefix, browser_login=self.login is not None)
+        self._routes = dict.fromkeys(well_known_paths(prefix), document)
+
+    def add_routes(self, app: HttpApp) -> None:
+        for path, resource in self._routes.items():
+            app.add_route(path, resource)
+        if self.login is not None:
+            self.login.add_routes(app)
+
+
 # ---- before and after every request
 
 
@@ -222,43 +285,29 @@ class _Door:
         prefix: str,
         capabilities: list[tuple[str, str]],
         max_request: int,
-        authenticate: Authenticate | None,
-        proof_required: bool,
-        proxy_headers: tuple[str, ...],
+        guard: AuthGuard,
         cors: _Cors | None,
     ) -> None:
         self.prefix = prefix
         self.max_request = max_request
-        self._health = f"{prefix}/health"
-        self._exempt = (f"{self._health}/", "/.well-known/")
-        self._authenticate = authenticate
+        self._guard = guard
         self._headers = capabilities
         self._hosted = server.bindings
-        if proof_required:
-            proxy_headers = (*proxy_headers, names.PROOF_HEADER)
-        declared = tuple(getattr(authenticate, "vgi_proxy_headers", ()))
-        self._proxy_headers = tuple(dict.fromkeys((*proxy_headers, *declared)))
         self._cors = cors
-        self.count_refused: Callable[[str | None, str], None] = lambda who, error_type: None
         self.draining = False
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         env, context = req.env, req.context
         wanted = env.get("HTTP_X_REQUEST_ID")
         context.request_id = wanted if wanted and _REQUEST_ID.match(wanted) else os.urandom(8).hex()
-        context.auth = core.AuthContext.anonymous()
         if self.draining:
             raise falcon.HTTPServiceUnavailable(
                 description="this server is shutting down", headers={"Retry-After": "1"}
             )
-        path, method = req.path, req.method
-        if method == "OPTIONS" or path == self._health or path.startswith(self._exempt):
-            return
         length = req.content_length
-        if length is not None and length > self.max_request:
+        if length is not None and length > self.max_request and not self._guard.is_exempt(req.method, req.path):
             raise too_large(self.max_request)
-        if self._authenticate is not None:
-            self._let_in(self._authenticate, req, resp)
+        self._guard.process_request(req, resp)
 
     def process_resource(
         self, req: falcon.Request, resp: falcon.Response, resource: object, params: dict[str, Any]
@@ -277,43 +326,6 @@ class _Door:
             resp.set_header("Cache-Control", "public, max-age=300")
         if self._cors is not None:
             self._cors.apply(req, resp)
-
-    def _let_in(self, authenticate: Authenticate, req: falcon.Request, resp: falcon.Response) -> None:
-        try:
-            auth = authenticate(req)
-        except core.AuthUnavailableError as exc:
-            retry = str(max(int(getattr(exc, "retry_after", 5)), 0))
-            raise falcon.HTTPServiceUnavailable(
-                description="authentication authority unavailable", headers={"Retry-After": retry}
-            ) from exc
-        except (ValueError, PermissionError) as exc:
-            return self._refuse(req, resp, exc)
-        if not isinstance(auth, core.AuthContext):
-            raise TypeError(f"authenticate returned {type(auth).__name__}, not AuthContext")
-        req.context.auth = auth
-
-    def _refuse(self, req: falcon.Request, resp: falcon.Response, exc: Exception) -> None:
-        """401 (auth.md section 5). The exception's text may hold the credential: it goes nowhere."""
-        reason = classify(exc)
-        self.count_refused(None, type(exc).__name__)
-        _LOG.warning(
-            "refused a request from %s: %s (%s)", req.env.get("REMOTE_ADDR", ""), reason.value, type(exc).__name__
-        )
-        resp.status = falcon.HTTP_401
-        resp.set_header(names.AUTH_REASON_HEADER, reason.value)
-        resp.set_header("Cache-Control", "no-store")
-        hint = pages.proxy_hint(self._proxy_headers) if self._proxy_headers else ""
-        if hint:
-            resp.set_header(names.AUTH_PROXY_REQUIRED_HEADER, "true")
-        if "text/html" in (req.get_header("Accept") or ""):
-            pages.send(resp, pages.unauthorized(reason.value, hint))
-        else:
-            body = {"error": "unauthorized", "reason": reason.value, "detail": "authentication rejected"}
-            if hint:
-                body["proxy_hint"] = hint
-            resp.content_type = "application/json"
-            resp.data = json.dumps(body, separators=(",", ":")).encode()
-        resp.complete = True
 
 
 class _Cors:
@@ -407,7 +419,7 @@ class _HttpContext(core.CallContext):
         self._jar.append(lambda resp: resp.unset_cookie(name, path=path, domain=domain))
 
 
-class _Rpc:
+class RpcResource:
     """The routes of methods."""
 
     def __init__(
@@ -452,18 +464,20 @@ class _Rpc:
 
     def reserved(self, req: falcon.Request, resp: falcon.Response, name: str) -> None:
         """`__name__` belongs to the server, and none is built here: 404 with a kind (http.md section 2)."""
-        self._body(req)
+        self.body(req)
         exc = core.MethodNotImplementedError(f"No built-in method '{name}' over HTTP")
         self._refuse(req, resp, _Refused(404, exc))
 
     def json_call(
         self,
         req: falcon.Request,
+        resp: falcon.Response,
         protocol: str,
         method: str,
         make: Callable[[core.ProtocolBinding, core.RpcMethodInfo], bytes],
-    ) -> bytes:
-        """A unary call whose body is made from JSON; returns the Arrow reply. What is refused is raised."""
+        show: Callable[[bytes], bytes],
+    ) -> None:
+        """A unary call whose request is made from JSON, and whose reply is shown as JSON. What is refused is raised."""
         turn = _Turn()
         try:
             call = self._open(req, protocol, method, core.MethodType.UNARY, "application/json")
@@ -471,11 +485,23 @@ class _Rpc:
             raise refused.exc from None
         body = make(call.binding, call.info)
         try:
-            reply = self._unary(call, body, turn, req)
-            self._record(req, call, turn, body, reply)
+            answer = show(self._limited(call, self._unary(call, body, turn, req)))
+            limited = self._limited(call, answer)
+            turn.apply(resp)
+            resp.content_type = "application/json"
+            resp.data = answer if limited is answer else show(limited)
+            self._record(req, call, turn, body, resp.data)
         finally:
             call.finish(_NO_CLAIMS)
-        return reply
+
+    def _limited(self, call: core.ServerRequest, body: bytes) -> bytes:
+        """`body`, or the error in its place when it is longer than allowed; errors are never replaced."""
+        limit = call.response_limit_bytes
+        if limit is None or len(body) <= limit or call.error is not None:
+            return body
+        name = call.info.name
+        text = f"HTTP body exceeds max_response_bytes ({len(body)} > {limit}) for method '{name}'"
+        return call.replace(ResponseTooLargeError(text))
 
     def _serve(
         self,
@@ -486,7 +512,7 @@ class _Rpc:
         kind: core.MethodType,
         work: Callable[[core.ServerRequest, bytes, _Turn, falcon.Request], bytes],
     ) -> None:
-        body = self._body(req)
+        body = self.body(req)
         try:
             call = self._open(req, protocol, method, kind)
         except _Refused as refused:
@@ -509,12 +535,8 @@ class _Rpc:
             reply = work(call, body, turn, req)
         except Exception as exc:
             return self._refuse(req, resp, _Refused(400, exc))
-        limit = call.response_limit_bytes
-        if limit is not None and len(reply) > limit and call.error is None:
-            text = f"HTTP body exceeds max_response_bytes ({len(reply)} > {limit}) for method '{call.info.name}'"
-            reply = call.replace(ResponseTooLargeError(text))
-        for cookie in turn.cookies:
-            cookie(resp)
+        reply = self._limited(call, reply)
+        turn.apply(resp)
         if call.error is not None:
             resp.set_header(names.RPC_ERROR_HEADER, "true")
         self._send(req, resp, reply)
@@ -607,7 +629,7 @@ class _Rpc:
 
     # ---- bodies
 
-    def _body(self, req: falcon.Request) -> bytes:
+    def body(self, req: falcon.Request) -> bytes:
         """Read and decode the body, never more than is allowed; JSON errors (http.md section 3, steps 1 and 2)."""
         body = read_body(req, self._max_request)
         coding = (req.env.get("HTTP_CONTENT_ENCODING") or "").strip().lower()
@@ -673,6 +695,11 @@ class _Turn:
         self.cancelled = False
         self.state_bytes_in = 0
         self.state_bytes_out = 0
+
+    def apply(self, resp: falcon.Response) -> None:
+        """Set the cookies that the method has set."""
+        for cookie in self.cookies:
+            cookie(resp)
 
 
 def read_body(req: falcon.Request, limit: int) -> bytes:
@@ -758,14 +785,14 @@ class _Page:
         resp.set_header("Cache-Control", "no-cache, no-store, must-revalidate, max-age=0")
 
 
-def _add_routes(app: falcon.App[Any, Any], rpc: _Rpc, prefix: str) -> None:
+def _add_routes(app: falcon.App[Any, Any], rpc: RpcResource, prefix: str) -> None:
     method = f"{prefix}/{{protocol}}/{{method}}"
     app.add_route(method, rpc)
     app.add_route(f"{method}/init", rpc, suffix="init")
     app.add_route(f"{method}/exchange", rpc, suffix="exchange")
 
 
-def _unmatched(rpc: _Rpc, page: pages.Page | None, req: falcon.Request, resp: falcon.Response, **_: str) -> None:
+def _unmatched(rpc: RpcResource, page: pages.Page | None, req: falcon.Request, resp: falcon.Response, **_: str) -> None:
     """What no route takes (the table of http.md section 2)."""
     name = rpc.single_segment(req.path) if req.method == "POST" else ""
     if name.startswith("__") and name.endswith("__"):
