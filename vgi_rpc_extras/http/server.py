@@ -35,9 +35,12 @@ from .coding import (
 )
 from .names import ARROW_CONTENT_TYPE
 from .tokens import StreamCall, StreamTokens, TokenScope, declared_states
+from .uploads import UploadUrls, storage_capabilities, stores_results
 
 if TYPE_CHECKING:
     import vgi_rpc as core
+
+    from ..storage.store import UploadUrlProvider
 else:
     core = _bound_core()
 
@@ -92,6 +95,9 @@ def make_wsgi_app(
     enable_health_endpoint: bool = True,
     repo_url: str | None = None,
     call_state_cache_entries: int = 4096,
+    max_externalized_response_bytes: int | None = None,
+    upload_url_provider: UploadUrlProvider | None = None,
+    max_upload_bytes: int | None = None,
 ) -> HttpApp:
     """Make the WSGI application of `server`, for any WSGI server, behind any proxy (API.md section 3.2).
 
@@ -110,6 +116,9 @@ def make_wsgi_app(
         compression_level: of zstd responses; None: responses are not compressed, requests are decoded all the same.
         enable_describe_calls: the describe page may call unary methods with JSON.
         call_state_cache_entries: calls whose unchanging half is kept in memory; 0: none.
+        max_externalized_response_bytes: bytes that one response may keep in the server's `external_location`.
+        upload_url_provider: gives clients places to upload requests to that are too large; S3Storage, say.
+        max_upload_bytes: what clients are told about those; advice only.
 
     Raises:
         ValueError: a number out of range, a malformed prefix, a key that is too short.
@@ -125,6 +134,9 @@ def make_wsgi_app(
         preferred = min(preferred, response_cap)
     produced = () if compression_level is None else available_encodings()
     capabilities = _capabilities(produced, request_cap, response_cap, proxy_proof_required)
+    capabilities += storage_capabilities(
+        server, max_externalized_response_bytes, upload_url_provider is not None, max_upload_bytes
+    )
     door = _Door(
         server,
         _check_prefix(prefix),
@@ -137,11 +149,15 @@ def make_wsgi_app(
     )
     tokens = StreamTokens(token_key, token_ttl, call_state_cache_entries, server.limits.max_metadata_entry_bytes)
     rpc = _Rpc(server, door, tokens, response_cap, preferred, produced, compression_level)
+    rpc.max_externalized_response_bytes = max_externalized_response_bytes
     app = HttpApp(middleware=[door])
     app.door = door
     app.resp_options.xml_error_serialization = False
     app.add_error_handler(Exception, _unexpected)
     _add_routes(app, rpc, door.prefix)
+    if upload_url_provider is not None:
+        vendor = UploadUrls(server, upload_url_provider, rpc.builtin)
+        app.add_route(f"{names.reserved_path(names.UPLOAD_URL_METHOD, prefix=door.prefix)}/init", vendor)
     page = pages.not_found(server, door.prefix) if enable_not_found_page else None
     app.add_sink(functools.partial(_unmatched, rpc, page))
     if enable_health_endpoint:
@@ -176,10 +192,9 @@ def _check_prefix(prefix: str) -> str:
 def _capabilities(
     produced: tuple[Encoding, ...], request_cap: int | None, response_cap: int | None, proof: bool
 ) -> list[tuple[str, str]]:
-    """What goes on every response (http.md section 10). Storage and sticky sessions add theirs here."""
+    """What goes on every response (http.md section 10). Sticky sessions add theirs here, storage in uploads.py."""
     found = [
         (names.ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER, "true"),
-        (names.EXTERNALIZATION_ENABLED_HEADER, "false"),
         (names.SUPPORTED_ENCODINGS_HEADER, ", ".join(produced)),
     ]
     if request_cap is not None:
@@ -407,6 +422,8 @@ class _Rpc:
         self._preferred = preferred
         self._produced = produced
         self._level = level
+        self.max_externalized_response_bytes: int | None = None
+        self._externalizes = stores_results(server)
         self._accepted = {encoding.value: encoding for encoding in (*available_encodings(), Encoding.IDENTITY)}
         self._states = {
             (name, info.name): declared_states(binding.impl, info)
@@ -468,6 +485,8 @@ class _Rpc:
             call = self._open(req, protocol, method, kind)
             try:
                 reply = work(call, body, turn, req)
+            except core.ExternalLocationError as exc:  # an argument could not be fetched (http.md section 3, step 10)
+                reply = call.replace(exc)
             except Exception as exc:
                 raise _Refused(400, exc) from exc
         except _Refused as refused:
@@ -493,11 +512,7 @@ class _Rpc:
     ) -> core.ServerRequest:
         """Steps 6 to 9 of http.md section 3."""
         env, context = req.env, req.context
-        wanted = env.get("HTTP_VGI_ACCEPT_MAX_RESPONSE_BYTES")
-        limit = self._response_cap
-        if wanted is not None:
-            asked = _parse_budget(wanted)
-            limit = asked if limit is None else min(limit, asked)
+        limit = self._budget(req)
         if self._has_percent(env, protocol):
             raise _Refused(404, core.ProtocolNotSpecifiedError("The path of a call is not percent-encoded"))
         try:
@@ -517,9 +532,41 @@ class _Rpc:
             raise _Refused(400, TypeError(f"Method '{method}' is {stream}a stream"))
         call.request_id = context.request_id
         call.response_limit_bytes = limit
+        call.max_externalized_response_bytes = self.max_externalized_response_bytes
+        call.externalization_enabled = self._externalizes
         if self._preferred is not None:
             call.preferred_response_bytes = self._preferred if limit is None else min(self._preferred, limit)
         return call
+
+    def _budget(self, req: falcon.Request) -> int | None:
+        """The least of what the server and the caller allow a response."""
+        wanted = req.env.get("HTTP_VGI_ACCEPT_MAX_RESPONSE_BYTES")
+        if wanted is None:
+            return self._response_cap
+        asked = _parse_budget(wanted)
+        return asked if self._response_cap is None else min(self._response_cap, asked)
+
+    def builtin(
+        self, req: falcon.Request, resp: falcon.Response, name: str, work: Callable[[bytes], tuple[bytes, bool]]
+    ) -> None:
+        """A call of the server's own: `work` turns the request into a reply, and says whether that is an error."""
+        body = self._body(req)
+        try:
+            limit = self._budget(req)
+            if req.env.get("CONTENT_TYPE") != ARROW_CONTENT_TYPE:
+                raise _Refused(415, TypeError(f"Content-Type must be exactly {ARROW_CONTENT_TYPE}"))
+            try:
+                reply, is_error = work(body)
+            except Exception as exc:
+                raise _Refused(400, exc) from exc
+        except _Refused as refused:
+            return self._refuse(req, resp, refused)
+        if limit is not None and len(reply) > limit and not is_error:
+            text = f"HTTP body exceeds max_response_bytes ({len(reply)} > {limit}) for method '{name}'"
+            reply, is_error = self._server.error_body(ResponseTooLargeError(text), req.context.request_id), True
+        if is_error:
+            resp.set_header(names.RPC_ERROR_HEADER, "true")
+        self._send(req, resp, reply)
 
     def _has_percent(self, env: Mapping[str, Any], protocol: str) -> bool:
         """Whether the path as it came holds a `%` after the prefix; servers that hide it leave the decoded one."""
