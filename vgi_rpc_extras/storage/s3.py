@@ -77,7 +77,7 @@ class S3Storage:
 
     def _make_client(self) -> Any:
         """Always SigV4: boto3's default for URLs is the old form on the global endpoint (storage.md section 7)."""
-        region = self.region_name or boto3.session.Session().region_name or "us-east-1"
+        region = self.region_name or boto3.Session().region_name or "us-east-1"
         endpoint = self.endpoint_url
         style = "auto" if endpoint is None else "path"
         config = botocore.config.Config(signature_version="s3v4", s3={"addressing_style": style})
