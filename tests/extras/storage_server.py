@@ -6,19 +6,14 @@ import contextlib
 import io
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.ipc as ipc
-
-if TYPE_CHECKING:
-    import vgi_rpc as core
-else:
-    from tests.core import core
 
 
 @dataclass
@@ -202,9 +197,3 @@ def anything(url: str) -> None:
     """A validator that lets loopback in."""
     if not url.startswith("http://127.0.0.1:"):
         raise ValueError(f"not the test store: {url}")
-
-
-def forever() -> Callable[[], bool]:
-    """True for ten seconds."""
-    until = time.monotonic() + 10
-    return lambda: time.monotonic() < until

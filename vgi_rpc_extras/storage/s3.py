@@ -78,9 +78,9 @@ class S3Storage:
     def _make_client(self) -> Any:
         """Always SigV4: boto3's default for URLs is the old form on the global endpoint (storage.md section 7)."""
         region = self.region_name or boto3.Session().region_name or "us-east-1"
-        endpoint = self.endpoint_url
-        style = "auto" if endpoint is None else "path"
-        config = botocore.config.Config(signature_version="s3v4", s3={"addressing_style": style})
-        if endpoint is None:
-            endpoint = f"https://s3.{region}.amazonaws.com" + (".cn" if region.startswith("cn-") else "")
-        return boto3.client("s3", region_name=region, endpoint_url=endpoint, config=config)
+        style = "auto" if self.endpoint_url is None else "path"
+        config = botocore.config.Config(
+            signature_version="s3v4",
+            s3={"addressing_style": style, "us_east_1_regional_endpoint": "regional"},
+        )
+        return boto3.client("s3", region_name=region, endpoint_url=self.endpoint_url, config=config)
