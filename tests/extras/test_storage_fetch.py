@@ -1,4 +1,3 @@
-# ruff: noqa: E402 (what may be missing is looked for first)
 """Fetching: what is asked, and what servers get wrong."""
 
 from __future__ import annotations

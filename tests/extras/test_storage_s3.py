@@ -124,6 +124,8 @@ def test_signatures_are_v4_and_regional(region: str) -> None:
     url = urlsplit(S3Storage("bkt", region_name=region).generate_upload_url(SCHEMA).download_url)
     suffix = ".cn" if region.startswith("cn-") else ""
     assert url.scheme == "https" and url.hostname == f"bkt.s3.{region}.amazonaws.com{suffix}"
+    dotted = urlsplit(S3Storage("b.kt", region_name=region).generate_upload_url(SCHEMA).download_url)
+    assert dotted.hostname == f"s3.{region}.amazonaws.com{suffix}" and dotted.path.startswith("/b.kt/")
     query = parse_qs(url.query)
     assert query["X-Amz-Algorithm"] == ["AWS4-HMAC-SHA256"] and f"/{region}/s3/" in query["X-Amz-Credential"][0]
 

@@ -1,4 +1,3 @@
-# ruff: noqa: E402 (what may be missing is looked for first)
 """Batches that are kept elsewhere, over every kind of transport."""
 
 from __future__ import annotations

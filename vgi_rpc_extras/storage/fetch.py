@@ -46,6 +46,7 @@ _RETRYABLE = (408, 425, 429)
 _STEP = 0.2  # seconds after which a thread that waits for bytes looks whether it still has to
 _CONNECT = 10.0  # seconds for one address
 _CHUNK = 1 << 20
+_READ = 1 << 20  # httpcore asks for 64 KiB; measured: that costs a quarter of the speed
 _STEP_BYTES = 4096
 _SIGNATURES = (
     {"x-amz-signature", "x-amz-credential"},
@@ -159,7 +160,7 @@ class _Stream(httpcore.NetworkStream):
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         while True:
             with contextlib.suppress(httpcore.ReadTimeout):
-                return self._inner.read(max_bytes, min(_thread.job.left(), _STEP))
+                return self._inner.read(max(max_bytes, _READ), min(_thread.job.left(), _STEP))
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
         self._inner.write(buffer, _thread.job.left())
@@ -408,8 +409,8 @@ class _Ranges:
         self._fetcher, self._config, self._url, self._validator = fetcher, config, url, validator
         self._job, self._size, self._etag = job, size, etag
         self._starts = range(0, size, config.chunk_size_bytes)
-        self._parts: dict[int, bytes] = {}
-        self._running: dict[concurrent.futures.Future[bytes], tuple[int, float, Job]] = {}
+        self._parts: dict[int, list[bytes]] = {}
+        self._running: dict[concurrent.futures.Future[list[bytes]], tuple[int, float, Job]] = {}
         self._took: list[float] = []
         self._hedges = 0
 
@@ -431,13 +432,13 @@ class _Ranges:
             finally:
                 for _, _, job in self._running.values():
                     job.over.set()
-        return b"".join(self._parts[index] for index in range(len(self._starts)))
+        return b"".join(chunk for index in range(len(self._starts)) for chunk in self._parts[index])
 
     def _start(self, pool: concurrent.futures.Executor, index: int) -> None:
         job = self._job.child()
         self._running[pool.submit(self._part, index, job)] = (index, time.monotonic(), job)
 
-    def _take(self, future: concurrent.futures.Future[bytes]) -> None:
+    def _take(self, future: concurrent.futures.Future[list[bytes]]) -> None:
         index, began, _ = self._running.pop(future)
         if index in self._parts:
             return
@@ -450,7 +451,8 @@ class _Ranges:
             if other == index:
                 job.over.set()
         if self._config.progress is not None:
-            self._config.progress(sum(map(len, self._parts.values())), self._size)
+            done = sum(len(chunk) for chunks in self._parts.values() for chunk in chunks)
+            self._config.progress(done, self._size)
 
     def _hedge(self, pool: concurrent.futures.Executor) -> None:
         """Ask again for a part that takes much longer than the others did."""
@@ -466,7 +468,7 @@ class _Ranges:
                 self._hedges += 1
                 self._start(pool, index)
 
-    def _part(self, index: int, job: Job) -> bytes:
+    def _part(self, index: int, job: Job) -> list[bytes]:
         first = self._starts[index]
         last = min(first + self._config.chunk_size_bytes, self._size) - 1
         headers = {"Range": f"bytes={first}-{last}", "Accept-Encoding": "zstd, gzip, identity"}
@@ -486,7 +488,7 @@ class _Ranges:
                     break
         if want or span.lower().replace("/*", f"/{self._size}") != f"bytes {first}-{last}/{self._size}":
             raise TransientError(f"{redact_url(self._url)}: range mismatch: asked for {first}-{last}, got {span}")
-        return b"".join(chunks)
+        return chunks
 
 
 def is_presigned(url: str) -> bool:

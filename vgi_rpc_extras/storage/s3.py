@@ -76,11 +76,17 @@ class S3Storage:
             return client
 
     def _make_client(self) -> Any:
-        """Always SigV4: boto3's default for URLs is the old form on the global endpoint (storage.md section 7)."""
+        """SigV4 and the region's own endpoint; boto3's default URLs are of the old form (storage.md section 7).
+
+        For `virtual` addresses alone boto3 does not sign the global endpoint. A bucket with dots cannot have one: its
+        name would not match the certificate.
+        """
         region = self.region_name or boto3.Session().region_name or "us-east-1"
-        style = "auto" if self.endpoint_url is None else "path"
-        config = botocore.config.Config(
-            signature_version="s3v4",
-            s3={"addressing_style": style, "us_east_1_regional_endpoint": "regional"},
-        )
-        return boto3.client("s3", region_name=region, endpoint_url=self.endpoint_url, config=config)
+        endpoint, style = self.endpoint_url, "path"
+        if endpoint is None and "." in self.bucket:
+            endpoint = f"https://s3.{region}.amazonaws.com" + (".cn" if region.startswith("cn-") else "")
+        elif endpoint is None:
+            style = "virtual"
+        s3 = {"addressing_style": style, "us_east_1_regional_endpoint": "regional"}
+        config = botocore.config.Config(signature_version="s3v4", s3=s3)
+        return boto3.client("s3", region_name=region, endpoint_url=endpoint, config=config)
