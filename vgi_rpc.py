@@ -749,6 +749,23 @@ class WrongProcessError(RpcError, RuntimeError):
         super().__init__("WrongProcessError", message, sent="no")
 
 
+class ExternalLocationError(RpcError, RuntimeError, ValueError):
+    """A batch that is kept elsewhere could not be stored, or fetched and verified; the connection is in step.
+
+    No text of it holds more of a URL than scheme, host, port and path (storage.md section 6).
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        error_type: str = "ExternalLocationError",
+        error_code: Code = Code.DATA_LOSS,
+        sent: _Sent = "answered",
+    ) -> None:
+        super().__init__(error_type, message, error_code=error_code, sent=sent)
+
+
 class StatusError(Exception):
     """Raise it in a method to choose code, kind and details; ValueError for an unknown code or a bad detail."""
 
@@ -3748,8 +3765,9 @@ class _ShmSource(_IpcSource):
 
 
 # ==== 7. CONTEXT ======================================================================================================
-# Uses: 1, 2, 3. What a method may know about its call (runtime.md sections 2, 5 and 8): who calls, until when, how to
-# talk back, what it cost. A context is made for each call, so its constructor only assigns; the rest is lazy.
+# Uses: 1, 2, 3, 4. What a method may know about its call (runtime.md sections 2, 5 and 8): who calls, until when, how
+# to talk back, what it cost. A context is made for each call, so its constructor only assigns; the rest is lazy.
+# Then the seams where extras plug in: dispatch hooks, and the store for batches that are too large to travel.
 
 ClientLog = Callable[[Message], None]
 
@@ -4110,6 +4128,78 @@ class _CtxHooks:
                 _LOG_RPC.debug("a dispatch hook failed at end", exc_info=True)
 
 
+class BatchStore(Protocol):
+    """Where batches are kept that are too large to travel; `external_location=` takes one (storage.md).
+
+    It sees bytes and URLs: the core writes and reads the objects. Several threads use it at the same time. What it
+    raises is an ExternalLocationError, or DeadlineExceededError. vgi_rpc_extras.storage has S3, GCS and the fetching.
+    """
+
+    def wants(self, batch: pa.RecordBatch) -> bool:
+        """Whether a batch shall be kept here instead of travelling."""
+        ...
+
+    def save(self, schema: pa.Schema, data: bytes) -> tuple[str, str, int]:
+        """Keep an IPC stream of `schema`; returns its URL, the SHA-256 of `data`, and the bytes stored (compressed)."""
+        ...
+
+    def load(self, url: str, sha256: str | None, timeout: float | None) -> tuple[bytes, float]:
+        """Fetch and verify an object; returns its decoded bytes and the seconds it took.
+
+        Args:
+            sha256: what its digest must be, as the pointer has it.
+            timeout: seconds that the caller is willing to wait; the store may have a bound of its own.
+        """
+        ...
+
+
+class ExternalRef(_CtxRecord):
+    """A result that has been published already; a unary method declared `-> T | ExternalRef` may return it.
+
+    ValueError for an empty URL, or a digest that is not 64 hex digits. The URL may be a credential: it is not in the
+    repr. Whoever gets the reference can read the object for as long as its URL lives.
+    """
+
+    __slots__ = ("sha256", "url")
+    __match_args__ = ("url", "sha256")
+    url: str
+    sha256: str | None
+
+    def __init__(self, url: str, sha256: str | None = None) -> None:
+        if not url:
+            raise ValueError("an ExternalRef needs a URL")
+        if sha256 is not None and not re.fullmatch("[0-9A-Fa-f]{64}", sha256):
+            raise ValueError("sha256 must be 64 hex digits")
+        object.__setattr__(self, "url", url)
+        object.__setattr__(self, "sha256", None if sha256 is None else sha256.lower())
+
+    def pointer_batch(self, schema: pa.Schema) -> tuple[pa.RecordBatch, pa.KeyValueMetadata]:
+        """Return what travels in place of the result."""
+        return make_external_location_batch(schema, self.url, self.sha256)
+
+    def __repr__(self) -> str:
+        return f"ExternalRef(sha256={self.sha256!r})"
+
+
+def make_external_location_batch(
+    schema: pa.Schema, url: str, sha256: str | None = None
+) -> tuple[pa.RecordBatch, pa.KeyValueMetadata]:
+    """Return a pointer: no rows, the schema of what it replaces, and where that is (wire.md section 12)."""
+    metadata = {LOCATION_KEY: url.encode()}
+    if sha256 is not None:
+        metadata[LOCATION_SHA256_KEY] = sha256.encode()
+    return empty_batch(schema), pa.KeyValueMetadata(metadata)
+
+
+def is_external_location_batch(
+    batch: pa.RecordBatch, custom_metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None
+) -> bool:
+    """Whether a batch is a pointer; a log batch never is."""
+    if not custom_metadata or batch.num_rows:
+        return False
+    return LOCATION_KEY in custom_metadata and LOG_LEVEL_KEY not in custom_metadata
+
+
 # ==== 8. METHODS ======================================================================================================
 # Uses: 1, 2, 3, 4, 7. A Protocol class becomes a table of methods; what a stream method returns and works with; the
 # hash that tells two contracts apart (types.md section 2, runtime.md section 3, wire.md sections 7.1 and 9.4).
@@ -4151,6 +4241,7 @@ class RpcMethodInfo:
         "protocol_name",
         "result_schema",
         "result_type",
+        "returns_ref",
     )
 
     def __init__(
@@ -4168,6 +4259,7 @@ class RpcMethodInfo:
         header_type: type[ArrowSerializableDataclass] | None = None,
         is_exchange: bool | None = None,
         protocol_name: str = "",
+        returns_ref: bool = False,
     ) -> None:
         self.name = name
         self.params_schema = params_schema
@@ -4183,6 +4275,7 @@ class RpcMethodInfo:
         self.header_type = header_type
         self.is_exchange = is_exchange
         self.protocol_name = protocol_name
+        self.returns_ref = returns_ref  # declared `T | ExternalRef`; `result_type` is T
 
     @property
     def header_schema(self) -> pa.Schema | None:
@@ -4300,7 +4393,7 @@ def _methods_info(protocol: type, name: str, member: Callable[..., Any]) -> RpcM
         if parameter.name not in hints:
             raise TypeError(f"{where} parameter '{parameter.name}' has no annotation; it would never be sent")
         fields.append(_methods_field(parameter.name, hints[parameter.name], f"{where} parameter '{parameter.name}'"))
-    returned = hints.get("return", type(None))
+    returned, returns_ref = _methods_without_ref(hints.get("return", type(None)), where)
     core = _types_strip(returned)[0]
     stream = core is Stream or typing.get_origin(core) is Stream
     has_return = not stream and core is not type(None) and core is not None
@@ -4321,7 +4414,20 @@ def _methods_info(protocol: type, name: str, member: Callable[..., Any]) -> RpcM
         header_type=header if _types_is_dataclass(header) else None,
         is_exchange=_methods_is_exchange(state),
         protocol_name=_methods_protocol_name(protocol),
+        returns_ref=returns_ref,
     )
+
+
+def _methods_without_ref(returned: Any, where: str) -> tuple[Any, bool]:
+    """Take ExternalRef off a return annotation; what is left has the schema (storage.md section 4)."""
+    is_union = typing.get_origin(returned) in (typing.Union, types.UnionType)
+    members = typing.get_args(returned) if is_union else (returned,)
+    if ExternalRef not in members:
+        return returned, False
+    rest: Any = tuple(member for member in members if member is not ExternalRef and member is not type(None))
+    if not rest or any(member is Stream or typing.get_origin(member) is Stream for member in rest):
+        raise TypeError(f"{where} result: ExternalRef stands for a unary result; annotate `T | ExternalRef`")
+    return typing.Union[tuple(member for member in members if member is not ExternalRef)], True  # noqa: UP007
 
 
 def _methods_field(name: str, hint: Any, where: str) -> pa.Field[Any]:
@@ -4945,6 +5051,8 @@ class _WirePlan:
         self._deadline_template: _IpcTemplate | _IpcFlat | Literal[b""] | None = b""
         self._result_template: _IpcTemplate | _IpcFlat | Literal[b""] | None = b""
         self.replies: list[_IpcLayout | _IpcFlat] = []  # how replies of peers have looked
+        if info.returns_ref:
+            self.send_by_pyarrow()
         self.is_stream = info.method_type is MethodType.STREAM
         self.doing = f"{'stream init for' if self.is_stream else 'unary call to'} '{info.name}'"
 
@@ -4961,6 +5069,10 @@ class _WirePlan:
         if self._request_template == b"":
             self._request_template = _ipc_template(self.info.params_schema, self.metadata)
         return self._request_template or None
+
+    def send_by_pyarrow(self) -> None:
+        """Make `encode_reply` leave every result to those who may put something else in its place."""
+        self._result_template = None
 
     def encode_reply(self, value: Any) -> _IpcMessages | None:
         """The reply by a template, or None: pyarrow has to look at the value."""
@@ -5516,6 +5628,142 @@ def _wire_local(
     if shm is None or metadata is None or batch.num_rows or SHM_OFFSET_KEY not in metadata:
         return batch, metadata
     return _shm_read(shm, batch.schema, metadata, validation, limits)
+
+
+def read_reply(
+    body: bytes,
+    ipc_validation: IpcValidation = IpcValidation.FULL,
+    limits: IpcLimits = IpcLimits(),  # noqa: B008 (immutable)
+) -> pa.RecordBatch:
+    """Return the result batch of a complete reply; raises what the far side raised. For calls of a transport's own."""
+    try:
+        item = _wire_read_data(_IpcReader(_IpcSource(body, limits), ipc_validation), _WireLogs(None))
+    except (EOFError, pa.ArrowException, IPCError) as exc:
+        raise RpcError("ProtocolError", f"the reply is not readable: {exc}") from exc
+    if isinstance(item, RpcError):
+        raise item
+    if item is None:
+        raise RpcError("ProtocolError", "the reply holds no result")
+    return item[0]
+
+
+# ---- batches that are kept elsewhere (storage.md)
+
+
+class ExternalBatch(_NamedTuple):
+    """What travels in place of a batch, and what it has cost."""
+
+    batch: pa.RecordBatch
+    metadata: pa.KeyValueMetadata
+    raw_bytes: int
+    stored_bytes: int
+
+
+def externalize(
+    store: BatchStore | None,
+    data: pa.RecordBatch,
+    items: Sequence[tuple[pa.RecordBatch, Mapping[bytes, bytes] | pa.KeyValueMetadata | None]],
+    limit: int | None = None,
+) -> ExternalBatch | None:
+    """Keep `items`, the batch `data` and the messages around it, as one object if the store wants it; None: it travels.
+
+    A batch without rows always travels. What the store raises is raised as an ExternalLocationError; RuntimeError
+    when more than `limit` bytes would be stored.
+    """
+    if store is None or not data.num_rows or not store.wants(data):
+        return None
+    writer = _IpcWriter(data.schema)
+    for batch, metadata in items:
+        writer.write(batch, metadata)
+    writer.close()
+    whole = b"".join(writer.take())
+    if limit is not None and len(whole) > limit:
+        raise RuntimeError(f"{len(whole)} bytes to store exceed what max_externalized_response_bytes leaves: {limit}")
+    try:
+        url, sha256, stored = store.save(data.schema, whole)
+    except RpcError:
+        raise
+    except Exception as exc:  # its text may hold a signed URL
+        raise ExternalLocationError(
+            f"The batch could not be stored: {type(exc).__name__}", error_code=Code.UNAVAILABLE, sent="no"
+        ) from None
+    return ExternalBatch(*make_external_location_batch(data.schema, url, sha256), len(whole), stored)
+
+
+def resolve_external_location(
+    batch: pa.RecordBatch,
+    custom_metadata: pa.KeyValueMetadata | None,
+    config: BatchStore | None,
+    on_log: Callable[[Message], None] | None = None,
+    ipc_validation: IpcValidation = IpcValidation.FULL,
+) -> tuple[pa.RecordBatch, pa.KeyValueMetadata | None]:
+    """Return the batch that a pointer stands for; anything else comes back as it is.
+
+    Raises ExternalLocationError, and whatever `on_log` raises; the error that the object holds, if it holds one.
+    """
+    if config is None or not is_external_location_batch(batch, custom_metadata):
+        return batch, custom_metadata
+    logs = _WireLogs(on_log)
+    found, metadata = _wire_resolve(config, batch, dict(custom_metadata or {}), logs, ipc_validation, None)
+    if logs.failure is not None:
+        raise logs.failure
+    return found, pa.KeyValueMetadata(metadata)
+
+
+def _wire_resolve(
+    store: BatchStore,
+    batch: pa.RecordBatch,
+    metadata: _IpcMetadata,
+    logs: _WireLogs,
+    validation: IpcValidation,
+    timeout: float | None,
+) -> tuple[pa.RecordBatch, _IpcMetadata]:
+    """Follow a pointer. Messages are delivered once the whole object has been read and is what it must be."""
+    location, digest = metadata[LOCATION_KEY], metadata.get(LOCATION_SHA256_KEY)
+    try:
+        sha256 = None if digest is None else digest.decode()
+        data, seconds = store.load(location.decode(), sha256, timeout)
+    except RpcError:
+        raise
+    except Exception as exc:  # its text may hold a signed URL
+        raise ExternalLocationError(f"Failed to resolve ExternalLocation: {type(exc).__name__}") from None
+    found, inner, messages = _wire_read_object(data, batch.schema, validation)
+    for message in messages:
+        logs.deliver(message)
+    timing = {LOCATION_FETCH_MS_KEY: b"%.1f" % (seconds * 1000), LOCATION_SOURCE_KEY: location}
+    return found, {**(inner or {}), **timing}
+
+
+def _wire_read_object(
+    data: bytes, schema: pa.Schema, validation: IpcValidation
+) -> tuple[pa.RecordBatch, _IpcMetadata | None, list[_IpcMetadata]]:
+    """Read a stored object: exactly one data batch of that schema, with the messages around it; nothing nested."""
+    found: tuple[pa.RecordBatch, _IpcMetadata | None] | None = None
+    messages = []
+    try:
+        reader = _IpcReader(_IpcSource(data), validation)
+        while (item := reader.read()) is not None:
+            kind = _wire_classify(*item)
+            if kind is _WIRE_ERROR:
+                raise _wire_remote_error(item[1] or {})
+            if kind is _WIRE_EXTERNAL or kind is _WIRE_SHM or LOCATION_KEY in (item[1] or {}):
+                raise ExternalLocationError("Redirect loop detected: the stored object holds a pointer")
+            if kind is _WIRE_LOG:
+                messages.append(item[1] or {})
+            elif found is not None:
+                raise ExternalLocationError("Multiple data batches (2) found in the stored object; it must hold one")
+            else:
+                found = item
+    except (EOFError, pa.ArrowException, IPCError, OSError, UnicodeDecodeError) as exc:
+        raise ExternalLocationError(f"The stored object is not a complete Arrow IPC stream: {exc}") from exc
+    if not reader.schema.equals(schema):
+        raise ExternalLocationError(
+            f"Schema mismatch in ExternalLocation: the pointer has {_log_schema(schema)},"
+            f" the object {_log_schema(reader.schema)}"
+        )
+    if found is None:
+        raise ExternalLocationError("No data batch found in the stored object")
+    return *found, messages
 
 
 def _wire_refuse_pointer(name: str, batch: pa.RecordBatch, metadata: _IpcMetadata | None) -> None:
@@ -6847,9 +7095,10 @@ def _describe_schema(message: bytes) -> pa.Schema:
 class ProtocolBinding:
     """One hosted protocol and the object that implements it."""
 
-    __slots__ = ("_hash", "_plans", "ctx_methods", "impl", "methods", "name", "protocol", "version")
+    __slots__ = ("_hash", "_plans", "ctx_methods", "impl", "methods", "name", "protocol", "stores", "version")
 
     def __init__(self, protocol: type, impl: object, *, allow_reserved: bool = False) -> None:
+        self.stores = False  # whether results may be kept elsewhere
         self.version = _methods_protocol_version(protocol)
         self.methods = rpc_methods(protocol)
         self.ctx_methods = _server_check_implementation(protocol, self.methods, impl)
@@ -6878,7 +7127,10 @@ class ProtocolBinding:
                 raise MethodNotImplementedError(
                     f"Protocol '{self.name}' has no method '{method}'. Available: {sorted(self.methods)}"
                 )
-            plan = self._plans[method] = _WirePlan(info, self.name, self.version)
+            plan = _WirePlan(info, self.name, self.version)
+            if self.stores:
+                plan.send_by_pyarrow()
+            self._plans[method] = plan
         return plan
 
 
@@ -6895,6 +7147,7 @@ class RpcServer:
         include_tracebacks: False leaves remote tracebacks out of every error.
         accept_unrouted: let old clients that send no routing key reach the only application protocol.
         limits: what a peer may claim before memory is allocated for it.
+        external_location: keeps results that are too large to travel, and fetches arguments that are kept elsewhere.
 
     Raises:
         TypeError: the implementation does not fit; one error lists every problem.
@@ -6914,7 +7167,9 @@ class RpcServer:
         include_tracebacks: bool = True,
         accept_unrouted: bool = False,
         limits: IpcLimits = IpcLimits(),  # noqa: B008 (immutable)
+        external_location: BatchStore | None = None,
     ) -> None:
+        self.external_location = external_location
         self.server_id = server_id or f"{int.from_bytes(os.urandom(6), 'big'):012x}"
         self.server_version = server_version
         self.describe_enabled = enable_describe
@@ -7029,6 +7284,7 @@ class RpcServer:
             shared = sorted(set(known.methods) & set(binding.methods))
             if shared:
                 _LOG_RPC.warning("protocols %s and %s both have method(s) %s", name, binding.name, shared)
+        binding.stores = self.external_location is not None
         self._bindings[binding.name] = binding
 
     def _connection(
@@ -7139,6 +7395,7 @@ class _ServerCall:
         "cancelled",
         "connection",
         "error",
+        "externalized_bytes",
         "is_turn",
         "metadata",
         "notes",
@@ -7168,6 +7425,7 @@ class _ServerCall:
         self.is_turn = False  # of a stream whose state travels; then a call of its own
         self.metadata: _IpcMetadata = {}  # of the request, when it is observed
         self.notes: Mapping[str, Any] = {}  # what a transport adds to the access record
+        self.externalized_bytes = 0  # what has been kept elsewhere, as it is stored
         self._request_id = connection.request_id
         self._hook = connection.server.dispatch_hook
         self._token: Any = None
@@ -7204,6 +7462,23 @@ class _ServerCall:
         if self.observed:
             self.stats.record_input(batch)
 
+    def externalize(
+        self,
+        data: pa.RecordBatch,
+        items: Sequence[tuple[pa.RecordBatch, Mapping[bytes, bytes] | pa.KeyValueMetadata | None]],
+    ) -> tuple[pa.RecordBatch, pa.KeyValueMetadata] | None:
+        """Keep a batch elsewhere if the server's store wants it; returns the pointer to it."""
+        found = externalize(self.connection.server.external_location, data, items, self.externalized_room())
+        if found is None:
+            return None
+        self.externalized_bytes += found.stored_bytes
+        return found.batch, found.metadata
+
+    def externalized_room(self) -> int | None:
+        """How many bytes this response may still keep elsewhere; None: any number."""
+        limit = self.connection.max_externalized_response_bytes
+        return None if limit is None else max(limit - self.externalized_bytes, 0)
+
     def fail(self, exc: BaseException) -> _IpcMetadata:
         """Note and log the failure; returns the metadata of the batch that tells the caller."""
         self.error = exc
@@ -7238,8 +7513,10 @@ class _ServerConnection:
         "_swallow",
         "auth",
         "channel",
+        "externalization_enabled",
         "kind",
         "make_context",
+        "max_externalized_response_bytes",
         "preferred_response_bytes",
         "request_id",
         "response_limit_bytes",
@@ -7269,6 +7546,8 @@ class _ServerConnection:
         self.preferred_response_bytes: int | None = None
         self.shm: ShmSegment | None = None  # where this call's batches may be
         self._segment: ShmSegment | None = None  # that the peer has named and we have attached
+        self.max_externalized_response_bytes: int | None = None
+        self.externalization_enabled = False
         self._swallow = False  # an unknown method may have been a stream, whose input comes next
         self._last: _ServerLayout | None = None  # most calls look like the one before
         self._held: list[bytes] = []  # replies to calls sent ahead, which share a write (FINDINGS.md section 4)
@@ -7355,6 +7634,7 @@ class _ServerConnection:
         try:
             name = _wire_method_name(metadata)
             batch, metadata = self._share(batch, metadata)
+            batch, _ = self.fetched(batch, metadata)
             _wire_check_rows(batch)
             if name.startswith("__") and name.endswith("__"):
                 return self._answer_builtin(name)
@@ -7396,6 +7676,14 @@ class _ServerConnection:
         segment, self._segment, self.shm = self._segment, None, None
         if segment is not None:
             segment.close()
+
+    def fetched(self, batch: pa.RecordBatch, metadata: _IpcMetadata) -> tuple[pa.RecordBatch, _IpcMetadata]:
+        """Step 7: a batch that is kept elsewhere, with its own metadata; what else a request says, its pointer says."""
+        store = self.server.external_location
+        if store is None or not is_external_location_batch(batch, metadata):
+            return batch, metadata
+        batch, found = _wire_resolve(store, batch, metadata, _WireLogs(None), self.server.ipc_validation, None)
+        return batch, {key: value for key, value in found.items() if key not in (STATE_KEY, CALL_STATE_KEY)}
 
     def _route(self, name: str, metadata: _IpcMetadata) -> ProtocolBinding:
         """Step 11."""
@@ -7443,7 +7731,7 @@ class _ServerConnection:
         try:
             value = method(**kwargs)
             data = plan.encode_reply(value)
-            batch = _wire_result_batch(plan, value) if data is None else None
+            result = _server_result(_ServerCall(self, binding, plan, None), value) if data is None else None
         except BaseException as exc:
             self._flush()
             call = _ServerCall(self, binding, plan, None)
@@ -7461,8 +7749,8 @@ class _ServerConnection:
         self._flush()
         if data is not None:
             channel.send(data)
-        elif batch is not None:
-            _ServerReply(_ServerCall(self, binding, plan, None)).end(batch, None)
+        elif result is not None:
+            _ServerReply(_ServerCall(self, binding, plan, None)).end(*result)
         return None
 
     def _flush(self) -> None:
@@ -7480,10 +7768,10 @@ class _ServerConnection:
             kwargs["ctx"] = self.context(call, reply.log, budget)
         try:
             value = method(**kwargs)
-            batch, metadata = _wire_result_batch(call.plan, value), None
+            result = _server_result(call, value)
         except BaseException as exc:
-            batch, metadata = empty_batch(reply.schema), call.fail(exc)
-        reply.end(batch, metadata)
+            result = empty_batch(reply.schema), call.fail(exc)
+        reply.end(*result)
         self._obey(call.error)
 
     def _obey(self, exc: BaseException | None) -> None:
@@ -7588,7 +7876,7 @@ class _ServerReply:
             call.sent(batch)
             call.connection.channel.send(self._writer.take())
 
-    def end(self, batch: pa.RecordBatch, metadata: _IpcMetadata | None) -> None:
+    def end(self, batch: pa.RecordBatch, metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None) -> None:
         call = self._call
         call.sent(batch)
         sent, about = maybe_write_to_shm(batch, metadata, call.connection.shm)
@@ -7597,8 +7885,8 @@ class _ServerReply:
             self._writer.write(sent, about)
             self._writer.close()
         if _LOG_WIRE_RESPONSE.isEnabledFor(logging.DEBUG):
-            what = "result" if metadata is None else "error"
-            route = "inline" if sent is batch else "shm"
+            what = "error" if metadata and LOG_LEVEL_KEY in metadata else "result"
+            route = "external" if metadata and LOCATION_KEY in metadata else "inline" if sent is batch else "shm"
             _LOG_WIRE_RESPONSE.debug("Write %s batch: %s, route=%s", what, _log_batch(batch), route)
         call.connection.channel.send(self._writer.take())
 
@@ -7611,7 +7899,7 @@ _SERVER_QUICK = 1e-4  # seconds; an answer that took longer is sent at once
 class _ServerStream:
     """One stream call: init, header, turns, end (wire.md section 8)."""
 
-    __slots__ = ("_budget", "_call", "_channel", "_collector", "_connection", "_logs", "_out", "_stream")
+    __slots__ = ("_budget", "_call", "_channel", "_collector", "_connection", "_logs", "_out", "_stores", "_stream")
 
     def __init__(self, call: _ServerCall, budget: float | None) -> None:
         import uuid
@@ -7622,6 +7910,7 @@ class _ServerStream:
         self._budget = budget
         self._connection = call.connection
         self._channel = call.connection.channel
+        self._stores = call.connection.server.external_location is not None
         self._collector: OutputCollector | None = None
         self._logs: list[_IpcMetadata] = []  # of init: they travel in the header stream, else in front of the output
         self._stream: Stream[Any, Any]
@@ -7644,13 +7933,14 @@ class _ServerStream:
             if self._stream.call_state is not None:
                 self._stream.state.bind_call_state(self._stream.call_state)
             header = None if self._stream.header is None else _types_row_batch(self._stream.header)
+            pointer = None if header is None else call.externalize(header, [(header, None)])
         except BaseException as exc:
             self._send_whole(EMPTY_SCHEMA, empty_batch(EMPTY_SCHEMA), call.fail(exc))
             self._connection.drain()
             self._connection._obey(exc)
             return None
         if header is not None:
-            self._send_whole(header.schema, header, None)
+            self._send_whole(header.schema, *(pointer or (header, None)))
         return self._stream
 
     def answer(
@@ -7771,6 +8061,7 @@ class _ServerStream:
         if metadata is not None:
             server = connection.server
             batch, metadata = _wire_local(connection.shm, batch, metadata, server.ipc_validation, server.limits)
+            batch, metadata = connection.fetched(batch, metadata or {})
             _wire_refuse_pointer(self._call.plan.name, batch, metadata)
         producer = len(stream.input_schema) == 0
         limit = connection.response_limit_bytes
@@ -7781,6 +8072,8 @@ class _ServerStream:
             remaining_response_bytes=limit if producer else None,
             response_limit_bytes=limit,
             preferred_response_bytes=connection.preferred_response_bytes,
+            remaining_externalized_response_bytes=self._call.externalized_room() if self._stores else None,
+            externalization_enabled=connection.externalization_enabled,
         )
         if batch.schema is not stream.input_schema and not batch.schema.equals(stream.input_schema):
             batch = _server_reconcile(batch, stream.input_schema)
@@ -7792,6 +8085,15 @@ class _ServerStream:
         return out
 
     def _write(self, out: OutputCollector) -> None:
+        """What a turn has collected; the whole of it is kept elsewhere, or nothing (wire.md section 12)."""
+        if self._stores and out._data is not None:
+            pointer = self._call.externalize(
+                out._data.batch, [(item.batch, item.custom_metadata) for item in out.batches]
+            )
+            if pointer is not None:
+                self._out.write(*pointer)
+                self._call.sent(pointer[0])
+                return
         shm = self._connection.shm
         for item in out.batches:
             if shm is None:
@@ -7829,7 +8131,12 @@ class _ServerStream:
             self._call.sent(empty)
         self._logs.clear()
 
-    def _send_whole(self, schema: pa.Schema, batch: pa.RecordBatch, metadata: _IpcMetadata | None) -> None:
+    def _send_whole(
+        self,
+        schema: pa.Schema,
+        batch: pa.RecordBatch,
+        metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None,
+    ) -> None:
         """A stream of its own: the logs so far, then one batch."""
         writer = _IpcWriter(schema)
         self._write_logs(writer)
@@ -7865,6 +8172,8 @@ class ServerRequest(_ServerConnection):
         info: the method.
         binding: the protocol and its implementation.
         request_id, auth, transport_metadata, response_limit_bytes, preferred_response_bytes: settable.
+        max_externalized_response_bytes: what the reply may keep elsewhere; settable.
+        externalization_enabled: what methods are told of that; settable.
         make_context: makes the method's `ctx`; CallContext, or a subclass that a transport has extended.
         stream_id: 32 hex digits, the same for all requests of a stream; settable before `turn` and `cancel`.
         error: what the method raised.
@@ -8071,6 +8380,15 @@ class ServerRequest(_ServerConnection):
             raise exc
 
 
+def _server_result(call: _ServerCall, value: Any) -> tuple[pa.RecordBatch, pa.KeyValueMetadata | _IpcMetadata | None]:
+    """The result batch, or the pointer that stands for it."""
+    plan = call.plan
+    if plan.info.returns_ref and isinstance(value, ExternalRef):
+        return value.pointer_batch(plan.info.result_schema)
+    batch = _wire_result_batch(plan, value)
+    return call.externalize(batch, [(batch, None)]) or (batch, None)
+
+
 def _server_check_stream(plan: _WirePlan, value: Any) -> Stream[Any, Any]:
     """What a stream method returned must be a Stream, with schemas, and with the header it declares."""
     name = plan.name
@@ -8232,6 +8550,8 @@ def _server_access_record(call: _ServerCall) -> None:
         extra["server_version"] = server.server_version
     if call.stream_id:
         extra["stream_id"] = call.stream_id
+    if call.externalized_bytes:
+        extra["externalized_bytes"] = call.externalized_bytes
     if auth.authenticated and auth.claims:
         extra["claims"] = apply_claim_redaction(auth.claims)
     extra.update(call.notes)
@@ -8261,6 +8581,7 @@ class _ClientOptions(_NamedTuple):
     read_ahead: int = 0
     call_hook: CallHook | None = None
     metadata: Mapping[bytes, bytes] = types.MappingProxyType({})  # of one call: what its hook sends along
+    store: BatchStore | None = None
 
 
 class RequestTransport:
@@ -8374,8 +8695,10 @@ class RpcProxy:
         on_log: Callable[[Message], None] | None = None,
         *,
         ipc_validation: IpcValidation = IpcValidation.FULL,
+        external_location: BatchStore | None = None,
     ) -> None:
-        self._bind(protocol, _ClientLink(transport), _ClientOptions(on_log, ipc_validation))
+        options = _ClientOptions(on_log, ipc_validation, store=external_location)
+        self._bind(protocol, _ClientLink(transport), options)
 
     def _bind(self, protocol: type, link: _ClientLink, options: _ClientOptions) -> None:
         self._protocol = protocol
@@ -8556,7 +8879,9 @@ def _client_unary(
         reply = _client_local(channel, plan, reply, options)
     if _LOG_WIRE_RESPONSE.isEnabledFor(logging.DEBUG):
         _LOG_WIRE_RESPONSE.debug("Read unary response: method=%s, result_type=%s", plan.name, plan.info.result_type)
-    return value(plan, reply) if reply is not None else _wire_row_value(plan, row or ())
+    if reply is None:
+        return _wire_row_value(plan, row or ())
+    return value(plan, _client_fetched(reply, options))
 
 
 def _client_local(channel: Channel, plan: _WirePlan, reply: _WireReply, options: _ClientOptions) -> _WireReply:
@@ -8588,7 +8913,28 @@ def _client_post(
         reply = None if row is not None else _wire_read_reply(plan, source, options.validation, options.on_log)
     except Exception as exc:
         raise _errors_translate(exc, plan.doing, "answered")  # noqa: B904 (it sets the cause)
-    return value(plan, reply) if reply is not None else _wire_row_value(plan, row or ())
+    if reply is None:
+        return _wire_row_value(plan, row or ())
+    return value(plan, _client_fetched(reply, options))
+
+
+def _client_fetched(reply: _WireReply, options: _ClientOptions) -> _WireReply:
+    """A reply with its batch, wherever that is kept; to be called when the connection is in step."""
+    if reply.batch is None or reply.metadata is None or reply.error is not None or options.store is None:
+        return reply
+    logs = _WireLogs(options.on_log)
+    batch, metadata = _client_fetch((reply.batch, reply.metadata), options, logs)
+    return _WireReply(batch, metadata, logs.failure)
+
+
+def _client_fetch(
+    item: tuple[pa.RecordBatch, _IpcMetadata | None], options: _ClientOptions, logs: _WireLogs
+) -> tuple[pa.RecordBatch, _IpcMetadata | None]:
+    """The batch that a pointer stands for, if it is one and there is a store; `on_log` may fail into `logs`."""
+    batch, metadata = item
+    if options.store is None or not metadata or not is_external_location_batch(batch, metadata):
+        return item
+    return _wire_resolve(options.store, batch, metadata, logs, options.validation, options.timeout)
 
 
 def _client_caller(link: _ClientLink, plan: _WirePlan) -> Callable[..., Any]:
@@ -8635,8 +8981,9 @@ class RpcConnection(Generic[_P]):
         ipc_validation: IpcValidation = IpcValidation.FULL,
         timeout: float | None = None,
         limits: IpcLimits | None = None,
+        external_location: BatchStore | None = None,
     ) -> None:
-        options = _ClientOptions(on_log, ipc_validation, _client_check_timeout(timeout))
+        options = _ClientOptions(on_log, ipc_validation, _client_check_timeout(timeout), store=external_location)
         self._proxy = _client_proxy(cast(type, protocol), _ClientLink(transport, None, limits), options)
 
     def __enter__(self) -> _P:
@@ -8767,9 +9114,11 @@ def introspect(
     transport: RpcTransport | RequestTransport,
     ipc_validation: IpcValidation = IpcValidation.FULL,
     protocol: str | None = None,
+    *,
+    external_location: BatchStore | None = None,
 ) -> ServiceDescription:
     """Describe the primary protocol of a server, or the named one; ValueError when it hosts none."""
-    options = _ClientOptions(None, ipc_validation)
+    options = _ClientOptions(None, ipc_validation, store=external_location)
     hosted = _client_reflect(transport, "list_protocols", options=options)
     if protocol is None:
         names = [p.name for p in _describe_hosted(hosted) if not p.name.startswith(RESERVED_PROTOCOL_PREFIX)]
@@ -8985,7 +9334,9 @@ class _ClientPipeline:
             channel.leave()
         except BaseException as exc:
             raise channel.fail(exc)  # noqa: B904 (fail sets the cause)
-        return lambda: _wire_value(plan, reply) if reply is not None else _wire_row_value(plan, row or ())
+        if reply is None:
+            return lambda: _wire_row_value(plan, row or ())
+        return lambda: _wire_value(plan, _client_fetched(reply, options))
 
     def drain(self) -> None:
         """Read the replies that nobody wants, so that the connection can be used again."""
@@ -9322,9 +9673,17 @@ class _ClientStream(StreamSession):
             return AnnotatedBatch(item[0])
         reply = _client_local(channel, self._plan, _WireReply(*item, None), self._options)
         assert reply.batch is not None
-        _wire_refuse_pointer(self._plan.name, reply.batch, reply.metadata)
+        found = self._fetched((reply.batch, reply.metadata))
+        _wire_refuse_pointer(self._plan.name, *found)
         shared = reply.batch is not item[0]
-        return AnnotatedBatch(reply.batch, _ipc_key_values(reply.metadata), _shared=shared)
+        return AnnotatedBatch(found[0], _ipc_key_values(found[1]), _shared=shared)
+
+    def _fetched(self, item: tuple[pa.RecordBatch, _IpcMetadata | None]) -> tuple[pa.RecordBatch, _IpcMetadata | None]:
+        """The batch behind a pointer; the connection is in step, and the stream goes on after a failure."""
+        item = _client_fetch(item, self._options, self._logs)
+        if self._logs.failure is not None:
+            self._end("stream close")
+        return item
 
     def _pieces(self, batch: pa.RecordBatch | None, metadata: pa.KeyValueMetadata | None) -> list[_IpcPiece]:
         """What a turn writes. A refusal leaves the conversation before anything has been sent."""
@@ -9548,18 +9907,26 @@ def _client_take_header(session: _ClientStream, item: Any) -> None:
     try:
         if session._logs.failure is not None:
             raise session._logs.failure
-        session.header = _client_header(session._plan, item)
+        session.header = _client_header(session._plan, item, session._options, session._logs)
     except Exception:
         session._end("stream close")
         raise
 
 
-def _client_header(plan: _WirePlan, item: tuple[pa.RecordBatch, _IpcMetadata | None] | RpcError | None) -> object:
+def _client_header(
+    plan: _WirePlan,
+    item: tuple[pa.RecordBatch, _IpcMetadata | None] | RpcError | None,
+    options: _ClientOptions,
+    logs: _WireLogs,
+) -> object:
     """What a header stream has brought, as the type that the Protocol declares; a batch when that is unknown."""
     if isinstance(item, RpcError):
         raise item
     if item is None:
         raise RpcError("ProtocolError", f"{plan.name}() stream header ended without a batch")
+    item = _client_fetch(item, options, logs)
+    if logs.failure is not None:
+        raise logs.failure
     _wire_refuse_pointer(plan.name, *item)
     header_type = plan.info.header_type
     try:
@@ -9663,13 +10030,14 @@ class StreamCall:
         reader.drain()
         if logs.failure is not None:
             raise logs.failure
-        return _client_header(self._plan, item)
+        return _client_header(self._plan, item, self._options, logs)
 
     def _read_stream(self, source: _IpcSource, logs: _WireLogs) -> StreamReply:
         reader = _IpcReader(source, self._options.validation)
         batches = []
         while isinstance(item := _wire_read_data(reader, logs), tuple):
             if item[1]:
+                item = _client_fetch(item, self._options, logs)
                 _wire_refuse_pointer(self._plan.name, *item)
             batches.append(item)
         reader.drain()
@@ -9752,9 +10120,10 @@ class WorkerPool:
         on_log: Callable[[Message], None] | None = None,
         ipc_validation: IpcValidation = IpcValidation.FULL,
         timeout: float | None = None,
+        external_location: BatchStore | None = None,
     ) -> Iterator[_P]:
         """Borrow a worker, or start one; it is given back when the block ends. RuntimeError once the pool is closed."""
-        options = _ClientOptions(on_log, ipc_validation, _client_check_timeout(timeout))
+        options = _ClientOptions(on_log, ipc_validation, _client_check_timeout(timeout), store=external_location)
         key = tuple(_transport_command(cmd))
         transport = self._borrow(key)
         try:
@@ -9909,6 +10278,7 @@ def connect(
     reconnect: bool = False,
     limits: IpcLimits | None = None,
     shm_size: int | None = None,
+    external_location: BatchStore | None = None,
 ) -> Iterator[_P]:
     """Start a worker process and talk over its stdin and stdout; leaving the block ends it.
 
@@ -9920,6 +10290,7 @@ def connect(
         limits: what the peer may claim before memory is allocated for it.
         shm_size: bytes of shared memory for batches of 128 KiB and more, if the worker can use it (wire.md section 11).
             A batch that was read from there keeps its place until nothing refers to it; not with `reconnect`.
+        external_location: fetches batches that the server keeps elsewhere (`vgi_rpc_extras.storage`).
 
     Raises the operating system's own error when the worker cannot be started.
     """
@@ -9927,7 +10298,7 @@ def connect(
     def spawn() -> SubprocessTransport:
         return SubprocessTransport(cmd, stderr=stderr, stderr_logger=stderr_logger)
 
-    options = _ClientOptions(on_log, ipc_validation, timeout)
+    options = _ClientOptions(on_log, ipc_validation, timeout, store=external_location)
     with _door_client(protocol, spawn, options, reconnect, limits, shm_size) as proxy:
         yield proxy
 
@@ -9943,13 +10314,14 @@ def unix_connect(
     reconnect: bool = False,
     limits: IpcLimits | None = None,
     shm_size: int | None = None,
+    external_location: BatchStore | None = None,
 ) -> Iterator[_P]:
     """Connect to a server on a Unix socket; options as in `connect`; `timeout` also bounds connecting."""
 
     def dial() -> UnixTransport:
         return _door_dial_unix(path, timeout)
 
-    options = _ClientOptions(on_log, ipc_validation, timeout)
+    options = _ClientOptions(on_log, ipc_validation, timeout, store=external_location)
     with _door_client(protocol, dial, options, reconnect, limits, shm_size) as proxy:
         yield proxy
 
@@ -9968,6 +10340,7 @@ def tcp_connect(
     timeout: float | None = None,
     reconnect: bool = False,
     limits: IpcLimits | None = None,
+    external_location: BatchStore | None = None,
 ) -> Iterator[_P]:
     """Connect to a server over TCP, through TLS when a context is given.
 
@@ -9981,7 +10354,8 @@ def tcp_connect(
     def dial() -> TcpTransport:
         return _door_dial_tcp(host, port, connect_timeout, tls_context, server_hostname)
 
-    with _door_client(protocol, dial, _ClientOptions(on_log, ipc_validation, timeout), reconnect, limits) as proxy:
+    options = _ClientOptions(on_log, ipc_validation, timeout, store=external_location)
+    with _door_client(protocol, dial, options, reconnect, limits) as proxy:
         yield proxy
 
 
@@ -10060,12 +10434,14 @@ def serve_pipe(
     on_log: Callable[[Message], None] | None = None,
     ipc_validation: IpcValidation | None = None,
     timeout: float | None = None,
+    external_location: BatchStore | None = None,
 ) -> Iterator[_P]:
     """Serve `implementation` from a thread of this process, over pipes, and yield the proxy.
 
     The bytes are those of a subprocess, so what passes here passes there.
     """
-    with _door_in_process(protocol, implementation, make_pipe_pair(), on_log, ipc_validation, timeout) as proxy:
+    options = _ClientOptions(on_log, timeout=timeout, store=external_location)
+    with _door_in_process(protocol, implementation, make_pipe_pair(), options, ipc_validation) as proxy:
         yield proxy
 
 
@@ -10077,8 +10453,10 @@ def _door_serve_unix_pipe(
     on_log: Callable[[Message], None] | None = None,
     ipc_validation: IpcValidation | None = None,
     timeout: float | None = None,
+    external_location: BatchStore | None = None,
 ) -> Iterator[Any]:
-    with _door_in_process(protocol, implementation, make_unix_pair(), on_log, ipc_validation, timeout) as proxy:
+    options = _ClientOptions(on_log, timeout=timeout, store=external_location)
+    with _door_in_process(protocol, implementation, make_unix_pair(), options, ipc_validation) as proxy:
         yield proxy
 
 
@@ -10090,9 +10468,11 @@ def serve_tcp_pipe(
     on_log: Callable[[Message], None] | None = None,
     ipc_validation: IpcValidation | None = None,
     timeout: float | None = None,
+    external_location: BatchStore | None = None,
 ) -> Iterator[_P]:
     """Like `serve_pipe`, over a TCP connection on the loopback interface."""
-    with _door_in_process(protocol, implementation, make_tcp_pair(), on_log, ipc_validation, timeout) as proxy:
+    options = _ClientOptions(on_log, timeout=timeout, store=external_location)
+    with _door_in_process(protocol, implementation, make_tcp_pair(), options, ipc_validation) as proxy:
         yield proxy
 
 
@@ -10101,14 +10481,14 @@ def _door_in_process(
     protocol: Any,
     implementation: object,
     pair: tuple[Any, Any],
-    on_log: Callable[[Message], None] | None,
+    options: _ClientOptions,
     ipc_validation: IpcValidation | None,
-    timeout: float | None,
 ) -> Iterator[Any]:
     client, served = pair
     try:
-        server = RpcServer(protocol, implementation, ipc_validation=ipc_validation)
-        options = _ClientOptions(on_log, server.ipc_validation, _client_check_timeout(timeout))
+        _client_check_timeout(options.timeout)
+        server = RpcServer(protocol, implementation, ipc_validation=ipc_validation, external_location=options.store)
+        options = options._replace(validation=server.ipc_validation)
         proxy = _client_proxy(protocol, _ClientLink(client), options)
     except BaseException:
         client.close()
@@ -11446,41 +11826,44 @@ def _cli_demo_service() -> tuple[Any, Any]:
 # fmt: off
 __all__ = [  # noqa: RUF022 (plain order of the characters)
     "AnnotatedBatch", "ArrowSerializableDataclass", "ArrowType", "AuthContext", "AuthUnavailableError", "BadRequest",
-    "CALL_STATE_KEY", "CANCEL_KEY", "CLIENT_ERROR_CODES", "CallContext", "CallHook", "CallStatistics", "Channel",
-    "ClientLog", "Code", "ConnectionLostError", "DEADLINE_KEY", "DESCRIBE_VERSION", "DeadlineExceededError",
+    "BatchStore", "CALL_STATE_KEY", "CANCEL_KEY", "CLIENT_ERROR_CODES", "CallContext", "CallHook", "CallStatistics",
+    "Channel", "ClientLog", "Code", "ConnectionLostError", "DEADLINE_KEY", "DESCRIBE_VERSION", "DeadlineExceededError",
     "DispatchHook", "EMPTY_SCHEMA", "ERROR_CODE_KEY", "ERROR_DETAILS_KEY", "ERROR_KIND_KEY",
-    "ERROR_KIND_METHOD_NOT_IMPLEMENTED", "ErrorDetail", "ErrorInfo", "ExchangeState", "FieldViolation", "HASH_DOMAIN",
-    "HEADER_SIZE", "Help", "HelpLink", "HostedProtocol", "IDEMPOTENCY_LEVELS", "IPCError", "IPC_READ_OPTIONS",
-    "IPC_WRITE_OPTIONS", "IpcLimits", "IpcValidation", "LEGACY_DESCRIBE_METHOD_NAME", "LEGACY_DESCRIBE_VERSION_KEY",
-    "LEGACY_PROTOCOL_HASH_KEY", "LEGACY_PROTOCOL_NAME_KEY", "LOCATION_FETCH_MS_KEY", "LOCATION_KEY",
-    "LOCATION_SHA256_KEY", "LOCATION_SOURCE_KEY", "LOG_EXTRA_KEY", "LOG_LEVEL_KEY", "LOG_MESSAGE_KEY", "Level",
-    "LocalizedMessage", "MAX_ALLOCS", "MAX_ERROR_DETAILS_BYTES", "MAX_PROTOCOL_NAME_BYTES", "MAX_TRACEBACK_CHARS",
-    "MAX_TRACEBACK_FRAMES", "Message", "MethodDescription", "MethodInfo", "MethodNotImplementedError", "MethodType",
-    "OTEL_SERVER_ERROR_CODES", "OutputCollector", "PROTOCOL_KEY", "PROTOCOL_NAME_RE", "PROTOCOL_VERSION_KEY",
-    "PipeTransport", "PoolMetrics", "PreconditionFailure", "PreconditionViolation", "ProducerState", "ProtocolBinding",
-    "ProtocolError", "ProtocolList", "ProtocolNotSpecifiedError", "ProtocolNotSupportedError", "ProtocolSummary",
-    "ProtocolVersionError", "QuotaFailure", "QuotaViolation", "REDACTED", "REFLECTION_PROTOCOL_NAME", "REQUEST_ID_KEY",
-    "REQUEST_VERSION", "REQUEST_VERSION_KEY", "RESERVED_PROTOCOL_PREFIX", "RPC_METHOD_KEY", "Reflection",
-    "ReflectionImpl", "ReflectionNotSupportedError", "RequestTransport", "ResourceInfo", "RetryInfo",
-    "RpcArgumentError", "RpcConnection", "RpcError", "RpcMethodInfo", "RpcProxy", "RpcServer", "RpcTransport",
-    "SEMVER_REGEX", "SERVER_ID_KEY", "SHM_LENGTH_KEY", "SHM_MIN_BATCH_BYTES", "SHM_OFFSET_KEY", "SHM_SEGMENT_NAME_KEY",
-    "SHM_SEGMENT_SIZE_KEY", "SHM_SOURCE_KEY", "STATE_KEY", "STREAM_KINDS", "ServerDrainingError", "ServerRequest",
-    "ServiceDescription", "SessionLostError", "ShmAllocator", "ShmPipeTransport", "ShmSegment", "StatusError",
-    "StderrMode", "Stream", "StreamCall", "StreamReply", "StreamSession", "StreamState", "SubprocessTransport",
-    "TRACEPARENT_KEY", "TRACESTATE_KEY", "TRANSIENT_ERROR_CODES", "TRANSPORT_OPTIONS_METHOD_NAME", "TRANSPORT_SHM_KEY",
+    "ERROR_KIND_METHOD_NOT_IMPLEMENTED", "ErrorDetail", "ErrorInfo", "ExchangeState", "ExternalBatch",
+    "ExternalLocationError", "ExternalRef", "FieldViolation", "HASH_DOMAIN", "HEADER_SIZE", "Help", "HelpLink",
+    "HostedProtocol", "IDEMPOTENCY_LEVELS", "IPCError", "IPC_READ_OPTIONS", "IPC_WRITE_OPTIONS", "IpcLimits",
+    "IpcValidation", "LEGACY_DESCRIBE_METHOD_NAME", "LEGACY_DESCRIBE_VERSION_KEY", "LEGACY_PROTOCOL_HASH_KEY",
+    "LEGACY_PROTOCOL_NAME_KEY", "LOCATION_FETCH_MS_KEY", "LOCATION_KEY", "LOCATION_SHA256_KEY", "LOCATION_SOURCE_KEY",
+    "LOG_EXTRA_KEY", "LOG_LEVEL_KEY", "LOG_MESSAGE_KEY", "Level", "LocalizedMessage", "MAX_ALLOCS",
+    "MAX_ERROR_DETAILS_BYTES", "MAX_PROTOCOL_NAME_BYTES", "MAX_TRACEBACK_CHARS", "MAX_TRACEBACK_FRAMES", "Message",
+    "MethodDescription", "MethodInfo", "MethodNotImplementedError", "MethodType", "OTEL_SERVER_ERROR_CODES",
+    "OutputCollector", "PROTOCOL_KEY", "PROTOCOL_NAME_RE", "PROTOCOL_VERSION_KEY", "PipeTransport", "PoolMetrics",
+    "PreconditionFailure", "PreconditionViolation", "ProducerState", "ProtocolBinding", "ProtocolError", "ProtocolList",
+    "ProtocolNotSpecifiedError", "ProtocolNotSupportedError", "ProtocolSummary", "ProtocolVersionError", "QuotaFailure",
+    "QuotaViolation", "REDACTED", "REFLECTION_PROTOCOL_NAME", "REQUEST_ID_KEY", "REQUEST_VERSION",
+    "REQUEST_VERSION_KEY", "RESERVED_PROTOCOL_PREFIX", "RPC_METHOD_KEY", "Reflection", "ReflectionImpl",
+    "ReflectionNotSupportedError", "RequestTransport", "ResourceInfo", "RetryInfo", "RpcArgumentError", "RpcConnection",
+    "RpcError", "RpcMethodInfo", "RpcProxy", "RpcServer", "RpcTransport", "SEMVER_REGEX", "SERVER_ID_KEY",
+    "SHM_LENGTH_KEY", "SHM_MIN_BATCH_BYTES", "SHM_OFFSET_KEY", "SHM_SEGMENT_NAME_KEY", "SHM_SEGMENT_SIZE_KEY",
+    "SHM_SOURCE_KEY", "STATE_KEY", "STREAM_KINDS", "ServerDrainingError", "ServerRequest", "ServiceDescription",
+    "SessionLostError", "ShmAllocator", "ShmPipeTransport", "ShmSegment", "StatusError", "StderrMode", "Stream",
+    "StreamCall", "StreamReply", "StreamSession", "StreamState", "SubprocessTransport", "TRACEPARENT_KEY",
+    "TRACESTATE_KEY", "TRANSIENT_ERROR_CODES", "TRANSPORT_OPTIONS_METHOD_NAME", "TRANSPORT_SHM_KEY",
     "TYPE_TOKEN_VERSION", "TcpTransport", "Transient", "TransportKind", "UnixTransport", "UnsupportedArrowTypeError",
     "ValidatedReader", "VersionError", "VgiAccessLogFormatter", "VgiJsonFormatter", "WireServiceDescription",
     "WorkerDiedError", "WorkerPool", "WrongProcessError", "apply_claim_redaction", "batch_from_json", "batch_to_json",
     "canonical_json", "compute_protocol_hash", "connect", "current_auth", "decode_error_details", "describe_protocol",
     "describe_rpc", "deserialize_record_batch", "empty_batch", "encode_error_details", "encode_metadata",
-    "error_code_of", "error_details_of", "error_kind_of", "exception_str", "field_token", "introspect", "is_retryable",
-    "is_shm_pointer_batch", "list_protocols", "main", "make_pipe_pair", "make_shm_pointer_batch", "make_tcp_pair",
-    "make_unix_pair", "map_calls", "maybe_write_to_shm", "merge_metadata", "new_ipc_stream", "no_redaction",
-    "parse_error_detail", "parse_version", "ping", "protocol_description", "read_single_record_batch", "redact_claims",
-    "resolve_shm_batch", "rpc_methods", "run_server", "schema_tokens", "serialize_record_batch",
-    "serialize_record_batch_bytes", "serve_pipe", "serve_stdio", "serve_tcp", "serve_tcp_pipe", "serve_unix",
-    "serve_unix_pipe", "set_claim_redactor", "shm_available", "strip_keys", "submit", "tcp_connect", "type_token",
-    "unix_connect", "validate_batch", "validate_protocol_name", "with_options", "worker_transport_metadata",
+    "error_code_of", "error_details_of", "error_kind_of", "exception_str", "externalize", "field_token", "introspect",
+    "is_external_location_batch", "is_retryable", "is_shm_pointer_batch", "list_protocols", "main",
+    "make_external_location_batch", "make_pipe_pair", "make_shm_pointer_batch", "make_tcp_pair", "make_unix_pair",
+    "map_calls", "maybe_write_to_shm", "merge_metadata", "new_ipc_stream", "no_redaction", "parse_error_detail",
+    "parse_version", "ping", "protocol_description", "read_reply", "read_single_record_batch", "redact_claims",
+    "resolve_external_location", "resolve_shm_batch", "rpc_methods", "run_server", "schema_tokens",
+    "serialize_record_batch", "serialize_record_batch_bytes", "serve_pipe", "serve_stdio", "serve_tcp",
+    "serve_tcp_pipe", "serve_unix", "serve_unix_pipe", "set_claim_redactor", "shm_available", "strip_keys", "submit",
+    "tcp_connect", "type_token", "unix_connect", "validate_batch", "validate_protocol_name", "with_options",
+    "worker_transport_metadata",
 ]
 # fmt: on
 
@@ -11495,7 +11878,8 @@ _EXTRAS_NAMES: Final = {
     "http": (
         "http",
         "http_connect http_introspect http_capabilities AuthenticationError HttpRetryConfig HttpServerCapabilities"
-        " HttpStreamSession HttpTransientError MAX_REQUEST_BYTES_HEADER MAX_UPLOAD_BYTES_HEADER UPLOAD_URL_HEADER",
+        " HttpStreamSession HttpTransientError MAX_REQUEST_BYTES_HEADER MAX_UPLOAD_BYTES_HEADER UPLOAD_URL_HEADER"
+        " request_upload_urls",
     ),
     "http.server": ("http", "make_wsgi_app"),
     "http.serve": ("http", "serve_http"),
@@ -11506,6 +11890,13 @@ _EXTRAS_NAMES: Final = {
         "oauth",
         "OAuthResourceMetadata OAuthResourceMetadataResponse fetch_oauth_metadata http_oauth_metadata"
         " parse_resource_metadata_url",
+    ),
+    "storage": (
+        "external",
+        "ClientExternalConfig Compression ExternalLocationConfig ExternalStorage FetchConfig ServerExternalConfig"
+        " UploadUrl UploadUrlProvider fetch_url https_only_validator maybe_externalize_batch"
+        " maybe_externalize_collector predict_externalize_bytes_for_batch predict_externalize_bytes_for_collector"
+        " publish_external redact_url",
     ),
     "storage.s3": ("s3", "S3Storage"),
     "storage.gcs": ("gcs", "GCSStorage"),
@@ -11524,6 +11915,7 @@ _EXTRAS_NEEDS: Final = {
     "auth.bearer": "",
     "auth.jwt": "joserfc httpx",
     "auth.oauth": "httpx",
+    "storage": "httpx",
     "storage.s3": "boto3",
     "storage.gcs": "google.cloud.storage",
     "otel": "opentelemetry.trace",

@@ -612,6 +612,7 @@ PICKLED: list[Any] = [
     lambda: core.ConnectionLostError("m", sent="answered"),
     lambda: core.WorkerDiedError("m", command=("a", "b"), pid=3, returncode=1, lifetime=2.0, stderr_tail=("x",)),
     lambda: core.WrongProcessError("m"),
+    lambda: core.ExternalLocationError("m", error_type="X", error_code=core.Code.NOT_FOUND, sent="no"),
     lambda: core.StatusError("m", code="ABORTED", kind="k", details=[core.RetryInfo(1), {"@type": "app.X"}]),
     lambda: core.VersionError("m"),
     lambda: core.ProtocolVersionError("m", protocol="p", client_version="1", server_version="2"),

@@ -457,6 +457,7 @@ def test_method_info_defaults_equality_and_repr() -> None:
         "header_type",
         "is_exchange",
         "protocol_name",
+        "returns_ref",
     ]
 
 

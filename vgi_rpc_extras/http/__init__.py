@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .serve import *  # noqa: F403
     from .server import *  # noqa: F403
     from .testing import *  # noqa: F403
+    from .uploads import *  # noqa: F403
 
 _WHERE = {
     name: module
@@ -43,6 +44,7 @@ _WHERE = {
         "serve": "serve_http waitress_arrow_tuning",
         "server": "ResponseTooLargeError make_wsgi_app",
         "testing": "TestClient TestResponse make_sync_client",
+        "uploads": "request_upload_urls",
     }.items()
     for name in listed.split()
 }

@@ -328,6 +328,12 @@ class HttpTransport(core.RequestTransport):
         path = self._path(call.protocol, call.info.name, "exchange")
         return self._post(path, pieces, deadline, doing, call.metadata)
 
+    def builtin(self, name: str, body: bytes, *, timeout: float | None, doing: str) -> bytes:
+        """POST to a name that belongs to the server, `{prefix}/{name}/init`; such calls are safe to repeat."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        path = f"{names.reserved_path(name, prefix=self._prefix)}/init"
+        return _repeated(self._retry, deadline, lambda: self._post(path, (body,), deadline, doing, replay_safe=True))
+
     def ping(self, timeout: float | None) -> None:
         """Ask for the server's health."""
         self.capabilities(timeout)
@@ -837,7 +843,7 @@ def http_connect(
     prefix: str | None = None,
     on_log: Callable[[core.Message], None] | None = None,
     client: Any = None,
-    external_location: object = None,
+    external_location: core.BatchStore | None = None,
     ipc_validation: core.IpcValidation = core.IpcValidation.FULL,
     retry: HttpRetryConfig | None = None,
     compression_level: int | None = 1,
@@ -876,7 +882,14 @@ def http_connect(
         accepted_max_response_bytes=accepted_max_response_bytes,
         external_location=external_location,
     )
-    return core.RpcConnection(protocol, transport, on_log, ipc_validation=ipc_validation, timeout=timeout)
+    return core.RpcConnection(
+        protocol,
+        transport,
+        on_log,
+        ipc_validation=ipc_validation,
+        timeout=timeout,
+        external_location=external_location,
+    )
 
 
 def http_introspect(
@@ -887,7 +900,7 @@ def http_introspect(
     ipc_validation: core.IpcValidation = core.IpcValidation.FULL,
     retry: HttpRetryConfig | None = None,
     accepted_max_response_bytes: int | None = DEFAULT_MAX_RESPONSE_BYTES,
-    external_location: object = None,
+    external_location: core.BatchStore | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> core.ServiceDescription:
     """Describe the first application protocol of a server; the parameters are those of `http_connect`.
@@ -904,7 +917,7 @@ def http_introspect(
         external_location=external_location,
     )
     with contextlib.closing(transport):
-        return core.introspect(transport, ipc_validation)
+        return core.introspect(transport, ipc_validation, external_location=external_location)
 
 
 def http_capabilities(

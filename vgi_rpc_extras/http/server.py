@@ -36,6 +36,7 @@ from .coding import (
 from .json_calls import JsonCalls
 from .names import ARROW_CONTENT_TYPE
 from .tokens import StreamCall, StreamTokens, TokenScope, declared_states
+from .uploads import UploadUrls, storage_capabilities, stores_results
 
 if TYPE_CHECKING:
     import vgi_rpc as core
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from ..auth.oauth import OAuthResourceMetadata
     from ..otel import OtelConfig
     from ..sentry import SentryConfig
+    from ..storage.store import UploadUrlProvider
 else:
     core = _bound_core()
 
@@ -110,6 +112,9 @@ def make_wsgi_app(
     call_state_cache_entries: int = 4096,
     otel_config: OtelConfig | None = None,
     sentry_config: SentryConfig | None = None,
+    max_externalized_response_bytes: int | None = None,
+    upload_url_provider: UploadUrlProvider | None = None,
+    max_upload_bytes: int | None = None,
 ) -> HttpApp:
     """Make the WSGI application of `server`, for any WSGI server, behind any proxy (API.md section 3.2).
 
@@ -134,6 +139,9 @@ def make_wsgi_app(
         call_state_cache_entries: calls whose unchanging half is kept in memory; 0: none.
         otel_config: instruments the server, and counts callers that are not let in.
         sentry_config: reports the server's failures to Sentry.
+        max_externalized_response_bytes: bytes that one response may keep in the server's `external_location`.
+        upload_url_provider: gives clients places to upload requests to that are too large; S3Storage, say.
+        max_upload_bytes: what clients are told about those; advice only.
 
     Raises:
         TypeError: a config that is not one.
@@ -163,6 +171,9 @@ def make_wsgi_app(
         login=oauth.login,
         on_failure=_failure_counter(otel_config, server),
     )
+    capabilities += storage_capabilities(
+        server, max_externalized_response_bytes, upload_url_provider is not None, max_upload_bytes
+    )
     door = _Door(
         server,
         prefix,
@@ -173,6 +184,7 @@ def make_wsgi_app(
     )
     tokens = StreamTokens(token_key, token_ttl, call_state_cache_entries, server.limits.max_metadata_entry_bytes)
     rpc = RpcResource(server, door, tokens, response_cap, preferred, produced, compression_level)
+    rpc.max_externalized_response_bytes = max_externalized_response_bytes
     middleware: list[Any] = [door]
     if otel_config is not None:
         from .. import otel
@@ -189,6 +201,9 @@ def make_wsgi_app(
     app.add_error_handler(Exception, _unexpected)
     _add_routes(app, rpc, prefix)
     oauth.add_routes(app)
+    if upload_url_provider is not None:
+        vendor = UploadUrls(server, upload_url_provider, rpc.builtin)
+        app.add_route(f"{names.reserved_path(names.UPLOAD_URL_METHOD, prefix=prefix)}/init", vendor)
     page = pages.not_found(server, prefix) if enable_not_found_page else None
     app.add_sink(functools.partial(_unmatched, rpc, page))
     if enable_health_endpoint:
@@ -223,10 +238,9 @@ def _check_prefix(prefix: str) -> str:
 def _capabilities(
     produced: tuple[Encoding, ...], request_cap: int | None, response_cap: int | None, proof: bool
 ) -> list[tuple[str, str]]:
-    """What goes on every response (http.md section 10). Storage and sticky sessions add theirs here."""
+    """What goes on every response (http.md section 10). Sticky sessions add theirs here, storage in uploads.py."""
     found = [
         (names.ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER, "true"),
-        (names.EXTERNALIZATION_ENABLED_HEADER, "false"),
         (names.SUPPORTED_ENCODINGS_HEADER, ", ".join(produced)),
     ]
     if request_cap is not None:
@@ -440,6 +454,8 @@ class RpcResource:
         self._preferred = preferred
         self._produced = produced
         self._level = level
+        self.max_externalized_response_bytes: int | None = None
+        self._externalizes = stores_results(server)
         self._accepted = {encoding.value: encoding for encoding in (*available_encodings(), Encoding.IDENTITY)}
         self._states = {
             (name, info.name): declared_states(binding.impl, info)
@@ -533,6 +549,8 @@ class RpcResource:
         turn = _Turn()
         try:
             reply = work(call, body, turn, req)
+        except core.ExternalLocationError as exc:  # an argument could not be fetched (http.md section 3, step 10)
+            reply = call.replace(exc)
         except Exception as exc:
             return self._refuse(req, resp, _Refused(400, exc))
         reply = self._limited(call, reply)
@@ -552,11 +570,7 @@ class RpcResource:
     ) -> core.ServerRequest:
         """Steps 6 to 9 of http.md section 3."""
         env, context = req.env, req.context
-        wanted = env.get("HTTP_VGI_ACCEPT_MAX_RESPONSE_BYTES")
-        limit = self._response_cap
-        if wanted is not None:
-            asked = _parse_budget(wanted)
-            limit = asked if limit is None else min(limit, asked)
+        limit = self._budget(req)
         if self._has_percent(env, protocol):
             raise _Refused(404, core.ProtocolNotSpecifiedError("The path of a call is not percent-encoded"))
         try:
@@ -576,9 +590,41 @@ class RpcResource:
             raise _Refused(400, TypeError(f"Method '{method}' is {stream}a stream"))
         call.request_id = context.request_id
         call.response_limit_bytes = limit
+        call.max_externalized_response_bytes = self.max_externalized_response_bytes
+        call.externalization_enabled = self._externalizes
         if self._preferred is not None:
             call.preferred_response_bytes = self._preferred if limit is None else min(self._preferred, limit)
         return call
+
+    def _budget(self, req: falcon.Request) -> int | None:
+        """The least of what the server and the caller allow a response."""
+        wanted = req.env.get("HTTP_VGI_ACCEPT_MAX_RESPONSE_BYTES")
+        if wanted is None:
+            return self._response_cap
+        asked = _parse_budget(wanted)
+        return asked if self._response_cap is None else min(self._response_cap, asked)
+
+    def builtin(
+        self, req: falcon.Request, resp: falcon.Response, name: str, work: Callable[[bytes], tuple[bytes, bool]]
+    ) -> None:
+        """A call of the server's own: `work` turns the request into a reply, and says whether that is an error."""
+        body = self.body(req)
+        try:
+            limit = self._budget(req)
+            if req.env.get("CONTENT_TYPE") != ARROW_CONTENT_TYPE:
+                raise _Refused(415, TypeError(f"Content-Type must be exactly {ARROW_CONTENT_TYPE}"))
+            try:
+                reply, is_error = work(body)
+            except Exception as exc:
+                raise _Refused(400, exc) from exc
+        except _Refused as refused:
+            return self._refuse(req, resp, refused)
+        if limit is not None and len(reply) > limit and not is_error:
+            text = f"HTTP body exceeds max_response_bytes ({len(reply)} > {limit}) for method '{name}'"
+            reply, is_error = self._server.error_body(ResponseTooLargeError(text), req.context.request_id), True
+        if is_error:
+            resp.set_header(names.RPC_ERROR_HEADER, "true")
+        self._send(req, resp, reply)
 
     def _has_percent(self, env: Mapping[str, Any], protocol: str) -> bool:
         """Whether the path as it came holds a `%` after the prefix; servers that hide it leave the decoded one."""
