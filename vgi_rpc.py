@@ -11211,7 +11211,45 @@ def _cli_client_options(options: Any) -> _ClientOptions:
     def show(message: Message) -> None:
         print(f"[{message.level.value}] {_cli_printable(message.message)}", file=sys.stderr)
 
-    return _ClientOptions(show if options.verbose else None, timeout=options.timeout)
+    return _ClientOptions(show if options.verbose else None, timeout=options.timeout, store=_CliStore())
+
+
+class _CliStore:
+    """Fetches what a server keeps elsewhere, if it ever has to, and shows on a terminal how far it is."""
+
+    def __init__(self) -> None:
+        self._written = 0.0
+
+    def wants(self, batch: pa.RecordBatch) -> bool:
+        return False
+
+    def save(self, schema: pa.Schema, data: bytes) -> tuple[str, str, int]:
+        raise NotImplementedError
+
+    def load(self, url: str, sha256: str | None, timeout: float | None) -> tuple[bytes, float]:
+        extras = sys.modules[__name__]  # lazy names, room 17
+        try:
+            fetching = extras.FetchConfig(progress=self._show if sys.stderr.isatty() else None)
+            config = extras.ClientExternalConfig(fetch_config=fetching)
+        except ImportError as exc:
+            raise ExternalLocationError(str(exc), error_code=Code.FAILED_PRECONDITION) from None
+        with fetching:
+            try:
+                return cast("tuple[bytes, float]", config.load(url, sha256, timeout))
+            finally:
+                if self._written:
+                    sys.stderr.write("\r\x1b[K")
+                    sys.stderr.flush()
+
+    def _show(self, done: int, total: int | None) -> None:
+        now = time.monotonic()
+        if now - self._written < 0.1 and done != total:
+            return
+        self._written = now
+        filled = "#" * (30 * done // total) if total else ""
+        of = f" of {total / 1e6:.1f}" if total else ""
+        sys.stderr.write(f"\rfetching [{filled:30}] {done / 1e6:.1f}{of} MB\x1b[K")
+        sys.stderr.flush()
 
 
 def _cli_ask(transport: Any, options: Any) -> ServiceDescription:

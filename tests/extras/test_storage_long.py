@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import shutil
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -204,9 +203,8 @@ def nginx(folder: str) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    paths = "".join(
-        f"{kind}_temp_path {folder}/{kind}; " for kind in ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
-    )
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    paths = "".join(f"{kind}_temp_path {folder}/{kind}; " for kind in kinds)
     server = f"server {{ listen 127.0.0.1:{port}; root {folder}; }}"
     config = Path(folder, "nginx.conf")
     config.write_text(
@@ -242,7 +240,7 @@ def test_fetching_is_as_fast_as_httpx(parallel: bool) -> None:
                 began = time.perf_counter()
                 assert len(fetch_url(f"{base}/a", config, url_validator=anything)) == size
                 times["ours"].append(time.perf_counter() - began)
-    ratio = statistics.median(times["httpx"]) / statistics.median(times["ours"])
+    ratio = min(times["httpx"]) / min(times["ours"])  # the least disturbed run of each
     rate = size / min(times["ours"]) / 1e6
     sys.stderr.write(f"\nfetch, parallel={parallel}: {rate:.0f} MB/s, {ratio:.2f} of httpx's speed\n")
     assert ratio > 0.8

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import io
 import logging
 import os
 import pickle
@@ -544,3 +546,23 @@ def test_nothing_secret_is_logged(store: Store, caplog: pytest.LogCaptureFixture
     assert "hunter2" not in caplog.text
     record = next(r for r in caplog.records if r.name == "vgi_rpc.access" and r.__dict__["method"] == "blob")
     assert record.__dict__["externalized_bytes"] == len(store.things["s1"].data)
+
+
+def test_the_command_line_fetches_and_shows_how_far_it_is(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    shown = Terminal()
+    monkeypatch.setattr(core.sys, "stderr", shown)
+    strict = core._CliStore()
+    with pytest.raises(core.ExternalLocationError, match="only https"):
+        strict.load(store.add("a", GOOD), None, None)
+    allowed = functools.partial(storage.ClientExternalConfig, url_validator=anything)
+    monkeypatch.setattr(core, "ClientExternalConfig", allowed)
+    pointer = core.make_external_location_batch(RESULT, store.add("a", GOOD))
+    assert core.resolve_external_location(*pointer, core._CliStore())[0]["result"].to_pylist() == [b"good"]
+    assert f"fetching [{'#' * 30}] 0.0 of 0.0 MB" in shown.getvalue() and shown.getvalue().endswith("\r\x1b[K")
+    monkeypatch.setattr(core, "FetchConfig", lambda **options: (_ for _ in ()).throw(ImportError("pip install it")))
+    with pytest.raises(core.ExternalLocationError, match="pip install it"):
+        core.resolve_external_location(*pointer, core._CliStore())

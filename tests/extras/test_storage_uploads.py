@@ -63,13 +63,23 @@ def serving(config: Any = None, impl: Any = None, **options: Any) -> Iterator[st
         threads=4,
         asyncore_loop_timeout=0.05,
     )
-    thread = threading.Thread(target=bound.run, daemon=True)
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.is_set():
+            bound.asyncore.loop(timeout=1, map=bound._map, count=1)
+        bound.task_dispatcher.shutdown()
+        bound.asyncore.close_all(bound._map)
+
+    thread = threading.Thread(target=run)
     thread.start()
     try:
         yield f"http://127.0.0.1:{bound.effective_port}"
     finally:
-        bound.close()
-        thread.join(5)
+        ended.set()
+        bound.pull_trigger()
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
