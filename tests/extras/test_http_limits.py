@@ -31,6 +31,8 @@ pytest.importorskip("cryptography")
 from tests.extras.http_service import KEY, NUMBERS, Read, call, extra, make_server, request, turn
 from tests.extras.test_http_serve import ROOT, SERVE, post, process, until_open
 
+lazy: Any = core
+
 # ---- JSON calls
 
 
@@ -45,7 +47,7 @@ def ask(client: Any, method: str, args: dict[str, Any], **headers: str) -> Any:
 
 @pytest.mark.parametrize("size", [70_000, 60_000])  # too long as Arrow; only as JSON, because of base64
 def test_json_answers_have_the_bound_of_others(size: int) -> None:
-    client = core.make_sync_client(make_server(), max_response_bytes=65_536)
+    client = lazy.make_sync_client(make_server(), max_response_bytes=65_536)
     status, answer = ask(client, "blob", {"size": size})
     assert status == 200 and "result" not in answer
     assert re.search(r"max_response_bytes \(\d+ > 65536\) for method 'blob'", answer["error"]["message"])
@@ -54,7 +56,7 @@ def test_json_answers_have_the_bound_of_others(size: int) -> None:
 
 
 def test_a_caller_of_json_may_ask_for_less() -> None:
-    client = core.make_sync_client(make_server())
+    client = lazy.make_sync_client(make_server())
     assert "error" in ask(client, "blob", {"size": 70_000}, VGI_Accept_Max_Response_Bytes="65536")[1]
     assert ask(client, "blob", {"size": 70_000}, VGI_Accept_Max_Response_Bytes="5")[0] == 400
     assert len(ask(client, "blob", {"size": 70_000})[1]["result"]) == 93_336
@@ -62,14 +64,14 @@ def test_a_caller_of_json_may_ask_for_less() -> None:
 
 @pytest.mark.parametrize("coding", ["zstd", "gzip"])
 def test_json_bodies_are_decoded_within_the_bound(coding: str) -> None:
-    client = core.make_sync_client(make_server(), max_request_bytes=100_000)
+    client = lazy.make_sync_client(make_server(), max_request_bytes=100_000)
     assert ask(client, "add", {"a": 1}, Content_Encoding=coding) == (200, {"result": 2.0})
     assert ask(client, "add", {"a": 1, "b": [0] * 50_000}, Content_Encoding=coding)[0] == 413
     assert ask(client, "add", {"a": 1, "b": [0] * 50_000})[0] == 413
 
 
 def test_json_calls_set_cookies() -> None:
-    client = core.make_sync_client(make_server())
+    client = lazy.make_sync_client(make_server())
     body = json.dumps({"protocol": "Service", "method": "cookie", "args": {"name": "n"}}).encode()
     answer = client.post("/__call__", content=body, headers={"Content-Type": "application/json"})
     assert "n=v" in answer.headers["Set-Cookie"] or any("n=v" in value for _, value in answer.raw_headers)
@@ -116,7 +118,7 @@ def test_no_replica_goes_on_when_a_call_is_too_old(monkeypatch: pytest.MonkeyPat
     clock = [0.0]
     monkeypatch.setattr(time, "time", lambda: wall + clock[0])
     monkeypatch.setattr(time, "monotonic", lambda: mono + clock[0])
-    first, late = (core.make_sync_client(make_server(), token_key=KEY, token_ttl=10) for _ in range(2))
+    first, late = (lazy.make_sync_client(make_server(), token_key=KEY, token_ttl=10) for _ in range(2))
     found = call(first, "/Service/running_sum/init", request("running_sum"))
     tokens = dict(found.tokens)
     for second, client in ((4.0, late), (8.0, first), (9.5, late)):
@@ -198,8 +200,8 @@ class TimedImpl:
 
 
 def test_every_turn_has_its_own_deadline() -> None:
-    client = core.make_sync_client(core.RpcServer(Timed, TimedImpl()))
-    with core.http_connect(Timed, client=client, timeout=20.0) as timed:
+    client = lazy.make_sync_client(core.RpcServer(Timed, TimedImpl()))
+    with lazy.http_connect(Timed, client=client, timeout=20.0) as timed:
         session: Any = timed.patience()
         for timeout, least, most in ((None, -1, -1), (5.0, 4000, 5000), (30.0, 29_000, 30_000)):
             session.tick(timeout=timeout)  # the first is what init has brought
@@ -240,7 +242,8 @@ def gunicorn(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
 
 
 def application() -> Any:
-    return core.make_wsgi_app(make_server(), token_key=KEY)
+    pa.array([0])  # pyarrow looks for pandas, which takes a while, once: here before gunicorn forks
+    return lazy.make_wsgi_app(make_server(), token_key=KEY)
 
 
 def test_two_workers_of_gunicorn(tmp_path: Path) -> None:
