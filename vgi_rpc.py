@@ -8232,9 +8232,10 @@ class ServerRequest(_ServerConnection):
         """Answer one input batch of a stream whose state the caller has brought along."""
 
         def answer() -> None:
+            budget = _server_budget(metadata.pop(DEADLINE_KEY, None))  # for `ctx`; not what the caller has to say
             call = self._begin(batch, metadata)
             call.start({})
-            _ServerStream(call, _server_budget(metadata.get(DEADLINE_KEY))).answer(stream, (batch, metadata), seal)
+            _ServerStream(call, budget).answer(stream, (batch, metadata), seal)
 
         return self._reply(b"", answer)
 
@@ -8344,7 +8345,7 @@ class ServerRequest(_ServerConnection):
                 failed.append(exc)
                 raise
 
-        hidden = (STATE_KEY, CALL_STATE_KEY, CANCEL_KEY)
+        hidden = (STATE_KEY, CALL_STATE_KEY, CANCEL_KEY, DEADLINE_KEY)
         metadata = {key: item for key, item in self._metadata.items() if key not in hidden}
         stream.answer(value, None if len(value.input_schema) else (empty_batch(EMPTY_SCHEMA), metadata), seal)
         if failed:  # a stream that cannot go on has not begun: no header either

@@ -1,10 +1,10 @@
-"""A small Falcon app around AuthGuard, and requests to it, for the tests of authentication."""
+"""The real application with one more page, which says who is calling, for the tests of authentication."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import falcon
 import falcon.testing
@@ -13,7 +13,22 @@ from tests.core import core
 
 getattr(core, "_extras_load")("auth.bearer", "authentication")  # noqa: B009 (binds the extras to the core under test)
 
-from vgi_rpc_extras.auth import AuthFailure, AuthGuard  # noqa: E402
+from vgi_rpc_extras.auth import AuthFailure  # noqa: E402
+
+KEY = b"t" * 32
+
+
+class Calc(Protocol):
+    def add(self, a: float, b: float) -> float: ...
+    def who(self) -> str: ...
+
+
+class CalcImpl:
+    def add(self, a: float, b: float) -> float:
+        return a + b
+
+    def who(self, ctx: Any) -> str:
+        return str(ctx.auth.principal)
 
 
 class Page:
@@ -26,11 +41,13 @@ class Page:
     on_post = on_get
 
 
-def make_app(authenticate: Any, *, prefix: str = "", login: Any = None, **options: Any) -> falcon.App[Any, Any]:
-    app = falcon.App(middleware=[AuthGuard(authenticate, prefix=prefix, login=login, **options)])
+def make_app(authenticate: Any, **options: Any) -> falcon.App[Any, Any]:
+    """make_wsgi_app; whatever is no route of its own is answered by Page."""
+    server = core.RpcServer(Calc, CalcImpl(), enable_describe=True)
+    app: falcon.App[Any, Any] = getattr(core, "make_wsgi_app")(  # noqa: B009 (a lazy name)
+        server, authenticate=authenticate, **{"token_key": KEY, **options}
+    )
     app.add_sink(Page().on_get, r"/.*")
-    if login is not None:
-        login.add_routes(app)
     return app
 
 

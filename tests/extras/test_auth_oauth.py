@@ -24,7 +24,6 @@ from tests.core import core
 from tests.extras.auth_app import make_app
 from tests.extras.auth_provider import Provider, running, served
 from vgi_rpc_extras.auth import (
-    MetadataResource,
     OAuthIdentity,
     OAuthResourceMetadata,
     OAuthResourceMetadataResponse,
@@ -47,7 +46,6 @@ from vgi_rpc_extras.auth import (
     parse_use_id_token_as_bearer,
     parse_www_authenticate_params,
     select_device_code_client,
-    well_known_paths,
 )
 
 SECRETS: dict[str, Any] = {"client_secret": "cs-hush", "device_code_client_secret": "ds-hush"}
@@ -120,10 +118,7 @@ def test_bad_metadata() -> None:
 
 
 def app(metadata: OAuthResourceMetadata, authenticate: Any, prefix: str = "/vgi") -> falcon.App[Any, Any]:
-    found = make_app(authenticate, prefix=prefix, challenge=build_www_authenticate(metadata, prefix=prefix))
-    for path in well_known_paths(prefix):
-        found.add_route(path, MetadataResource(metadata, prefix=prefix, browser_login=True))
-    return found
+    return make_app(authenticate, prefix=prefix, oauth_resource_metadata=metadata)
 
 
 def test_served_and_read() -> None:

@@ -809,6 +809,8 @@ class HttpStreamSession(core.StreamSession):
         if self._call_state is not None:
             metadata[core.CALL_STATE_KEY] = self._call_state
         seconds = self._call.timeout if timeout is _UNSET else timeout
+        if seconds is not None:
+            metadata[core.DEADLINE_KEY] = b"%016d" % max(int(seconds * 1e6), 0)
         return self._transport.turn(self._call, self._call.write(batch, metadata), seconds, doing)
 
     def _absorb(self, reply: core.StreamReply, *, answers: bool = False) -> None:

@@ -7,6 +7,7 @@ declares; a zstd window is only as large in memory as what has been unpacked int
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import os
@@ -30,6 +31,8 @@ MAX_DECODED_BYTES = 1 << 30  # of one body whose reader names no bound of its ow
 _GZIP_LEVEL = 6
 _CHUNK = 1 << 16
 _CHUNK_MAX = 1 << 24
+_AT_ONCE = 1 << 20  # a size up to here is believed: what is allocated for it is no danger
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"  # RFC 8878 section 3.1.1
 
 
 class Encoding(enum.StrEnum):
@@ -51,7 +54,10 @@ class DecompressionLimitExceeded(DecompressionError):
 def available_encodings() -> tuple[Encoding, ...]:
     """Codings this process can pack and unpack, best first; VGI_HTTP_DISABLE_ZSTD=1 leaves zstd out."""
     refused = {Encoding.ZSTD} if os.environ.get("VGI_HTTP_DISABLE_ZSTD") == "1" else set()
-    return tuple(e for e in (Encoding.ZSTD, Encoding.GZIP) if e not in refused and pa.Codec.is_available(e.value))
+    return tuple(e for e in _BUILT_IN if e not in refused)
+
+
+_BUILT_IN = tuple(e for e in (Encoding.ZSTD, Encoding.GZIP) if pa.Codec.is_available(e.value))
 
 
 def parse_encoding_list(header_value: str) -> list[Encoding]:
@@ -126,6 +132,12 @@ def _unpack(encoding: Encoding, data: bytes, limit: int) -> list[bytes]:
     _check_available(encoding)
     if not data:
         raise DecompressionError(f"the {encoding.value} body is empty")
+    size = _declared_size(data) if encoding is Encoding.ZSTD else 0
+    if 0 < size <= min(limit, _AT_ONCE):
+        with contextlib.suppress(
+            OSError, pa.ArrowException
+        ):  # another frame follows, or it is no such frame: read on below
+            return [pa.decompress(data, decompressed_size=size, codec="zstd", asbytes=True)]
     chunks: list[bytes] = []
     room, size = limit + 1, _CHUNK
     try:
@@ -140,6 +152,18 @@ def _unpack(encoding: Encoding, data: bytes, limit: int) -> list[bytes]:
     except (OSError, pa.ArrowException, ValueError) as exc:
         raise DecompressionError(f"the body does not unpack as {encoding.value}") from exc
     return chunks
+
+
+def _declared_size(data: bytes) -> int:
+    """What a zstd frame says it unpacks to; 0 when it does not (RFC 8878 section 3.1.1.1)."""
+    if data[:4] != _ZSTD_MAGIC or len(data) < 18:
+        return 0
+    descriptor = data[4]
+    single, width = descriptor >> 5 & 1, (0, 2, 4, 8)[descriptor >> 6]
+    if single and not width:
+        width = 1
+    at = 5 + (0 if single else 1) + (0, 1, 2, 4)[descriptor & 3]
+    return int.from_bytes(data[at : at + width], "little") + (256 if width == 2 else 0)
 
 
 def _check_available(encoding: Encoding) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-from .server import HttpApp, make_wsgi_app
+from .server import MAX_REQUEST_BYTES, HttpApp, make_wsgi_app
 
 if TYPE_CHECKING:
     import vgi_rpc as core
@@ -33,14 +33,15 @@ _FLUSH_SECONDS = 5.0  # for what has been answered to reach its caller
 
 def waitress_arrow_tuning(max_request_bytes: int | None = None) -> dict[str, int]:
     """Waitress settings for Arrow bodies: fewer, larger steps; bodies stay in memory up to the request cap."""
+    limit = MAX_REQUEST_BYTES if max_request_bytes is None else max_request_bytes
     overflow = max(16 << 20, max_request_bytes or 64 << 20)
     return {
         "inbuf_overflow": overflow,
         "outbuf_overflow": overflow,
         "recv_bytes": 1 << 20,
         "send_bytes": 1,
-        # The application refuses first, with the answer that callers expect; this bounds what is kept until then.
-        "max_request_body_size": max(1 << 30, 2 * (max_request_bytes or 0)),
+        # Somewhat above the application's own, which refuses with the answer that callers expect.
+        "max_request_body_size": 2 * limit + (16 << 20),
     }
 
 
@@ -79,7 +80,8 @@ def serve_http(
         raise ValueError(f"wsgi_server must be 'waitress' or 'granian', got {wsgi_server!r}")
     drain = _Drain(app, drain_grace_seconds)
     with _listen(host, port) as listener:
-        bound = _waitress(drain, listener, count, options.get("max_request_bytes"))
+        cap = app.door.max_request
+        bound = _waitress(drain, listener, count, None if cap == MAX_REQUEST_BYTES else cap)
         drain.busy = lambda: any(channel.total_outbufs_len for channel in list(bound.active_channels.values()))
         try:
             with drain.signals() if install_signal_handlers else contextlib.nullcontext():
@@ -116,20 +118,38 @@ def _serve_granian(
         from granian.server import Server
     except ImportError:
         raise SystemExit("wsgi_server='granian' needs granian: pip install granian") from None
-    with _listen(host, port) as probe:  # granian binds for itself and does not say where
-        host, port = probe.getsockname()[:2]
-    granian: Any = Server(
-        "vgi_rpc",
-        address=host,
-        port=port,
-        interface=Interfaces.WSGI,
-        http=HTTPModes.http1,
-        blocking_threads=threads,
-        workers_kill_timeout=max(1, int(grace)),
-        log_enabled=False,
-    )
-    granian.on_startup(lambda: _announce((host, port), on_bound))
-    granian.serve(target_loader=lambda: app, wrap_loader=False)
+    with _listen(host, port) if port else _reserve(host) as reserved:
+        if port:
+            reserved.close()  # nobody else has it
+        else:
+            host, port = reserved.getsockname()[:2]
+        granian: Any = Server(
+            "vgi_rpc",
+            address=host,
+            port=port,
+            interface=Interfaces.WSGI,
+            http=HTTPModes.http1,
+            blocking_threads=threads,
+            workers_kill_timeout=max(1, int(grace)),
+            log_enabled=False,
+        )
+        granian.on_startup(lambda: _announce((host, port), on_bound))
+        granian.serve(target_loader=lambda: app, wrap_loader=False)
+
+
+def _reserve(host: str) -> socket.socket:
+    """Keep a free port for granian, which takes no socket, and does not say where it has bound one.
+
+    What is bound but does not listen gets no connections, and SO_REUSEPORT lets granian bind the same port.
+    """
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind((host, 0))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def _threads(threads: int | None) -> int:

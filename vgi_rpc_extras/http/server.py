@@ -54,10 +54,12 @@ __all__ = ["ResponseTooLargeError", "make_wsgi_app"]
 
 _LOG = logging.getLogger("vgi_rpc.http")
 _LOG_ACCESS = logging.getLogger("vgi_rpc.access")
-_MAX_REQUEST = 256 << 20  # where max_request_bytes is not set; applied, never advertised (DESIGN.md section 7)
+MAX_REQUEST_BYTES = 256 << 20  # where max_request_bytes is not set; applied, never advertised (DESIGN.md section 7)
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}\Z")
 _BUDGET = re.compile(r"[1-9][0-9]{0,15}\Z", re.ASCII)
 _HEADER_NAMES = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~, -]{1,4096}\Z")
+# Below these paths nobody is asked who they are, so that no protocol can be there.
+_OPEN_NAMES = frozenset({"health", "_oauth"})
 _TOKEN_KEYS = (core.STATE_KEY, core.CALL_STATE_KEY)
 _NO_CLAIMS: Mapping[str, Any] = types.MappingProxyType({})
 
@@ -152,6 +154,8 @@ def make_wsgi_app(
         _LOG.warning("no token_key: streams cannot be continued by another process, nor after a restart")
         token_key = os.urandom(32)
     prefix = _check_prefix(prefix)
+    if taken := _OPEN_NAMES & server.bindings.keys():
+        raise ValueError(f"a protocol cannot be named {min(taken)!r} over HTTP: that path is the server's own")
     request_cap = _least("max_request_bytes", 1, max_request_bytes, hosting_max_request_bytes)
     response_cap = _least(
         "max_response_bytes", names.MIN_RESPONSE_BYTES, max_response_bytes, hosting_max_response_bytes
@@ -178,7 +182,7 @@ def make_wsgi_app(
         server,
         prefix,
         capabilities,
-        request_cap or _MAX_REQUEST,
+        request_cap or MAX_REQUEST_BYTES,
         guard,
         None if cors_origins is None else _Cors(cors_origins, cors_max_age, cors_resource_policy, capabilities),
     )
@@ -267,6 +271,8 @@ class _OAuth:
         self.challenge = ""
         self._routes: dict[str, object] = {}
         if metadata is None:
+            if login is not None:
+                raise ValueError("browser_login needs oauth_resource_metadata")
             return
         from ..auth.oauth import MetadataResource, OAuthResourceMetadata, build_www_authenticate, well_known_paths
 
@@ -276,6 +282,8 @@ class _OAuth:
             from ..auth.login import BrowserLogin
 
             self.login = BrowserLogin(metadata, prefix=prefix, token_key=token_key)
+        if self.login is not None and self.login.prefix != prefix:
+            raise ValueError(f"browser_login has the prefix {self.login.prefix!r}, the application {prefix!r}")
         self.challenge = build_www_authenticate(metadata, prefix=prefix)
         document = MetadataResource(metadata, prefix=prefix, browser_login=self.login is not None)
         self._routes = dict.fromkeys(well_known_paths(prefix), document)
@@ -326,7 +334,11 @@ class _Door:
     def process_resource(
         self, req: falcon.Request, resp: falcon.Response, resource: object, params: dict[str, Any]
     ) -> None:
-        if "protocol" in params and req.method not in ("POST", "OPTIONS"):
+        if "protocol" not in params:
+            return
+        if params["protocol"] in _OPEN_NAMES:
+            raise falcon.HTTPNotFound
+        if req.method not in ("POST", "OPTIONS"):
             if params["protocol"] in self._hosted:
                 raise falcon.HTTPMethodNotAllowed(["POST"])
             raise falcon.HTTPNotFound

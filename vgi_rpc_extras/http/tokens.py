@@ -120,7 +120,7 @@ class StreamTokens:
         self._cipher = AESGCMSIV(key if len(key) == 32 else hashlib.sha256(key).digest())
         self._ttl = ttl
         self._max_bytes = max_bytes
-        self._cache = _Cache(cache_entries, ttl or _CACHE_SECONDS)
+        self._cache = _Cache(cache_entries)
 
     def scope(self, auth: core.AuthContext, protocol: str, method: str, types: StateTypes) -> TokenScope:
         """What tokens of this caller and method are bound to."""
@@ -136,7 +136,7 @@ class StreamTokens:
         call = StreamCall(
             os.urandom(16), stream_id, stream.output_schema, stream.input_schema, stream.call_state, limit
         )
-        self._cache.put((call.call_id, scope.binding), call)
+        self._cache.put((call.call_id, scope.binding), call, self._ttl or _CACHE_SECONDS)
         return call
 
     def seal_call(self, scope: TokenScope, call: StreamCall) -> dict[bytes, bytes]:
@@ -171,12 +171,16 @@ class StreamTokens:
         self._check_age(created)
         call = self._cache.get((call_id, scope.binding))
         if call is None:
-            call = self._open_call(scope, metadata, call_id)
-            self._cache.put((call_id, scope.binding), call)
+            call, age = self._open_call(scope, metadata, call_id)
+            # No longer than its token is good for: a replica that has it may not go on where others refuse.
+            self._cache.put((call_id, scope.binding), call, self._ttl - age if self._ttl else _CACHE_SECONDS)
         packed = payload[_CUR.size :]
         return call, _unpack(scope.types.states, kind, packed), len(packed)
 
-    def _open_call(self, scope: TokenScope, metadata: Mapping[bytes, bytes], call_id: bytes) -> StreamCall:
+    def _open_call(
+        self, scope: TokenScope, metadata: Mapping[bytes, bytes], call_id: bytes
+    ) -> tuple[StreamCall, float]:
+        """The call, and the seconds since its token was made."""
         token = metadata.get(core.CALL_STATE_KEY)
         if token is None:
             raise RuntimeError("Missing call token: send back the 'vgi_rpc.call_state#b64' of the init response")
@@ -187,15 +191,17 @@ class StreamTokens:
             schemas = [pa.ipc.read_schema(pa.py_buffer(item)) for item in (output, inputs)]
         except (struct.error, pa.ArrowException, OSError, ValueError) as exc:
             raise RuntimeError("Malformed call token") from exc
-        self._check_age(created)
+        age = self._check_age(created)
         if not hmac.compare_digest(own_id, call_id):
             raise RuntimeError("State token and call token do not belong together")
         call_state = None if kind == _NO_KIND else _unpack(scope.types.call_states, kind, state)
-        return StreamCall(call_id, stream_id.hex(), schemas[0], schemas[1], call_state, limit or None)
+        return StreamCall(call_id, stream_id.hex(), schemas[0], schemas[1], call_state, limit or None), age
 
-    def _check_age(self, created: float) -> None:
-        if self._ttl and time.time() - created > self._ttl:
+    def _check_age(self, created: float) -> float:
+        age = max(time.time() - created, 0.0)
+        if self._ttl and age > self._ttl:
             raise RuntimeError(f"State token expired: it is good for {self._ttl} seconds (token_ttl)")
+        return age
 
     def _seal(self, kind: bytes, scope: TokenScope, payload: bytes) -> bytes:
         plain = _RAW + payload
@@ -238,13 +244,12 @@ _HAS_ZSTD = pa.Codec.is_available("zstd")
 
 
 class _Cache:
-    """Least recently used first out; entries live for `seconds`."""
+    """Least recently used first out; an entry has a time to live of its own."""
 
-    def __init__(self, size: int, seconds: float) -> None:
+    def __init__(self, size: int) -> None:
         if size < 0:
             raise ValueError(f"call_state_cache_entries must be 0 (off) or more, got {size}")
         self._size = size
-        self._seconds = seconds
         self._lock = threading.Lock()
         self._entries: collections.OrderedDict[tuple[bytes, bytes], tuple[float, StreamCall]] = (
             collections.OrderedDict()
@@ -261,9 +266,9 @@ class _Cache:
             self._entries.move_to_end(key)
             return found[1]
 
-    def put(self, key: tuple[bytes, bytes], call: StreamCall) -> None:
+    def put(self, key: tuple[bytes, bytes], call: StreamCall, seconds: float) -> None:
         with self._lock:
-            self._entries[key] = (time.monotonic() + self._seconds, call)
+            self._entries[key] = (time.monotonic() + seconds, call)
             self._entries.move_to_end(key)
             while len(self._entries) > self._size:
                 self._entries.popitem(last=False)

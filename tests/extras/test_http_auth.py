@@ -1,0 +1,150 @@
+"""Authentication in the real HTTP application: refusals, calls, metadata, and what may not be combined."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any, Protocol
+
+import pytest
+
+from tests.core import core
+
+pytest.importorskip("falcon")
+pytest.importorskip("cryptography")
+pytest.importorskip("httpx")
+
+import httpx
+
+from tests.extras.auth_app import KEY, Calc, CalcImpl, bearer, make_app
+from tests.extras.auth_provider import served
+from tests.extras.http_service import ARROW, Service, make_server
+from vgi_rpc_extras.auth import (
+    AuthReason,
+    OAuthResourceMetadata,
+    ProxyProofConfig,
+    bearer_authenticate_static,
+    mint_proof,
+    proxy_proof_gate,
+    require_all,
+)
+
+SECRET = b"s" * 32
+ALICE = core.AuthContext("key", True, "alice")
+TOKENS = bearer_authenticate_static(tokens={"good": ALICE, "other": core.AuthContext("key", True, "bob")})
+METADATA = OAuthResourceMetadata("https://calc.example/api", ("https://login.example",), scopes_supported=("calc",))
+
+
+def test_a_refusal_reaches_the_caller() -> None:
+    client = core.make_sync_client(core.RpcServer(Calc, CalcImpl()), authenticate=TOKENS, proxy_auth_headers=["X-Hop"])
+    with core.http_connect(Calc, client=client) as calc, pytest.raises(core.AuthenticationError) as caught:
+        calc.add(1.0, 2.0)
+    assert type(caught.value) is core.AuthenticationError
+    assert caught.value.reason is AuthReason.MISSING_CREDENTIAL
+    assert caught.value.detail == "authentication rejected" and "X-Hop" in caught.value.proxy_hint
+    assert caught.value.code is core.Code.UNAUTHENTICATED and caught.value.request_id
+    with core.http_connect(Calc, client=client, headers=bearer("good")) as calc:
+        assert (calc.who(), calc.add(1.0, 2.0)) == ("alice", 3.0)
+
+
+def test_streams_belong_to_their_caller() -> None:
+    client = core.make_sync_client(make_server(), authenticate=TOKENS)
+    with core.http_connect(Service, client=client, headers=bearer("good")) as mine:
+        session = mine.count(end=3)
+        _, token = session.next_with_token()
+    theirs = core.http_connect(Service, client=client, headers=bearer("other"))
+    with theirs as service, pytest.raises(core.RpcError, match="verification failed"):
+        service.resume_stream("count", token).next_with_token()
+    with core.http_connect(Service, client=client, headers=bearer("good")) as mine:
+        assert mine.resume_stream("count", token).tick().batch["n"].to_pylist() == [1]
+
+
+def test_metadata_and_challenge() -> None:
+    client = core.make_sync_client(
+        core.RpcServer(Calc, CalcImpl()), prefix="/api", authenticate=TOKENS, oauth_resource_metadata=METADATA
+    )
+    where = "https://calc.example/.well-known/oauth-protected-resource/api"
+    for answer in (client.get("/api/describe"), client.post("/api/Calc/add", headers={"Content-Type": ARROW})):
+        assert answer.status_code == 401
+        assert answer.headers["WWW-Authenticate"] == f'Bearer resource_metadata="{where}"'
+        assert answer.headers["VGI-Supported-Encodings"] and answer.headers["X-Request-ID"]
+    for path in ("/.well-known/oauth-protected-resource", "/.well-known/oauth-protected-resource/api"):
+        assert json.loads(client.get(path).content)["scopes_supported"] == ["calc"]
+    assert client.get("/.well-known/other").status_code == 404
+    # Without a client_id there is nothing to log in with.
+    assert client.get("/api", headers={"Accept": "text/html"}).status_code == 401
+
+
+def test_what_does_not_fit_together() -> None:
+    class health(Protocol):
+        def add(self, a: float, b: float) -> float: ...
+
+    pytest.importorskip("authlib")
+    from vgi_rpc_extras.auth import BrowserLogin
+
+    metadata = OAuthResourceMetadata("https://c/x", ("https://l",), client_id="c")
+    browser = BrowserLogin(metadata, prefix="/x", token_key=KEY)
+    wrong: list[tuple[type[Exception], str, dict[str, Any]]] = [
+        (TypeError, "OAuthResourceMetadata, got dict", {"oauth_resource_metadata": {"resource": "x"}}),
+        (ValueError, "needs oauth_resource_metadata", {"browser_login": browser}),
+        (ValueError, "prefix '/x'", {"browser_login": browser, "oauth_resource_metadata": metadata}),
+    ]
+    for kind, text, options in wrong:
+        with pytest.raises(kind, match=text):
+            make_app(TOKENS, **options)
+    with pytest.raises(ValueError, match="cannot be named 'health'"):
+        core.make_wsgi_app(core.RpcServer(health, CalcImpl()), token_key=KEY)
+
+
+class Proven(httpx.Auth):
+    """Adds a new proof to every request, as a proxy does."""
+
+    def auth_flow(self, request: Any) -> Any:
+        request.headers["VGI-Proxy-Proof"] = mint_proof(SECRET, "k1", "origin")
+        yield request
+
+
+def test_every_request_of_a_stream_is_proven() -> None:
+    gate = proxy_proof_gate(ProxyProofConfig("require", "origin", {"k1": (SECRET, "edge")}))
+    app = core.make_wsgi_app(
+        make_server(), token_key=KEY, authenticate=require_all(gate, TOKENS), proxy_proof_required=True
+    )
+    with served(app) as url:
+        proxied = httpx.Client(auth=Proven(), headers=bearer("good"), trust_env=False)
+        with proxied as http, core.http_connect(Service, url, client=http) as service:
+            assert [b.batch["n"][0].as_py() for b in service.count(end=3)] == [0, 1, 2]
+            assert service.who().startswith("alice alice")
+        once = {**bearer("good"), "VGI-Proxy-Proof": mint_proof(SECRET, "k1", "origin")}
+        with core.http_connect(Service, url, headers=once) as service:
+            assert service.add(a=1.0) == 2.0
+            with pytest.raises(core.AuthenticationError) as caught:
+                service.add(a=1.0)  # replayed
+        assert caught.value.reason is AuthReason.PROXY_REQUIRED
+        assert core.http_capabilities(url).accept_max_response_bytes_support  # health is open
+
+
+def test_what_each_name_loads() -> None:
+    code = (
+        "import sys; from tests.core import core; core.http_connect; core.bearer_authenticate_static;"
+        "core.AuthenticationError; http = sys.modules[core.http_connect.__module__.rpartition('.')[0]];"
+        "assert http.AuthenticationError is core.AuthenticationError and http.ProxyProofConfig;"
+        "print(*{'falcon', 'httpx', 'joserfc', 'authlib', 'cryptography', 'waitress'} & set(sys.modules))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "pip"),
+    [("make_wsgi_app", "falcon", "http"), ("serve_http", "falcon", "http"), ("jwt_authenticate", "joserfc", "oauth")],
+)
+def test_a_missing_package_is_named(name: str, package: str, pip: str) -> None:
+    code = (
+        f"import sys; sys.modules[{package!r}] = None; from tests.core import core\n"
+        f"assert not core._extras_can_import('auth.jwt', 'not_there') and 'http_connect' in dir(core)\n"
+        f"try: core.{name}\nexcept ImportError as exc: print(exc.name, exc)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.stdout.startswith(f"{package} {name} needs the package '{package}'"), ran.stdout + ran.stderr
+    assert f"vgi-rpc-onefile[{pip}]" in ran.stdout
