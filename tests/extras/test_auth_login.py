@@ -537,6 +537,12 @@ def test_in_chromium(browser: Any, site: Any) -> None:
     assert "_vgi_auth=" not in page.evaluate("document.cookie")
     status = "async url => (await fetch(url, {method: 'POST', credentials: 'include', mode: 'no-cors'})).status"
     assert page.evaluate(status, f"{site.url}/vgi/page") == 200
+    page.goto(f"{site.url}/vgi/describe")  # its calls are made by who is logged in
+    form = page.locator("section", has_text="Calc/who").locator("details")
+    form.locator("summary").click()
+    form.locator("button").click()
+    form.locator("pre:not([hidden])").wait_for()
+    assert json.loads(form.locator("pre").inner_text()) == {"result": "alice"}
     page.goto(f"{site.url}/vgi/_oauth/logout")
     assert page.title() == "Provider"
     assert "_vgi_auth" not in {cookie["name"] for cookie in context.cookies()}

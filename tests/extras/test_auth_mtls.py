@@ -28,7 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.core import core
-from tests.extras.auth_app import client, make_app, refused, request
+from tests.extras.auth_app import Calc, client, make_app, refused, request
 from vgi_rpc_extras.auth import (
     AuthFailure,
     mtls_authenticate,
@@ -462,6 +462,19 @@ def test_nginx_passes_the_verified_certificate(nginx: tuple[str, str, Path]) -> 
     url, _, place = nginx
     answer = fetch(url, place, "alice")
     assert (answer.status_code, answer.json()["principal"]) == (200, "alice")
+
+
+def test_calls_through_nginx(nginx: tuple[str, str, Path]) -> None:
+    httpx = pytest.importorskip("httpx")
+    url, backend, place = nginx
+    context = ssl.create_default_context(cafile=str(place / "ca.pem"))
+    context.load_cert_chain(place / "alice.pem", place / "alice.key")
+    connect: Any = getattr(core, "http_connect")  # noqa: B009 (a lazy name)
+    with httpx.Client(verify=context) as http, connect(Calc, url, client=http, timeout=60) as calc:
+        assert (calc.who(), calc.add(1.0, 2.0)) == ("alice", 3.0)
+    with connect(Calc, backend) as calc, pytest.raises(getattr(core, "AuthenticationError")) as caught:  # noqa: B009
+        calc.who()
+    assert caught.value.reason == "proxy_required" and HEADER in caught.value.proxy_hint
 
 
 def test_nginx_replaces_spoofed_headers(nginx: tuple[str, str, Path]) -> None:

@@ -274,12 +274,12 @@ class _OAuth:
             if login is not None:
                 raise ValueError("browser_login needs oauth_resource_metadata")
             return
-        from ..auth.oauth import MetadataResource, OAuthResourceMetadata, build_www_authenticate, well_known_paths
+        from ..auth import MetadataResource, OAuthResourceMetadata, build_www_authenticate, well_known_paths
 
         if not isinstance(metadata, OAuthResourceMetadata):
             raise TypeError(f"oauth_resource_metadata must be an OAuthResourceMetadata, got {type(metadata).__name__}")
         if login is None and guarded and metadata.client_id is not None:
-            from ..auth.login import BrowserLogin
+            from ..auth import BrowserLogin
 
             self.login = BrowserLogin(metadata, prefix=prefix, token_key=token_key)
         if self.login is not None and self.login.prefix != prefix:
