@@ -19,6 +19,7 @@ for package in ("httpx", "falcon", "waitress"):
     pytest.importorskip(package)
 
 import waitress.server
+import waitress.wasyncore
 
 from vgi_rpc_extras import storage
 from vgi_rpc_extras.http import (
@@ -56,20 +57,23 @@ def store(running: Store) -> Store:
 @contextlib.contextmanager
 def serving(config: Any = None, impl: Any = None, **options: Any) -> Iterator[str]:
     server = core.RpcServer(Service, impl or Impl(), external_location=config, enable_describe=True)
-    bound = waitress.server.create_server(
-        make_wsgi_app(server, token_key=b"k" * 32, **options),
-        host="127.0.0.1",
-        port=0,
-        threads=4,
-        asyncore_loop_timeout=0.05,
-    )
-    thread = threading.Thread(target=bound.run, daemon=True)
+    sockets: dict[int, Any] = {}
+    app = make_wsgi_app(server, token_key=b"k" * 32, **options)
+    bound = waitress.server.create_server(app, map=sockets, host="127.0.0.1", port=0, threads=4)
+    over = threading.Event()
+
+    def run() -> None:
+        while not over.is_set():
+            waitress.wasyncore.loop(0.02, map=sockets, count=1)
+        bound.task_dispatcher.shutdown()  # what still answers would miss what is closed next
+        waitress.wasyncore.close_all(sockets)
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{bound.effective_port}"
     finally:
-        bound.task_dispatcher.shutdown()  # what still answers would miss what close() closes
-        bound.close()
+        over.set()
         thread.join(5)
 
 
