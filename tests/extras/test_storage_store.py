@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import pickle
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -431,7 +432,9 @@ def test_a_server_does_not_reach_inside_unless_allowed(store: Store) -> None:
     for options, text in (
         ({}, "no public address"),
         ({"private_addresses": True}, "after 3 attempts"),  # tried: there is no TLS
-        ({"url_validator": None, "private_addresses": False}, "no public address"),
+        ({"url_validator": None}, "no public address"),
+        ({"url_validator": lambda url: None, "private_addresses": False}, "no public address"),
+        ({"url_validator": lambda url: None}, "after 3 attempts"),
     ):
         config = storage.ServerExternalConfig(retry_delay_seconds=0, **options)  # type: ignore[arg-type]
         with pytest.raises(core.RpcError, match=text) as caught:
@@ -566,3 +569,14 @@ def test_the_command_line_fetches_and_shows_how_far_it_is(store: Store, monkeypa
     monkeypatch.setattr(core, "FetchConfig", lambda **options: (_ for _ in ()).throw(ImportError("pip install it")))
     with pytest.raises(core.ExternalLocationError, match="pip install it"):
         core.resolve_external_location(*pointer, core._CliStore())
+
+
+def test_fetching_without_httpx_says_what_to_install(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vgi_rpc_extras.storage as package
+
+    monkeypatch.delattr(package, "fetch", raising=False)
+    monkeypatch.delitem(sys.modules, "vgi_rpc_extras.storage.fetch", raising=False)
+    monkeypatch.setitem(sys.modules, "httpx", None)
+    pointer = core.make_external_location_batch(RESULT, store.add("a", GOOD))
+    with pytest.raises(core.ExternalLocationError, match=r"'httpx'.*pip install"):
+        core.resolve_external_location(*pointer, config_of(None))

@@ -14,6 +14,7 @@ import logging
 import os
 import threading
 import time
+import types
 import weakref
 from collections.abc import Callable
 from datetime import datetime
@@ -169,6 +170,18 @@ def _fetch_config(values: dict[str, Any]) -> FetchConfig:
     return FetchConfig(**values)
 
 
+def _fetching() -> types.ModuleType:
+    """The module that needs httpx; an ExternalLocationError says how to get that."""
+    try:
+        from . import fetch
+    except ModuleNotFoundError as exc:
+        raise core.ExternalLocationError(
+            f"fetching needs the package {exc.name!r}, which is not installed: pip install 'vgi-rpc-onefile[external]'",
+            error_code=core.Code.FAILED_PRECONDITION,
+        ) from None
+    return fetch
+
+
 class _Open:
     """The connections of a FetchConfig, of this process."""
 
@@ -177,14 +190,12 @@ class _Open:
         self._fetchers: dict[tuple[int, bool], Fetcher] = {}
 
     def get(self, config: FetchConfig, private_addresses: bool) -> Fetcher:
-        from .fetch import Fetcher
-
         key = (os.getpid(), private_addresses)
         with self._lock:
             found = self._fetchers.get(key)
             if found is None:
                 # A copy without this: the connections must not keep the configuration alive that ends them.
-                found = self._fetchers[key] = Fetcher(dataclasses.replace(config), private_addresses)
+                found = self._fetchers[key] = _fetching().Fetcher(dataclasses.replace(config), private_addresses)
                 weakref.finalize(self, found.pool.close)
             return found
 
@@ -223,12 +234,10 @@ class ClientExternalConfig:
 
     def load(self, url: str, sha256: str | None, timeout: float | None) -> tuple[bytes, float]:
         """Fetch an object and check its digest."""
-        from .fetch import Job
-
         began = time.monotonic()
         if sha256 is not None:
             sha256 = _check_digest(sha256)
-        data = self._attempts(url, Job(self.fetch_config.timeout_seconds, timeout))
+        data = self._attempts(url, _fetching().Job(self.fetch_config.timeout_seconds, timeout))
         if sha256 is not None and (got := hashlib.sha256(data).hexdigest()) != sha256:
             raise core.ExternalLocationError(
                 f"SHA-256 checksum mismatch for {redact_url(url)}: expected {sha256}, got {got}"
@@ -245,18 +254,17 @@ class ClientExternalConfig:
 
     def upload_to(self, place: UploadUrl, body: bytes) -> bytes:
         """Put a complete request there; nothing of the caller's credentials goes with it."""
-        from .fetch import Job, TransientError, check_url
-
-        check_url(place.download_url, self.url_validator)
+        fetch = _fetching()
+        fetch.check_url(place.download_url, self.url_validator)
         try:
             self._fetcher().put(
                 place.upload_url,
                 self.url_validator,
-                Job(self.fetch_config.timeout_seconds, None),
+                fetch.Job(self.fetch_config.timeout_seconds, None),
                 body,
                 "application/vnd.apache.arrow.stream",
             )
-        except TransientError as exc:
+        except fetch.TransientError as exc:
             raise _upload_failed(str(exc)) from None
         except core.ExternalLocationError as exc:
             raise _upload_failed(exc.error_message) from None
@@ -270,19 +278,19 @@ class ClientExternalConfig:
         return True
 
     def _attempts(self, url: str, job: Job) -> bytes:
-        from .fetch import TransientError, decode, failed
-
+        fetch = _fetching()
         count = min(max(self.max_retries, 0), _MAX_ATTEMPTS - 1) + 1
         reason = ""
         for attempt in range(count):
             if attempt:
                 time.sleep(min(self.retry_delay_seconds, job.left()))
             try:
-                return decode(*self._fetcher().fetch(url, self.url_validator, job), self.fetch_config)
-            except TransientError as exc:
+                data: bytes = fetch.decode(*self._fetcher().fetch(url, self.url_validator, job), self.fetch_config)
+                return data
+            except fetch.TransientError as exc:
                 reason = str(exc)
                 _LOG_FETCH.debug("attempt %d failed: %s", attempt + 1, reason)
-        raise failed(
+        raise fetch.failed(
             f"Failed to resolve ExternalLocation after {count} attempts: {redact_url(url)}: {reason}",
             code=core.Code.UNAVAILABLE,
         )
@@ -345,7 +353,7 @@ class ServerExternalConfig(ClientExternalConfig):
 
     def _allows_private(self) -> bool:
         if self.private_addresses is None:
-            return self.url_validator is not https_only_validator
+            return self.url_validator not in (None, https_only_validator)
         return self.private_addresses
 
 
