@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import random
@@ -578,8 +577,7 @@ def test_what_a_killed_client_leaves_is_removed_by_gc(worker: list[str], tmp_pat
     alive, foreign = (Path("/dev/shm") / name for name in (f"vgi_rpc_{os.getpid()}_00000000", "vgi_rpc_elsewhere"))
     for path in (orphan, alive, foreign):  # its own segment may be gone: another test collects garbage too
         path.touch()
-    prefix = core.__name__.rpartition(".")[0]
-    launch = importlib.import_module(f"{prefix}.vgi_rpc_extras.tools.launch".lstrip("."))
+    launch = core._extras_load("tools.launch", "the launch command")
     try:
         launch.gc_shared_memory()
         assert not list(Path("/dev/shm").glob(f"vgi_rpc_{ran.stdout.strip()}_*"))
