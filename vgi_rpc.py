@@ -6134,17 +6134,18 @@ class Channel(_IpcSource):
         if self._poll_in is None:
             self._poll_in = select.poll()
             self._poll_in.register(self.inp, select.POLLIN)
-        left = (self.deadline or 0.0) - time.monotonic()
-        if left <= 0 or not self._poll_in.poll(left * 1000 + 1):
-            raise self._late()
+        self._wait(self._poll_in)
 
     def _wait_out(self) -> None:
         """Wait for room until the deadline."""
         if self._poll_out is None:
             self._poll_out = select.poll()
             self._poll_out.register(self.out, select.POLLOUT)
+        self._wait(self._poll_out)
+
+    def _wait(self, poll: select.poll) -> None:
         left = (self.deadline or 0.0) - time.monotonic()
-        if left <= 0 or not self._poll_out.poll(left * 1000 + 1):
+        if left <= 0 or not poll.poll(left * 1000 + 1):
             raise self._late()
 
     def _late(self) -> DeadlineExceededError:
