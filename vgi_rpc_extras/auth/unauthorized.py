@@ -137,13 +137,13 @@ def read_unauthorized(body: bytes, headers: Mapping[str, str], *, request_id: st
     found = _json_object(body[:65536])
     text = body[: 4 * _MAX_TEXT].decode("utf-8", "replace").strip()
     if found is not None:
-        detail = _clean(found.get("detail"))
+        detail = printable(found.get("detail"))
     elif "html" in names.get("content-type", "") or text.startswith("<"):
         detail = "the answer is a web page: a proxy or login page, not the service itself"
     else:
-        detail = _clean(text)
+        detail = printable(text)
     reason = _reason((found or {}).get("reason", names.get(AUTH_REASON_HEADER.lower())))
-    hint = _clean((found or {}).get("proxy_hint"), 4 * _MAX_TEXT)
+    hint = printable((found or {}).get("proxy_hint"), 4 * _MAX_TEXT)
     return AuthenticationError(reason, detail or "unauthorized", hint, request_id=request_id)
 
 
@@ -162,10 +162,10 @@ def _reason(value: object) -> AuthReason:
         return AuthReason.UNAUTHORIZED
 
 
-def _clean(value: object, limit: int = _MAX_TEXT) -> str:
-    """A peer's text, short and without control characters (it ends on terminals)."""
+def printable(value: object, limit: int = _MAX_TEXT) -> str:
+    """A peer's text: short, on one line, without control characters (it ends on terminals)."""
     text = value[:limit] if isinstance(value, str) else ""
-    return "".join(char if char.isprintable() else " " for char in text).strip()
+    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
 
 
 class _Login(Protocol):

@@ -33,7 +33,7 @@ from urllib.parse import quote, urlsplit
 import pyarrow as pa
 
 from .. import core as _bound_core
-from ..auth.unauthorized import AuthenticationError, read_unauthorized
+from ..auth.unauthorized import AuthenticationError, printable, read_unauthorized
 from . import coding, names
 from ._connection import HttpxSender, Origin, Piece, PooledSender, Request, Response, Sender, Sent, SimpleSender
 
@@ -69,7 +69,6 @@ _COMPRESS_FROM = 4096  # bytes; measured: below, packing costs more than the two
 _SAMPLE = 65_536  # bytes tried first; random doubles, say, would cost time on both sides for nothing
 _MAX_REDIRECTS = 3
 _PREVIEW = 200
-_DETAIL = 500
 _MAX_PROBE_BYTES = 65_536
 _GATEWAY_STATUS = frozenset({429, 502, 503, 504})
 
@@ -104,14 +103,9 @@ class HttpTransientError(core.RpcError):
 
 def _unauthorized(response: Response) -> AuthenticationError:
     headers = response.headers
-    request_id = _printable(headers.get(names.REQUEST_ID_HEADER.lower(), ""), 128)
+    request_id = printable(headers.get(names.REQUEST_ID_HEADER.lower(), ""), 128)
     body = b"" if "content-encoding" in headers else response.body
     return read_unauthorized(body, headers, request_id=request_id)
-
-
-def _printable(text: str, limit: int) -> str:
-    shown = re.sub(r"[\x00-\x20\x7f-\x9f\u2028-\u202e\u2066-\u2069]+", " ", text[: 4 * limit]).strip()
-    return shown if len(shown) <= limit else shown[: limit - 3] + "..."
 
 
 # ---- retries
@@ -602,11 +596,11 @@ def _refusal(response: Response, doing: str, error_type: str) -> core.RpcError:
         return _too_large(f"{doing}: HTTP 413", _capabilities(response.headers).max_request_bytes, "answered")
     preview = ""
     if status != 403 and "content-encoding" not in response.headers:
-        preview = _printable(response.body[: 4 * _PREVIEW].decode("utf-8", "replace"), _PREVIEW)
+        preview = printable(response.body[: 4 * _PREVIEW].decode("utf-8", "replace"), _PREVIEW)
     if status in _GATEWAY_STATUS:
         return HttpTransientError(status, preview, _retry_after(response.headers))
     sent: Sent = "maybe" if status >= 500 else "answered"
-    kind = _printable(response.headers.get("content-type", "no content type"), 80)
+    kind = printable(response.headers.get("content-type", "no content type"), 80)
     return core.RpcError(error_type, f"{doing}: HTTP {status} ({kind}): {preview or '(no text)'}", sent=sent)
 
 

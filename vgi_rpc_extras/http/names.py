@@ -1,4 +1,4 @@
-# Needs: nothing. Used by the server and the client.
+# Needs: pyarrow only. Used by the server, the client and authentication.
 """Headers and paths of the HTTP transport (http.md sections 1 and 2)."""
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ UPLOAD_URL_HEADER: Final = "VGI-Upload-URL-Support"
 MAX_UPLOAD_BYTES_HEADER: Final = "VGI-Max-Upload-Bytes"
 SUPPORTED_ENCODINGS_HEADER: Final = "VGI-Supported-Encodings"
 CUSTOM_CONTENT_ENCODING_HEADER: Final = "X-VGI-Content-Encoding"
-CUSTOM_ACCEPT_ENCODING_HEADER: Final = "X-VGI-Accept-Encoding"
 REQUEST_ID_HEADER: Final = "X-Request-ID"
 AUTH_REASON_HEADER: Final = "VGI-Auth-Reason"
 AUTH_PROXY_REQUIRED_HEADER: Final = "VGI-Auth-Proxy-Required"
