@@ -3501,7 +3501,7 @@ class ShmAllocator:
 class ShmSegment:
     """A named segment of shared memory; use `create` or `attach`. Closing is up to whoever made the object.
 
-    Attributes: `name`, `size` in bytes, `buf`, `allocator`, and the counters `batches_shared` and `batches_inline`
+    Attributes: `name`, `size` in bytes, `buf`, `allocator`, `threshold` (smaller batches stay out), and the counters `batches_shared` and `batches_inline`
     (large enough, but there was no room). The creator's process removes the name when the object or the process ends,
     unless it is killed: `vgi_rpc launch --gc` removes what the dead have left.
     """
@@ -3521,7 +3521,7 @@ class ShmSegment:
         self.allocator = ShmAllocator(self.buf, size)
         self.batches_shared = 0
         self.batches_inline = 0
-        self._threshold = int(os.environ.get("VGI_RPC_SHM_MIN_BATCH_BYTES") or SHM_MIN_BATCH_BYTES)
+        self.threshold = int(os.environ.get("VGI_RPC_SHM_MIN_BATCH_BYTES") or SHM_MIN_BATCH_BYTES)
         self._noted: collections.deque[int] = collections.deque()  # regions that nobody looks at any more
         self._remove: Callable[[], object] | None = None
 
@@ -3637,7 +3637,7 @@ class ShmSegment:
 
     def wants(self, batch: pa.RecordBatch) -> bool:
         """Whether a batch is large enough, and of a kind that every peer reads (PORTABILITY.md section 5)."""
-        if batch.get_total_buffer_size() < self._threshold or batch.num_rows == 0 or batch.nbytes < self._threshold:
+        if batch.get_total_buffer_size() < self.threshold or batch.num_rows == 0 or batch.nbytes < self.threshold:
             return False
         return not any(pa.types.is_dictionary(field.type) for field in batch.schema)
 
@@ -7191,9 +7191,7 @@ class RpcServer:
             self._bind(ProtocolBinding(_describe_wire().Reflection, ReflectionImpl(self), allow_reserved=True))
         self.bindings: Mapping[str, ProtocolBinding] = types.MappingProxyType(self._bindings)
         self._start_lock = threading.Lock()
-        # How requests have looked, by their schema message; bounded, and filled only after pyarrow's validation.
-        self._layouts: dict[bytes, tuple[_ServerLayout, ...]] = {}
-        self._layout_lock = threading.Lock()
+        self._layouts = _ServerLayouts()
         self._started: set[tuple[TransportKind, frozenset[str]]] = set()
         _LOG_RPC.info(
             "RpcServer created for %s (server_id=%s, methods=%d)",
@@ -7348,34 +7346,50 @@ class RpcServer:
         writer.close()
         return b"".join(writer.take())
 
-    def _learn(self, sample: bytes, batch: pa.RecordBatch, metadata: _IpcMetadata, plan: _WirePlan) -> None:
-        """Remember how a request looks that has passed every check."""
-        budget = metadata.get(DEADLINE_KEY)
-        if metadata.keys() - _SERVER_LEARNED_KEYS or (budget is not None and _server_budget(budget) is None):
-            return
-        layout = _ipc_learn(sample, batch, budget)
-        if layout is None:
-            return
-        key = sample[: 8 + _IPC_I32(sample, 4)[0]]
-        with self._layout_lock:
-            known = self._layouts.get(key, ())
-            if any(entry.layout.match(sample, 0) for entry in known):
-                return
-            if len(known) < _SERVER_LAYOUTS_PER_SCHEMA and (known or len(self._layouts) < _SERVER_LAYOUT_SCHEMAS):
-                binding = self._bindings[plan.protocol]
-                self._layouts[key] = (_ServerLayout(layout, binding, plan), *known)
-
 
 _server_created: list[Callable[[RpcServer], None]] = []  # told of every new server; rooms below add to it
 _SERVER_LAYOUT_SCHEMAS = 256
 _SERVER_LAYOUTS_PER_SCHEMA = 64  # methods with the same parameters share a schema message
 _SERVER_LEARNED_KEYS = {RPC_METHOD_KEY, REQUEST_VERSION_KEY, PROTOCOL_KEY, PROTOCOL_VERSION_KEY, DEADLINE_KEY}
+_SERVER_SHARED_KEYS = _SERVER_LEARNED_KEYS | {SHM_SEGMENT_NAME_KEY, SHM_SEGMENT_SIZE_KEY}
 
 
 class _ServerLayout(_NamedTuple):
     layout: _IpcLayout | _IpcFlat
     binding: ProtocolBinding
     plan: _WirePlan
+
+
+class _ServerLayouts:
+    """How requests have looked, by their schema message; bounded, and filled only after every check has passed."""
+
+    __slots__ = ("_known", "_lock")
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, tuple[_ServerLayout, ...]] = {}
+        self._lock = threading.Lock()
+
+    def candidates(self, data: bytes, pos: int) -> tuple[_ServerLayout, ...]:
+        """Return what has begun with the schema message at `pos`."""
+        return self._known.get(data[pos : pos + 8 + _IPC_I32(data, pos + 4)[0]], ())
+
+    def learn(
+        self, sample: bytes, batch: pa.RecordBatch, deadline: bytes | None, binding: ProtocolBinding, plan: _WirePlan
+    ) -> None:
+        """Remember a request and where it goes."""
+        layout = _ipc_learn(sample, batch, deadline)
+        if layout is None:
+            return
+        key = sample[: 8 + _IPC_I32(sample, 4)[0]]
+        with self._lock:
+            known = self._known.get(key, ())
+            if any(entry.layout.match(sample, 0) for entry in known):
+                return
+            if len(known) < _SERVER_LAYOUTS_PER_SCHEMA and (known or len(self._known) < _SERVER_LAYOUT_SCHEMAS):
+                self._known[key] = (_ServerLayout(layout, binding, plan), *known)
+
+    def __len__(self) -> int:
+        return len(self._known)
 
 
 _SERVER_DESCRIBE_HINT = ". To describe itself the server needs enable_describe=True (--describe)"
@@ -7511,6 +7525,7 @@ class _ServerConnection:
         "_held",
         "_last",
         "_segment",
+        "_shared",
         "_swallow",
         "auth",
         "channel",
@@ -7550,6 +7565,7 @@ class _ServerConnection:
         self.max_externalized_response_bytes: int | None = None
         self.externalization_enabled = False
         self._swallow = False  # an unknown method may have been a stream, whose input comes next
+        self._shared: _ServerLayouts | None = None  # requests that name the segment; the server's do not
         self._last: _ServerLayout | None = None  # most calls look like the one before
         self._held: list[bytes] = []  # replies to calls sent ahead, which share a write (FINDINGS.md section 4)
 
@@ -7603,8 +7619,8 @@ class _ServerConnection:
             return False
         found = None if last is None else last.layout.match(data, pos)
         if found is None:
-            key = data[pos : pos + 8 + _IPC_I32(data, pos + 4)[0]]
-            for last in self.server._layouts.get(key, ()):
+            known = self.server._layouts if self._shared is None else self._shared
+            for last in known.candidates(data, pos):
                 found = last.layout.match(data, pos)
                 if found is not None:
                     self._last = last
@@ -7620,9 +7636,9 @@ class _ServerConnection:
         if kwargs is None:
             return False
         channel.pos = end
+        self._enter_shared(None if self._shared is None else channel.shm or self._segment)
         if plan.is_stream or plan.name in binding.ctx_methods:
             self._flush()
-            self.shm = None
             budget = layout.deadline(data, pos) if layout.deadline_at >= 0 else None
             self._dispatch(binding, plan, kwargs, _server_budget(budget), None)
         else:
@@ -7648,7 +7664,7 @@ class _ServerConnection:
         if _LOG_WIRE_REQUEST.isEnabledFor(logging.DEBUG):
             _LOG_WIRE_REQUEST.debug("Parsed request: method=%s, kwargs={%s}", name, _log_kwargs(kwargs))
         if sample and not self.observed():  # what is observed does not use what was learned
-            self.server._learn(sample, batch, metadata, plan)
+            self._learn(sample, batch, metadata, binding, plan)
         self._dispatch(binding, plan, kwargs, _server_budget(metadata.get(DEADLINE_KEY)), (batch, metadata))
 
     def _share(self, batch: pa.RecordBatch, metadata: _IpcMetadata) -> tuple[pa.RecordBatch, _IpcMetadata]:
@@ -7657,11 +7673,30 @@ class _ServerConnection:
         named = metadata.get(SHM_SEGMENT_NAME_KEY)
         if self.kind not in _SERVER_SHM_KINDS or (named is None and SHM_OFFSET_KEY not in metadata):
             return batch, metadata
-        self.shm = self.channel.shm or self._attached(named)
-        if self.shm is not None:
-            self.shm.sweep()
+        self._enter_shared(self.channel.shm or self._attached(named))
         found, about = _wire_local(self.shm, batch, metadata, self.server.ipc_validation, self.server.limits)
         return found, about or {}
+
+    def _enter_shared(self, segment: ShmSegment | None) -> None:
+        """It is our turn to touch the segment, if the call has one."""
+        self.shm = segment
+        if segment is not None:
+            segment.sweep()
+
+    def _learn(
+        self, sample: bytes, batch: pa.RecordBatch, metadata: _IpcMetadata, binding: ProtocolBinding, plan: _WirePlan
+    ) -> None:
+        """Remember how a request looks. One that names a segment means something on this connection only."""
+        budget = metadata.get(DEADLINE_KEY)
+        named = SHM_SEGMENT_NAME_KEY in metadata
+        if metadata.keys() - (_SERVER_SHARED_KEYS if named and self.shm is not None else _SERVER_LEARNED_KEYS):
+            return
+        if budget is not None and _server_budget(budget) is None:
+            return
+        if named and self._shared is None:
+            self._shared, self._last = _ServerLayouts(), None
+        known = self._shared if named and self._shared is not None else self.server._layouts
+        known.learn(sample, batch, budget, binding, plan)
 
     def _attached(self, named: bytes | None) -> ShmSegment | None:
         name = None if named is None else named.decode(errors="replace")
@@ -7675,6 +7710,7 @@ class _ServerConnection:
 
     def _detach(self) -> None:
         segment, self._segment, self.shm = self._segment, None, None
+        self._shared = self._last = None
         if segment is not None:
             segment.close()
 
@@ -7700,8 +7736,7 @@ class _ServerConnection:
     ) -> None:
         """Step 19: call the method and answer."""
         method = getattr(binding.impl, plan.name)
-        plain = self.shm is None and not plan.is_stream and plan.name not in binding.ctx_methods
-        if plain and not self.observed():
+        if not plan.is_stream and plan.name not in binding.ctx_methods and not self.observed():
             return self._unary_plain(binding, plan, method, kwargs)
         batch, metadata = request or (None, {})
         call = _ServerCall(self, binding, plan, batch)
@@ -7731,7 +7766,7 @@ class _ServerConnection:
         began = time.monotonic() if ahead else 0.0
         try:
             value = method(**kwargs)
-            data = plan.encode_reply(value)
+            data = self._encoded(plan, value)
             result = _server_result(_ServerCall(self, binding, plan, None), value) if data is None else None
         except BaseException as exc:
             self._flush()
@@ -7754,6 +7789,14 @@ class _ServerConnection:
             _ServerReply(_ServerCall(self, binding, plan, None)).end(*result)
         return None
 
+    def _encoded(self, plan: _WirePlan, value: Any) -> _IpcMessages | None:
+        """The reply by a template; None: pyarrow has to look at the value, or shared memory may want it."""
+        data = plan.encode_reply(value)
+        if data is None or self.shm is None:
+            return data
+        size = len(data) if isinstance(data, bytes) else sum(map(len, data))
+        return data if size < self.shm.threshold else None
+
     def _flush(self) -> None:
         """Send what has been held back; called before anything else is sent, and before waiting for input."""
         if self._held:
@@ -7769,10 +7812,14 @@ class _ServerConnection:
             kwargs["ctx"] = self.context(call, reply.log, budget)
         try:
             value = method(**kwargs)
-            result = _server_result(call, value)
+            data = None if call.observed else self._encoded(call.plan, value)
+            result = _server_result(call, value) if data is None else None
         except BaseException as exc:
             result = empty_batch(reply.schema), call.fail(exc)
-        reply.end(*result)
+        if result is not None:
+            reply.end(*result)
+        elif data is not None:
+            reply.end_encoded(data)
         self._obey(call.error)
 
     def _obey(self, exc: BaseException | None) -> None:
@@ -7862,9 +7909,15 @@ class _ServerReply:
     def __init__(self, call: _ServerCall) -> None:
         self.schema = call.plan.info.result_schema
         self._call = call
-        self._writer = _IpcWriter(self.schema)
+        self._writer: _IpcWriter | None = None  # begins with the first message, or with the end
         self._lock = threading.Lock()
         self._ended = False
+
+    def _write(self, batch: pa.RecordBatch, about: Mapping[bytes, bytes] | pa.KeyValueMetadata | None) -> _IpcWriter:
+        if self._writer is None:
+            self._writer = _IpcWriter(self.schema)
+        self._writer.write(batch, about)
+        return self._writer
 
     def log(self, message: Message) -> None:
         call = self._call
@@ -7873,9 +7926,17 @@ class _ServerReply:
         with self._lock:
             if self._ended:
                 raise RuntimeError(f"{call.plan.name}() has ended; its caller can no longer be sent messages")
-            self._writer.write(batch, metadata)
             call.sent(batch)
-            call.connection.channel.send(self._writer.take())
+            call.connection.channel.send(self._write(batch, metadata).take())
+
+    def end_encoded(self, data: _IpcMessages) -> None:
+        """End with a complete reply, of which the schema message has gone out if there were messages."""
+        with self._lock:
+            self._ended = True
+            if self._writer is not None:
+                first, *rest = [data] if isinstance(data, bytes) else data
+                data = [first[len(_ipc_schema_message(self.schema)) :], *rest]
+        self._call.connection.channel.send(data)
 
     def end(self, batch: pa.RecordBatch, metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None) -> None:
         call = self._call
@@ -7883,13 +7944,13 @@ class _ServerReply:
         sent, about = maybe_write_to_shm(batch, metadata, call.connection.shm)
         with self._lock:
             self._ended = True
-            self._writer.write(sent, about)
-            self._writer.close()
+            writer = self._write(sent, about)
+            writer.close()
         if _LOG_WIRE_RESPONSE.isEnabledFor(logging.DEBUG):
             what = "error" if metadata and LOG_LEVEL_KEY in metadata else "result"
             route = "external" if metadata and LOCATION_KEY in metadata else "inline" if sent is batch else "shm"
             _LOG_WIRE_RESPONSE.debug("Write %s batch: %s, route=%s", what, _log_batch(batch), route)
-        call.connection.channel.send(self._writer.take())
+        call.connection.channel.send(writer.take())
 
 
 _SERVER_SHM_KINDS = (TransportKind.PIPE, TransportKind.UNIX)  # peers on this machine

@@ -402,6 +402,34 @@ def test_reconnecting_would_lose_it(worker: list[str]) -> None:
         pass
 
 
+@pytest.mark.skipif(not core._ipc_learning, reason="the learned layouts are switched off")
+def test_small_calls_go_by_what_was_learned(shared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = []
+    serve_one = core._ServerConnection._serve_one
+    monkeypatch.setattr(core._ServerConnection, "_serve_one", lambda self: slow.append(1) or serve_one(self))
+    for n in range(1, 20):
+        assert shared.add(n, 1.0) == n + 1
+        assert len(shared.blob(200_000 + n)) == 200_000 + n
+    assert len(slow) == 2  # the first of each
+    assert segment_of(shared).allocator.num_allocs <= 1  # the answers were in there, and each call freed the last one
+
+
+def test_a_connection_that_changes_its_segment(shared: Any, segment: Any) -> None:
+    channel = shared._link.channel
+    first = channel.shm
+    try:
+        for n in range(6):
+            channel.shm = (first, segment)[n % 2]
+            proxy = core.RpcProxy(Svc, shared._link.transport)
+            before = channel.shm.allocator.num_allocs
+            for _ in range(3):
+                assert proxy.add(1.0, 2.0) == 3.0
+            data = proxy.blob(200_000)
+            assert data == b"x" * 200_000 and channel.shm.allocator.num_allocs >= max(before, 1)
+    finally:
+        channel.shm = first
+
+
 def request(metadata: dict[bytes, bytes], kind: Any) -> tuple[Any, dict[bytes, bytes]]:
     """One hand-made request to a real server; afterwards a good call on the same connection must be answered."""
     client, served = kind()

@@ -316,6 +316,25 @@ def test_messages_from_helper_threads_stay_in_step_and_end_with_the_call(connect
     assert proxy.add(2.0, 2.0) == 4.0
 
 
+@pytest.mark.parametrize("size", [3, 1 << 20])
+def test_a_result_behind_messages_is_whole(connected, size: int) -> None:
+    class Echo(Protocol):
+        def echo(self, data: bytes) -> bytes: ...
+
+    class Impl:
+        def echo(self, data: bytes, ctx: core.CallContext) -> bytes:
+            if data[:1] == b"m":
+                ctx.client_log(core.Level.INFO, "hello")
+            return data
+
+    seen: list[str] = []
+    proxy = connected(core.RpcServer(Echo, Impl()), Echo, on_log=lambda message: seen.append(message.message))
+    for first in b"xmxmm":
+        data = bytes([first]) + b"y" * size
+        assert proxy.echo(data) == data
+    assert seen == ["hello"] * 3
+
+
 def test_an_exception_level_message_raises_at_the_caller(connected) -> None:
     class Impl(CalcImpl):
         def add(self, a, b, ctx):
@@ -511,7 +530,7 @@ def test_what_a_server_learns_is_bounded() -> None:
         for patch in range(300):
             proxy = core.RpcProxy(Versioned, client)
             assert core._ClientMethod(proxy, core._WirePlan(info, "Versioned", f"1.2.{patch}"))("hi") == "hi"
-        layouts = server._layouts
+        layouts = server._layouts._known
         assert len(layouts) <= 256 and all(len(known) <= 64 for known in layouts.values())
     finally:
         client.close()
