@@ -3501,9 +3501,10 @@ class ShmAllocator:
 class ShmSegment:
     """A named segment of shared memory; use `create` or `attach`. Closing is up to whoever made the object.
 
-    Attributes: `name`, `size` in bytes, `buf`, `allocator`, `threshold` (smaller batches stay out), and the counters `batches_shared` and `batches_inline`
-    (large enough, but there was no room). The creator's process removes the name when the object or the process ends,
-    unless it is killed: `vgi_rpc launch --gc` removes what the dead have left.
+    Attributes: `name`, `size` in bytes, `buf`, `allocator`, `threshold` (bytes; smaller batches travel inline), and the
+    counters `batches_shared` and `batches_inline` (large enough, but there was no room). The creator's process removes
+    the name when the object or the process ends, unless it is killed: `vgi_rpc launch --gc` removes what the dead have
+    left.
     """
 
     def __init__(self, name: str, fd: int, size: int) -> None:
