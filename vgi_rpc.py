@@ -56,6 +56,7 @@ import enum
 import functools
 import importlib
 import io
+import itertools
 import logging
 import os
 import re
@@ -1633,8 +1634,7 @@ def _types_sequence_encoder(element: Any, *, keep: bool) -> _TypesConvert | None
     encode = _types_encoder(element, top=False)
     if encode is None:
         return None if keep else list
-    core = _types_strip(element)[0]
-    exact = {core, type(None)} if core in (str, bytes, float, int) else set()
+    exact = _types_exact(element)
 
     def sequence(value: Any) -> Any:
         if exact and type(value) is list and exact.issuperset(map(type, value)):
@@ -1644,10 +1644,23 @@ def _types_sequence_encoder(element: Any, *, keep: bool) -> _TypesConvert | None
     return sequence
 
 
+def _types_exact(element: Any) -> set[type]:
+    """The types of elements that need no conversion; none: each must be looked at."""
+    core = _types_strip(element)[0]
+    return {core, type(None)} if core in (str, bytes, float, int) else set()
+
+
 def _types_mapping_encoder(key: Any, item: Any) -> _TypesConvert:
     encode_key, encode_item = _types_encoder(key, top=False), _types_encoder(item, top=False)
+    exact_key, exact_item = _types_exact(key), _types_exact(item)
 
     def mapping(value: Any) -> list[tuple[Any, Any]]:
+        if (
+            type(value) is dict
+            and exact_key.issuperset(map(type, value))
+            and exact_item.issuperset(map(type, value.values()))
+        ):
+            return list(value.items())
         pairs = value.items() if isinstance(value, Mapping) else value
         return [
             (
@@ -2492,10 +2505,15 @@ def _ipc_kind_name(message: _IpcMessage | None) -> str:
 # ---- learned layouts (hot-path law 3; FINDINGS.md section 3)
 #
 # A one-row stream of one schema is always the same bytes, except for the body and three holes in front of it: the
-# body's size, the nodes (length and null count of each array) and the buffers (offset and size of each). A template
-# is what pyarrow wrote once; writing patches its holes. A layout is what pyarrow has read and validated once; reading
-# demands that every byte outside the holes is equal, and checks every number in them. Whatever is unfamiliar (another
-# layout, a value of another type, a null in an element) is "no match", and the one pyarrow path decides.
+# body's size, the nodes (length and null count of each array) and the buffers (offset and size of each).
+#
+#   _IpcCanonical   the layout that pyarrow writes. What is in the holes follows from the sizes of the values, so both
+#                   directions compute it: writing puts it there, reading demands it. Columns become compiled code.
+#   _IpcLayout      any other layout of a peer, learned from a message that pyarrow has read and validated. Reading
+#                   demands that every byte outside the holes is equal, and checks every number in them.
+#
+# Whatever is unfamiliar (a value of another type, a null in an element, more than one row) is "no match", and the one
+# pyarrow path decides.
 #
 #   type                          buffers of an array                          handled
 #   integer, float                validity, values                             yes
@@ -2503,7 +2521,7 @@ def _ipc_kind_name(message: _IpcMessage | None) -> str:
 #   utf8, binary                  validity, offsets, bytes                     yes (large_*: no)
 #   list<T>                       validity, offsets, then T                    T integer, float, utf8, binary, list
 #   map<K, V>                     validity, offsets, (entries) validity, K, V  likewise
-#   dictionary<int16, utf8>       validity, indices; dictionary message        one entry, top level
+#   dictionary<int16, utf8>       validity, indices; dictionary message        one entry, top level; read by _IpcLayout
 
 _IPC_FIXED = {
     "int8": "b",
@@ -2526,7 +2544,6 @@ _ipc_learning = os.environ.get("VGI_RPC_FAST_PATH", "1") != "0"  # the tests run
 
 _IpcHoles = tuple[int, ...]
 _IpcRead = Callable[[bytes, int, int, _IpcHoles, _IpcHoles, int], Any]  # data, body, size, nodes, buffers, count
-_IpcWrite = Callable[[Any, list[int], list[int], list[bytes], int], int]  # values, nodes, buffers, body, at -> at
 
 
 class _IpcUnfamiliar(Exception):
@@ -2599,75 +2616,80 @@ def _ipc_dictionary_id(message: bytes) -> int:
     return int(_IPC_I64(meta, number)[0]) if number else 0
 
 
-# -- reading
+# -- the usual layout
 
 
-class _IpcFlat:
-    """One-row streams of plain columns (numbers, bool, utf8, binary) without nulls, read and written.
+class _IpcCanonical:
+    """One-row streams of a schema as pyarrow writes them: numbers, bool, utf8, binary, lists, maps, and their nulls.
 
     Everything in front of the body follows from the sizes of the values. Writing computes it; reading computes what
     it would have to be for the sizes found, and demands equal bytes: what is accepted is what we would have written.
+    Columns of an enum are written (their values stand in messages of their own), not read.
     """
 
     __slots__ = (
         "_batch_at",
-        "_columns",
+        "_code",
+        "_dictionaries",
         "_first",
         "_head",
         "_heads",
-        "_pack",
+        "_nulls_at",
         "_rest",
+        "_row",
         "_shape",
         "_size",
         "_types",
-        "_unpack",
         "deadline_at",
     )
 
     def __init__(self, schema: pa.Schema, messages: list[bytes], deadline: bytes | None) -> None:
-        if len(messages) != 2:
-            raise _IpcUnfamiliar("dictionaries, or more than one batch")
-        names = [str(field.type) for field in schema]
-        if not all(name in _IPC_EXACT for name in names):
-            raise _IpcUnfamiliar("a nested column")
-        self._columns = tuple(_IPC_PLAIN.get(name) for name in names)  # None: its values differ in size
-        self._types = tuple(_IPC_EXACT[name] for name in names)
+        """`messages` are what pyarrow wrote; `deadline` is a metadata value that differs from message to message."""
+        batch = messages[-1]
         self._batch_at = len(messages[0])
-        self._shape = _ipc_shape(messages[1]) if names else None
-        self._head = messages[0] + messages[1][: 8 + _IPC_I32(messages[1], 4)[0]]
+        self._head = messages[0] + batch[: 8 + _IPC_I32(batch, 4)[0]]
         self.deadline_at = -1 if deadline is None else self._head.find(deadline)
-        fixed = None not in self._columns and bool not in self._types
-        row = struct.Struct("<" + "".join(column.format for column in self._columns if column)) if fixed else None
-        self._pack = None if row is None else row.pack
-        self._unpack = None if row is None else row.unpack_from
+        self._first, self._rest = self._cut(self._head)
+        names = [str(field.type) for field in schema]
+        self._row: struct.Struct | None = None
+        if all(name in _IPC_FIXED and not field.nullable for name, field in zip(names, schema, strict=True)):
+            # Numbers only: nothing in front of the body ever changes, and the body is one struct.
+            self._row = struct.Struct("<" + "".join(_ipc_padded(_IPC_FIXED[name]) for name in names))
+            self._types = tuple(float if _IPC_FIXED[name] in "fd" else int for name in names)
+            self._size = len(self._head) + self._row.size  # without the end-of-stream marker
+            return
         self._heads: dict[tuple[int, ...], tuple[bytes, bytes]] = {}
-        self._size = len(self._head) + 8 * len(names)  # without the end-of-stream marker; of fixed width only
-        self._first, self._rest = (b"", b"") if row is None else self._divide(())
+        self._shape = _ipc_shape(batch)
+        self._nulls_at = self._batch_at + self._shape.nodes + 8
+        self._code = _ipc_compile(schema)
+        self._dictionaries = _ipc_dictionary_writers(schema, messages)
 
     def encode(self, values: Sequence[Any], deadline: bytes = b"") -> _IpcMessages | None:
-        """Return the complete stream, or None when another path has to look at the values."""
-        if tuple(map(type, values)) != self._types:
-            return None
+        """Return the complete stream, or None when pyarrow has to look at the values."""
         try:
-            if self._pack is not None:
-                if not deadline:
-                    return self._first + self._pack(*values) + _EOS
-                return b"".join((self._first, deadline, self._rest, self._pack(*values), _EOS))
-            return self._encode(values, deadline)
-        except (struct.error, OverflowError, UnicodeEncodeError):
+            row = self._row
+            if row is None:
+                return self._encode(values, deadline)
+            if tuple(map(type, values)) != self._types:
+                return None
+            if not deadline:
+                return self._first + row.pack(*values) + _EOS
+            return b"".join((self._first, deadline, self._rest, row.pack(*values), _EOS))
+        except (struct.error, OverflowError, ValueError):
             return None
 
     def match(self, data: bytes, pos: int) -> tuple[Sequence[Any], int] | None:
         """Return (the row, the position after the stream); None when it is not this layout, or not all there."""
         try:
-            if self._unpack is None:
+            row = self._row
+            if row is None:
                 return self._match(data, pos)
             end = pos + self._size
             if not data.startswith(self._first, pos) or not data.startswith(_EOS, end):
                 return None
             if self._rest and not data.startswith(self._rest, pos + self.deadline_at + 16):
                 return None
-            return self._unpack(data, pos + len(self._head)), end + 8
+            return row.unpack_from(data, pos + len(self._head)), end + 8
         except (struct.error, UnicodeDecodeError, IndexError):
             return None
 
@@ -2676,101 +2698,303 @@ class _IpcFlat:
         at = pos + self.deadline_at
         return data[at : at + 16]
 
-    def _encode(self, values: Sequence[Any], deadline: bytes) -> _IpcMessages:
-        sizes: list[int] = []
-        body: list[_IpcPiece] = []
-        for value, column in zip(values, self._columns, strict=True):
-            if column is not None:
-                body.append(column.pack(value))
-                continue
-            data = value if type(value) is bytes else value.encode()
-            size = len(data)
-            sizes.append(size)
-            body += (_IPC_OFFSETS_ONE(0, size), data, _IPC_PAD[size & 7])
-        key = tuple(sizes)
-        first, rest = self._heads.get(key) or self._divide(key)
+    def _encode(self, values: Sequence[Any], deadline: bytes) -> _IpcMessages | None:
+        found = self._code.write(values)
+        if found is None:
+            return None
+        sizes, body = found
+        first, rest = self._heads.get(sizes) or self._divide(sizes)
+        if self._dictionaries:
+            at = self._batch_at
+            first = b"".join((first[:at], *[write(values) for write in self._dictionaries], first[at:]))
         if sum(sizes) > _IPC_LARGE:  # left in pieces: joining would copy
             return [b"".join((first, deadline, rest)), *body, _EOS]
         return b"".join((first, deadline, rest, *body, _EOS))
 
     def _match(self, data: bytes, pos: int) -> tuple[Sequence[Any], int] | None:
-        row: list[Any] = []
-        sizes: list[int] = []
-        at = pos + len(self._head)
-        for column in self._columns:
-            if column is not None:
-                row += column.unpack_from(data, at)
-                at += 8
-                continue
-            zero, size = _IPC_OFFSETS_READ(data, at)
-            if zero or size < 0:
-                return None
-            row.append(data[at + 8 : at + 8 + size])
-            sizes.append(size)
-            at += 8 + size + (-size & 7)
-        key = tuple(sizes)
-        first, rest = self._heads.get(key) or self._divide(key)
-        if not data.startswith(first, pos) or not data.startswith(_EOS, at):
+        found = self._code.read(data, pos + len(self._head), pos + self._nulls_at)
+        if found is None:
+            return None
+        row, sizes, end = found
+        first, rest = self._heads.get(sizes) or self._divide(sizes)
+        if not data.startswith(first, pos) or not data.startswith(_EOS, end):
             return None
         if rest and not data.startswith(rest, pos + self.deadline_at + 16):
             return None
-        for i, kind in enumerate(self._types):
-            if kind is str:
-                row[i] = row[i].decode()
-            elif kind is bool:
-                row[i] = row[i] & 1 == 1
-        return row, at + 8
+        return row, end + 8
 
     def _divide(self, sizes: tuple[int, ...]) -> tuple[bytes, bytes]:
         """Return what is in front of the body for values of these sizes, before and after the deadline."""
         head = bytearray(self._head)
-        if self._shape is not None:
-            at, todo = 0, list(sizes)
-            buffers: list[int] = []
-            for column in self._columns:
-                if column is not None:
-                    buffers += (at, 0, at, column.width)
-                    at += 8
-                else:
-                    size = todo.pop(0)
-                    buffers += (at, 0, at, 8, at + 8, size)
-                    at += 8 + size + (-size & 7)
-            _IPC_PACK_I64(head, self._batch_at + self._shape.body_size, at)
-            struct.pack_into(f"<{len(buffers)}q", head, self._batch_at + self._shape.buffers, *buffers)
-        hole = self.deadline_at
-        found = (bytes(head), b"") if hole < 0 else (bytes(head[:hole]), bytes(head[hole + 16 :]))
+        shape, at = self._shape, self._batch_at
+        nodes, buffers, size = self._code.place(*sizes)
+        if len(nodes) != 2 * shape.node_count or len(buffers) != 2 * shape.buffer_count:
+            raise _IpcUnfamiliar("other arrays than pyarrow has")
+        _IPC_PACK_I64(head, at + shape.body_size, size)
+        struct.pack_into(f"<{len(nodes)}q", head, at + shape.nodes, *nodes)
+        struct.pack_into(f"<{len(buffers)}q", head, at + shape.buffers, *buffers)
         if len(self._heads) >= _IPC_HEADS_MAX:
             self._heads.clear()
-        self._heads[sizes] = found
+        found = self._heads[sizes] = self._cut(head)
         return found
 
-
-class _IpcPlain(_NamedTuple):
-    """A column of one fixed-width value, padded to 8 bytes."""
-
-    format: str
-    width: int
-    pack: Callable[[Any], bytes]
-    unpack_from: Callable[[bytes, int], tuple[Any, ...]]
+    def _cut(self, head: bytes | bytearray) -> tuple[bytes, bytes]:
+        hole = self.deadline_at
+        return (bytes(head), b"") if hole < 0 else (bytes(head[:hole]), bytes(head[hole + 16 :]))
 
 
-def _ipc_plain(code: str, width: int) -> _IpcPlain:
-    row = struct.Struct(f"<{code}{8 - width}x")
-    return _IpcPlain(row.format[1:], width, row.pack, row.unpack_from)
-
-
-_IPC_PLAIN: dict[str, _IpcPlain] = {
-    **{name: _ipc_plain(code, struct.calcsize(code)) for name, code in _IPC_FIXED.items()},
-    "bool": _ipc_plain("B", 1),
-}
-_IPC_EXACT: dict[str, type] = {
-    **{name: float if code in "fd" else int for name, code in _IPC_FIXED.items()},
-    "bool": bool,
-    "string": str,
-    "binary": bytes,
-}
 _IPC_HEADS_MAX = 64  # sizes of which a layout remembers the computed bytes
-_IPC_OFFSETS_READ = struct.Struct("<ii").unpack_from
+
+
+class _IpcCode(_NamedTuple):
+    """What is compiled for the columns of a schema."""
+
+    write: Callable[[Sequence[Any]], tuple[tuple[int, ...], tuple[bytes, ...]] | None]  # values -> sizes, body
+    read: Callable[[bytes, int, int], tuple[Sequence[Any], tuple[int, ...], int] | None]  # -> row, sizes, end
+    place: Callable[..., tuple[tuple[int, ...], tuple[int, ...], int]]  # sizes -> nodes, buffers, size of the body
+
+
+class _IpcCompiler:
+    """Writes the source of `_IpcCode` column by column: straight lines are twice as fast as calls through closures.
+
+    The three functions meet the same sizes in the same order: the bytes of a text, the elements of a list, whether a
+    column is null. Nothing of a peer becomes source text: not even the names of columns are looked at.
+    """
+
+    _NAMES: ClassVar[dict[str, Any]] = {
+        "accumulate": itertools.accumulate,
+        "pack": struct.pack,
+        "unpack": struct.unpack_from,
+        "ends": struct.Struct("<ii").pack,
+        "ends_of": struct.Struct("<ii").unpack_from,
+        "PAD": _IPC_PAD,
+        "NULL": (b"", _IPC_ZERO),
+        **{f"{kind.__name__}s": {kind} for kind in (int, float, str, bytes, list, tuple)},
+    }
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self._names = dict(self._NAMES)
+        self._sizes: list[str] = []
+        self._write: list[str] = []
+        self._pieces: list[str] = []
+        self._read: list[str] = []
+        self._place: list[str] = []
+        self._nodes: list[str] = []
+        self._buffers: list[str] = []
+        self._run: list[tuple[str, str]] = []  # neighbours of fixed width: one struct
+        self._unique = 0
+        self._row = "".join(f"v{i}, " for i in range(len(schema)))
+        for i, field in enumerate(schema):
+            self._column(f"v{i}", field)
+        self._flush()
+        self._results = self._pieces, self._nodes, self._buffers
+
+    def compile(self) -> _IpcCode:
+        """Return the three functions."""
+        sizes = "".join(f"{name}, " for name in self._sizes)
+        pieces, nodes, buffers = ("".join(f"{each}, " for each in part) for part in self._results)
+        source = [
+            "def write(values):",
+            *(f"    {line}" for line in (f"{self._row}= values", *self._write, f"return ({sizes}), ({pieces})")),
+            "def read(data, at, nulls):",
+            *(f"    {line}" for line in (*self._read, f"return ({self._row}), ({sizes}), at")),
+            f"def place({sizes}):",
+            *(f"    {line}" for line in ("at = 0", *self._place, f"return ({nodes}), ({buffers}), at")),
+        ]
+        exec(compile("\n".join(source), "<vgi_rpc layout>", "exec"), self._names)
+        return _IpcCode(self._names["write"], self._names["read"], self._names["place"])
+
+    def _new(self, prefix: str) -> str:
+        self._unique += 1
+        return f"{prefix}{self._unique}"
+
+    def _size(self) -> str:
+        name = self._new("n")
+        self._sizes.append(name)
+        return name
+
+    def _buffer(self, size: str) -> None:
+        """A buffer of `size` bytes, padded to 8."""
+        name = self._new("b")
+        self._place += [f"{name} = at", f"at += {_ipc_padding(size)}"]
+        self._buffers.append(f"{name}, {size}")
+
+    def _refuse(self, condition: str) -> None:
+        self._write.append(f"if {condition}: return None")
+
+    def _column(self, name: str, field: pa.Field[Any]) -> None:
+        """One value, with its null: a validity bitmap that is there only when it is needed."""
+        kind = _ipc_kind(field.type)
+        if not field.nullable or pa.types.is_dictionary(field.type):
+            self._refuse(f"type({name}) is not {kind}")
+            self._nodes.append("1, 0")
+            self._buffer("0")
+            return self._value(name, field.type)
+        self._flush()
+        null = self._size()
+        self._write += [f"{null} = {name} is None", f"if {null}: {name} = {kind}()"]
+        self._refuse(f"type({name}) is not {kind}")
+        self._pieces.append(f"NULL[{null}]")
+        self._read += [
+            f"{null} = data[nulls + {16 * len(self._nodes)}]",
+            f"if {null}:",
+            f"    if {null} > 1 or data[at] & 1: return None",
+            "    at += 8",
+        ]
+        self._nodes.append(f"1, {null}")
+        self._buffer(null)
+        self._value(name, field.type)
+        self._flush()
+        self._read.append(f"if {null}: {name} = None")
+
+    def _value(self, name: str, dtype: pa.DataType) -> None:
+        code = "?" if pa.types.is_boolean(dtype) else _IPC_FIXED.get(str(dtype))
+        if code is not None:
+            self._run.append((name, code))
+            self._buffer(str(struct.calcsize(code)))
+            return
+        self._flush()
+        if pa.types.is_dictionary(dtype):  # one entry, which stands in a message of its own
+            self._pieces.append("NULL[1]")
+            self._buffer("2")
+        elif pa.types.is_list(dtype) or pa.types.is_map(dtype):
+            self._container(name, dtype)
+        else:
+            self._text(name, pa.types.is_string(dtype))
+
+    def _flush(self) -> None:
+        """End a run of columns of fixed width."""
+        run, self._run = self._run, []
+        if not run:
+            return
+        row = self._new("s")
+        self._names[row] = struct.Struct("<" + "".join(_ipc_padded(code.replace("?", "B")) for _, code in run))
+        names = ", ".join(name for name, _ in run)
+        self._pieces.append(f"{row}.pack({names})")
+        self._read += [f"{names}, = {row}.unpack_from(data, at)", f"at += {8 * len(run)}"]
+        self._read += [f"{name} = {name} & 1 == 1" for name, code in run if code == "?"]  # the other bits are padding
+
+    def _text(self, name: str, text: bool) -> None:
+        """One utf8 or binary value: two offsets, then its bytes."""
+        size = self._size()
+        if text:
+            self._write.append(f"{name} = {name}.encode()")
+        self._write.append(f"{size} = len({name})")
+        self._pieces += [f"ends(0, {size})", name, f"PAD[{size} & 7]"]
+        self._read += [
+            f"begin, {size} = ends_of(data, at)",
+            f"if begin or {size} < 0: return None",
+            f"{name} = data[at + 8 : at + 8 + {size}]{'.decode()' if text else ''}",
+            f"at += 8 + {_ipc_padding(size)}",
+        ]
+        self._buffer("8")
+        self._buffer(size)
+
+    def _container(self, name: str, dtype: pa.DataType) -> None:
+        """One list or map: two offsets, then its elements."""
+        size = self._size()
+        self._write.append(f"{size} = len({name})")
+        self._pieces.append(f"ends(0, {size})")
+        self._read += [f"begin, {size} = ends_of(data, at)", f"if begin or {size} < 0: return None", "at += 8"]
+        self._buffer("8")
+        if pa.types.is_list(dtype):
+            self._elements(name, dtype.value_type, size)
+            self._read.append(f"{name} = list({name})")
+            return
+        keys, items = self._new("k"), self._new("k")
+        self._refuse(f"set(map(type, {name})) - tuples")
+        self._write += [f"{keys} = [key for key, _ in {name}]", f"{items} = [item for _, item in {name}]"]
+        self._nodes.append(f"{size}, 0")
+        self._buffer("0")
+        self._elements(keys, dtype.key_type, size)
+        self._elements(items, dtype.item_type, size)
+        self._read.append(f"{name} = list(zip({keys}, {items}))")
+
+    def _elements(self, name: str, dtype: pa.DataType, count: str) -> None:
+        """Any number of values of one exact Python type, none of them None."""
+        self._nodes.append(f"{count}, 0")
+        self._buffer("0")
+        self._refuse(f"set(map(type, {name})) - {_ipc_kind(dtype)}s")
+        code = _IPC_FIXED.get(str(dtype))
+        if code is not None:
+            size = f"{count} * {struct.calcsize(code)}"
+            self._pieces += [f"pack(f'<{{{count}}}{code}', *{name})", f"PAD[{size} & 7]"]
+            self._read += [f"{name} = unpack(f'<{{{count}}}{code}', data, at)", f"at += {_ipc_padding(size)}"]
+            self._buffer(size)
+        elif pa.types.is_string(dtype) or pa.types.is_binary(dtype):
+            self._texts(name, pa.types.is_string(dtype), count)
+        elif pa.types.is_list(dtype):
+            self._lists(name, dtype, count)
+        else:
+            raise _IpcUnfamiliar(str(dtype))
+
+    def _offsets(self, name: str, count: str) -> tuple[str, str]:
+        """The offsets of the elements in `name` -> (name of the offsets, name of the last of them)."""
+        offsets, last = self._new("o"), self._size()
+        self._write += [f"{offsets} = [0, *accumulate(map(len, {name}))]", f"{last} = {offsets}[-1]"]
+        size = f"({count} + 1) * 4"
+        self._pieces += [f"pack(f'<{{{count} + 1}}i', *{offsets})", f"PAD[{size} & 7]"]
+        self._read += [
+            f"{offsets} = unpack(f'<{{{count} + 1}}i', data, at)",
+            f"at += {_ipc_padding(size)}",
+            f"{last} = {offsets}[-1]",
+            f"if {offsets}[0] or sorted({offsets}) != list({offsets}): return None",
+        ]
+        self._buffer(size)
+        return offsets, last
+
+    def _texts(self, name: str, text: bool, count: str) -> None:
+        if text:
+            self._write.append(f"{name} = [value.encode() for value in {name}]")
+        offsets, last = self._offsets(name, count)
+        self._pieces += [f"b''.join({name})", f"PAD[{last} & 7]"]
+        decode = ".decode()" if text else ""
+        self._read += [
+            f"{name} = [data[at + x : at + y]{decode} for x, y in zip({offsets}, {offsets}[1:])]",
+            f"at += {_ipc_padding(last)}",
+        ]
+        self._buffer(last)
+
+    def _lists(self, name: str, dtype: pa.DataType, count: str) -> None:
+        offsets, last = self._offsets(name, count)
+        inner = self._new("k")
+        self._write.append(f"{inner} = [item for value in {name} for item in value]")
+        self._elements(inner, dtype.value_type, last)
+        self._read.append(f"{name} = [list({inner}[x:y]) for x, y in zip({offsets}, {offsets}[1:])]")
+
+
+def _ipc_kind(dtype: pa.DataType) -> str:
+    """The one Python type whose values a column takes as they are; _IpcUnfamiliar: pyarrow has to look at them."""
+    code = _IPC_FIXED.get(str(dtype))
+    if code is not None:
+        return "float" if code in "fd" else "int"
+    if pa.types.is_boolean(dtype):
+        return "bool"
+    if pa.types.is_string(dtype) or dtype == pa.dictionary(pa.int16(), pa.utf8()):
+        return "str"
+    if pa.types.is_binary(dtype):
+        return "bytes"
+    if pa.types.is_list(dtype) or pa.types.is_map(dtype):
+        return "list"
+    raise _IpcUnfamiliar(str(dtype))
+
+
+def _ipc_padding(size: str) -> str:
+    """Source of a size together with what fills it up to 8 bytes."""
+    return f"{size} + (-({size}) & 7)"
+
+
+def _ipc_padded(code: str) -> str:
+    """A value of fixed width and its padding, as struct spells it."""
+    return f"{code}{8 - struct.calcsize(code)}x"
+
+
+@functools.lru_cache(256)
+def _ipc_compile(schema: pa.Schema) -> _IpcCode:
+    return _IpcCompiler(schema).compile()
+
+
+# -- other layouts, read only
 
 
 class _IpcLayout:
@@ -3036,86 +3260,20 @@ def _ipc_read_entries(node: int, buffer: int, keys: _IpcRead, items: _IpcRead) -
     return _ipc_element(read, node, buffer)
 
 
-# -- writing
-
-
-class _IpcTemplate:
-    """Writes one-row streams of a schema with constant metadata."""
-
-    __slots__ = (
-        "_buffers",
-        "_deadline_at",
-        "_dictionaries",
-        "_flat",
-        "_head",
-        "_nodes",
-        "_prefix",
-        "_shape",
-        "_writers",
-    )
-
-    def __init__(self, schema: pa.Schema, messages: list[bytes], flat: _IpcFlat | None) -> None:
-        """`messages` are what pyarrow wrote; `flat` is asked first, and knows no nulls."""
-        self._flat = flat
-        self._shape = _ipc_shape(messages[-1])
-        self._prefix = messages[0]
-        self._head = messages[-1][: self._shape.head]
-        self._deadline_at = self._head.find(_IPC_DEADLINE)
-        self._writers = [_ipc_column_writer(field) for field in schema]
-        self._dictionaries = _ipc_dictionary_writers(schema, messages)
-        self._nodes = struct.Struct(f"<{2 * self._shape.node_count}q").pack_into
-        self._buffers = struct.Struct(f"<{2 * self._shape.buffer_count}q").pack_into
-
-    def encode(self, values: Sequence[Any], deadline: bytes = b"") -> _IpcMessages | None:
-        """Return the complete stream, or None when pyarrow has to look at the values."""
-        if self._flat is not None and (found := self._flat.encode(values, deadline)) is not None:
-            return found
-        try:
-            return self._encode(values, deadline)
-        except (_IpcUnfamiliar, struct.error, OverflowError, ValueError):
-            return None
-
-    def _encode(self, values: Sequence[Any], deadline: bytes) -> bytes:
-        nodes: list[int] = []
-        buffers: list[int] = []
-        body: list[bytes] = []
-        at = 0
-        for write, value in zip(self._writers, values, strict=True):
-            at = write(value, nodes, buffers, body, at)
-        head = bytearray(self._head)
-        shape = self._shape
-        _IPC_PACK_I64(head, shape.body_size, at)
-        self._nodes(head, shape.nodes, *nodes)
-        self._buffers(head, shape.buffers, *buffers)
-        if deadline:
-            head[self._deadline_at : self._deadline_at + 16] = deadline
-        if not self._dictionaries:
-            return b"".join((self._prefix, head, *body, _EOS))
-        return b"".join((self._prefix, *[write(values) for write in self._dictionaries], head, *body, _EOS))
-
-
-def _ipc_template(schema: pa.Schema, metadata: _IpcMetadata | None) -> _IpcTemplate | _IpcFlat | None:
-    """Return a template, or None when pyarrow has to write this schema."""
+def _ipc_template(schema: pa.Schema, metadata: _IpcMetadata | None) -> _IpcCanonical | None:
+    """What writes one-row streams of a schema with constant metadata, or None when pyarrow has to write them."""
     if not _ipc_learning:
         return None
+    deadline = _IPC_DEADLINE if metadata and DEADLINE_KEY in metadata else None
     try:
-        messages = _ipc_split(_ipc_sample_stream(schema, metadata))
-        flat = _ipc_flat(schema, messages, _IPC_DEADLINE if metadata and DEADLINE_KEY in metadata else None)
-        if flat is not None and not any(field.nullable for field in schema):
-            return flat
-        return _IpcTemplate(schema, messages, flat)
+        return _IpcCanonical(schema, _ipc_split(_ipc_sample_stream(schema, metadata)), deadline)
     except _IpcUnfamiliar:
         return None
 
 
-def _ipc_flat(schema: pa.Schema, messages: list[bytes], deadline: bytes | None) -> _IpcFlat | None:
-    try:
-        return _IpcFlat(schema, messages, deadline)
-    except _IpcUnfamiliar:
-        return None
-
-
-def _ipc_learn(sample: bytes, batch: pa.RecordBatch, deadline: bytes | None = None) -> _IpcLayout | _IpcFlat | None:
+def _ipc_learn(
+    sample: bytes, batch: pa.RecordBatch, deadline: bytes | None = None
+) -> _IpcLayout | _IpcCanonical | None:
     """Learn how a stream looks that pyarrow has read; it must read the same from it, or it is not learned."""
     if not _ipc_learning or len(sample) > _IPC_LARGE or (deadline is not None and sample.count(deadline) != 1):
         return None
@@ -3123,233 +3281,32 @@ def _ipc_learn(sample: bytes, batch: pa.RecordBatch, deadline: bytes | None = No
         validate_batch(batch, IpcValidation.FULL)
         messages = _ipc_split(sample)
         row = [column[0].as_py() for column in batch.columns]
-        flat = _ipc_flat(batch.schema, messages, deadline)
-        if flat is not None and _ipc_reads(flat, sample, row):
-            return flat
+        if len(messages) == 2:
+            with contextlib.suppress(_IpcUnfamiliar):
+                usual = _IpcCanonical(batch.schema, messages, deadline)
+                if _ipc_reads(usual, sample, row):
+                    return usual
         layout = _IpcLayout(sample, batch.schema, messages, deadline)
         return layout if _ipc_reads(layout, sample, row) else None
     except (_IpcUnfamiliar, IPCError, pa.ArrowException, struct.error, IndexError, ValueError):
         return None
 
 
-def _ipc_reads(layout: _IpcLayout | _IpcFlat, sample: bytes, row: list[Any]) -> bool:
+def _ipc_reads(layout: _IpcLayout | _IpcCanonical, sample: bytes, row: list[Any]) -> bool:
     found = layout.match(sample, 0)
     return found is not None and list(found[0]) == row and found[1] == len(sample)
 
 
 def _ipc_sample_stream(schema: pa.Schema, metadata: _IpcMetadata | None) -> bytes:
     """What pyarrow writes for a row of simple values."""
-    arrays = [pa.array([_ipc_sample(field.type)], type=field.type) for field in schema]
+    arrays = [pa.array([_IPC_SAMPLES[_ipc_kind(field.type)]], type=field.type) for field in schema]
     writer = _IpcWriter(schema)
     writer.write(pa.RecordBatch.from_arrays(arrays, schema=schema) if arrays else empty_batch(schema), metadata)
     writer.close()
     return b"".join(writer.take())
 
 
-def _ipc_sample(dtype: pa.DataType) -> Any:
-    """A value of a type that templates handle, from which pyarrow makes the bytes to patch."""
-    name = str(dtype)
-    if name in _IPC_FIXED:
-        return 0
-    if pa.types.is_boolean(dtype):
-        return False
-    if pa.types.is_string(dtype) or dtype == pa.dictionary(pa.int16(), pa.utf8()):
-        return "x"
-    if pa.types.is_binary(dtype):
-        return b""
-    if pa.types.is_list(dtype) or pa.types.is_map(dtype):
-        return []
-    raise _IpcUnfamiliar(name)
-
-
-def _ipc_column_writer(field: pa.Field[Any]) -> _IpcWrite:
-    """One value of a column, with its null."""
-    if pa.types.is_dictionary(field.type):
-        return _ipc_write_index
-    write, node_count, buffer_count = _ipc_array_writer(field.type)
-    if not field.nullable:
-        return write
-
-    def column(value: Any, nodes: list[int], buffers: list[int], body: list[bytes], at: int) -> int:
-        if value is not None:
-            return write(value, nodes, buffers, body, at)
-        if node_count != 1:
-            raise _IpcUnfamiliar  # a null list or map
-        nodes += (1, 1)
-        buffers += (at, 1, at + 8, 8) if buffer_count == 2 else (at, 1, at + 8, 8, at + 16, 0)
-        body += (_IPC_ZERO, _IPC_ZERO)
-        return at + 16
-
-    return lambda value, nodes, buffers, body, at: column(value, nodes, buffers, body, at)
-
-
-def _ipc_array_writer(dtype: pa.DataType) -> tuple[_IpcWrite, int, int]:
-    """Compile the writer of a column's one value -> (writer, nodes, buffers)."""
-    code = _IPC_FIXED.get(str(dtype))
-    if code is not None:
-        return _ipc_write_fixed(code), 1, 2
-    if pa.types.is_boolean(dtype):
-        return _ipc_write_bool, 1, 2
-    if pa.types.is_string(dtype):
-        return _ipc_write_text, 1, 3
-    if pa.types.is_binary(dtype):
-        return _ipc_write_binary, 1, 3
-    return _ipc_write_nested(dtype), 2, 0
-
-
-def _ipc_write_fixed(code: str) -> _IpcWrite:
-    kind = float if code in "fd" else int
-    pack = struct.Struct(f"<{code}").pack
-    width = struct.calcsize(f"<{code}")
-    pad = _IPC_PAD[width & 7]
-
-    def write(value: Any, nodes: list[int], buffers: list[int], body: list[bytes], at: int) -> int:
-        if type(value) is not kind:
-            raise _IpcUnfamiliar
-        nodes += (1, 0)
-        buffers += (at, 0, at, width)
-        body += (pack(value), pad)
-        return at + 8
-
-    return write
-
-
-def _ipc_write_bool(value: Any, nodes: list[int], buffers: list[int], body: list[bytes], at: int) -> int:
-    if type(value) is not bool:
-        raise _IpcUnfamiliar
-    nodes += (1, 0)
-    buffers += (at, 0, at, 1)
-    body.append(b"\1\0\0\0\0\0\0\0" if value else _IPC_ZERO)
-    return at + 8
-
-
-def _ipc_write_text(value: Any, nodes: list[int], buffers: list[int], body: list[bytes], at: int) -> int:
-    if type(value) is not str:
-        raise _IpcUnfamiliar
-    return _ipc_write_one(value.encode(), nodes, buffers, body, at)
-
-
-def _ipc_write_binary(value: Any, nodes: list[int], buffers: list[int], body: list[bytes], at: int) -> int:
-    if type(value) is not bytes:
-        raise _IpcUnfamiliar
-    return _ipc_write_one(value, nodes, buffers, body, at)
-
-
-_IPC_OFFSETS_ONE = struct.Struct("<ii").pack
-
-
-def _ipc_write_one(data: bytes, nodes: list[int], buffers: list[int], body: list[bytes], at: int) -> int:
-    size = len(data)
-    nodes += (1, 0)
-    buffers += (at, 0, at, 8, at + 8, size)
-    body += (_IPC_OFFSETS_ONE(0, size), data, _IPC_PAD[size & 7])
-    return at + 8 + size + (-size % 8)
-
-
-def _ipc_write_index(value: Any, nodes: list[int], buffers: list[int], body: list[bytes], at: int) -> int:
-    """The only entry of a one-entry dictionary; the value itself is in the dictionary's message."""
-    if type(value) is not str:
-        raise _IpcUnfamiliar
-    nodes += (1, 0)
-    buffers += (at, 0, at, 2)
-    body.append(_IPC_ZERO)
-    return at + 8
-
-
-def _ipc_write_nested(dtype: pa.DataType) -> _IpcWrite:
-    """One list or map: a node and two offsets, then its elements."""
-    elements = _ipc_elements_writer(dtype)
-
-    def write(value: Any, nodes: list[int], buffers: list[int], body: list[bytes], at: int) -> int:
-        if type(value) is not list:
-            raise _IpcUnfamiliar
-        nodes += (1, 0)
-        buffers += (at, 0, at, 8)
-        body.append(_IPC_OFFSETS_ONE(0, len(value)))
-        return elements(value, nodes, buffers, body, at + 8)
-
-    return write
-
-
-def _ipc_elements_writer(dtype: pa.DataType) -> _IpcWrite:
-    """The elements of one list or map value, given as a list."""
-    if pa.types.is_list(dtype):
-        return _ipc_values_writer(dtype.value_type)
-    keys, items = _ipc_values_writer(dtype.key_type), _ipc_values_writer(dtype.item_type)
-
-    def entries(value: Any, nodes: list[int], buffers: list[int], body: list[bytes], at: int) -> int:
-        if set(map(type, value)) - {tuple}:
-            raise _IpcUnfamiliar
-        nodes += (len(value), 0)
-        buffers += (at, 0)
-        left = [key for key, _ in value]
-        at = keys(left, nodes, buffers, body, at)
-        return items([item for _, item in value], nodes, buffers, body, at)
-
-    return entries
-
-
-def _ipc_values_writer(dtype: pa.DataType) -> _IpcWrite:
-    """Any number of values of one exact Python type, none of them None."""
-    code = _IPC_FIXED.get(str(dtype))
-    if code is not None:
-        return _ipc_values_fixed(code)
-    if pa.types.is_string(dtype) or pa.types.is_binary(dtype):
-        return _ipc_values_bytes(pa.types.is_string(dtype))
-    if not pa.types.is_list(dtype):
-        raise _IpcUnfamiliar(str(dtype))
-    child = _ipc_values_writer(dtype.value_type)
-
-    def lists(values: Any, nodes: list[int], buffers: list[int], body: list[bytes], at: int) -> int:
-        if set(map(type, values)) - {list}:
-            raise _IpcUnfamiliar
-        at = _ipc_write_offsets([len(value) for value in values], nodes, buffers, body, at)
-        return child([item for value in values for item in value], nodes, buffers, body, at)
-
-    return lists
-
-
-def _ipc_values_fixed(code: str) -> _IpcWrite:
-    kind = float if code in "fd" else int
-    width = struct.calcsize(f"<{code}")
-
-    def write(values: Any, nodes: list[int], buffers: list[int], body: list[bytes], at: int) -> int:
-        if set(map(type, values)) - {kind}:
-            raise _IpcUnfamiliar
-        size = len(values) * width
-        nodes += (len(values), 0)
-        buffers += (at, 0, at, size)
-        body += (struct.pack(f"<{len(values)}{code}", *values), _IPC_PAD[size & 7])
-        return at + size + (-size % 8)
-
-    return write
-
-
-def _ipc_values_bytes(text: bool) -> _IpcWrite:
-    kind = str if text else bytes
-
-    def write(values: Any, nodes: list[int], buffers: list[int], body: list[bytes], at: int) -> int:
-        if set(map(type, values)) - {kind}:
-            raise _IpcUnfamiliar
-        pieces = [value.encode() for value in values] if text else values
-        at = _ipc_write_offsets([len(piece) for piece in pieces], nodes, buffers, body, at)
-        data = b"".join(pieces)
-        buffers += (at, len(data))
-        body += (data, _IPC_PAD[len(data) & 7])
-        return at + len(data) + (-len(data) % 8)
-
-    return write
-
-
-def _ipc_write_offsets(lengths: list[int], nodes: list[int], buffers: list[int], body: list[bytes], at: int) -> int:
-    offsets = [0]
-    for length in lengths:
-        offsets.append(offsets[-1] + length)
-    size = 4 * len(offsets)
-    nodes += (len(lengths), 0)
-    buffers += (at, 0, at, size)
-    body += (struct.pack(f"<{len(offsets)}i", *offsets), _IPC_PAD[size & 7])
-    return at + size + (-size % 8)
+_IPC_SAMPLES = {"int": 0, "float": 0.0, "bool": False, "str": "x", "bytes": b"", "list": []}
 
 
 def _ipc_dictionary_writers(schema: pa.Schema, messages: list[bytes]) -> list[Callable[[Sequence[Any]], bytes]]:
@@ -3370,15 +3327,13 @@ def _ipc_dictionary_writer(message: bytes, column: int) -> Callable[[Sequence[An
         found = known.get(text)
         if found is not None:
             return found
-        nodes: list[int] = []
-        buffers: list[int] = []
-        body: list[bytes] = []
-        size = _ipc_write_text(text, nodes, buffers, body, 0)
+        encoded = text.encode()
+        size, pad = len(encoded), _IPC_PAD[len(encoded) & 7]
         head = bytearray(template)
-        _IPC_PACK_I64(head, shape.body_size, size)
-        struct.pack_into(f"<{len(nodes)}q", head, shape.nodes, *nodes)
-        struct.pack_into(f"<{len(buffers)}q", head, shape.buffers, *buffers)
-        data = b"".join((head, *body))
+        _IPC_PACK_I64(head, shape.body_size, 8 + size + len(pad))
+        struct.pack_into("<2q", head, shape.nodes, 1, 0)
+        struct.pack_into("<6q", head, shape.buffers, 0, 0, 0, 8, 8, size)
+        data = b"".join((head, struct.pack("<ii", 0, size), encoded, pad))
         if len(known) < 64 and len(data) < 1024:
             known[text] = data
         return data
@@ -5048,16 +5003,16 @@ class _WirePlan:
         self.encode_result, self.decode_result = _wire_converters(info.result_type) if converts else (None, None)
         self.result_nullable = info.has_return and info.result_schema.field(0).nullable
         self.metadata = _wire_request_metadata(info.name, protocol, version)
-        self._request_template: _IpcTemplate | _IpcFlat | Literal[b""] | None = b""  # b"": not tried yet
-        self._deadline_template: _IpcTemplate | _IpcFlat | Literal[b""] | None = b""
-        self._result_template: _IpcTemplate | _IpcFlat | Literal[b""] | None = b""
-        self.replies: list[_IpcLayout | _IpcFlat] = []  # how replies of peers have looked
+        self._request_template: _IpcCanonical | Literal[b""] | None = b""  # b"": not tried yet
+        self._deadline_template: _IpcCanonical | Literal[b""] | None = b""
+        self._result_template: _IpcCanonical | Literal[b""] | None = b""
+        self.replies: list[_IpcLayout | _IpcCanonical] = []  # how replies of peers have looked
         if info.returns_ref:
             self.send_by_pyarrow()
         self.is_stream = info.method_type is MethodType.STREAM
         self.doing = f"{'stream init for' if self.is_stream else 'unary call to'} '{info.name}'"
 
-    def template(self, budget: bytes, extra: Mapping[bytes, bytes] = _WIRE_NOTHING) -> _IpcTemplate | _IpcFlat | None:
+    def template(self, budget: bytes, extra: Mapping[bytes, bytes] = _WIRE_NOTHING) -> _IpcCanonical | None:
         """What writes requests, with or without a deadline and what a connection adds; None: only pyarrow does."""
         if extra:
             deadline = {DEADLINE_KEY: _IPC_DEADLINE} if budget else {}
@@ -5124,23 +5079,32 @@ def _wire_is_stock(cls: type) -> bool:
 class _WireRecord:
     """A dataclass as one cell: a whole stream inside a binary value, by template and layouts where they fit."""
 
-    __slots__ = ("_cls", "_columns", "_layouts", "_template")
+    __slots__ = ("_cls", "_encoders", "_layouts", "_template")
 
     def __init__(self, cls: type[ArrowSerializableDataclass]) -> None:
         spec = _types_spec(cls)
         self._cls = cls
-        self._columns = spec.columns
+        self._encoders = tuple((column.name, column.encode) for column in spec.columns)
         self._template = _ipc_template(spec.schema, None)
-        self._layouts: list[tuple[_IpcLayout | _IpcFlat, list[str]]] = []
+        self._layouts: list[tuple[_IpcLayout | _IpcCanonical, list[str]]] = []
 
     def encode(self, value: Any) -> Any:
         """Return the stream of an instance; what is unusual or wrong about it, room 4 says."""
         if self._template is not None and type(value) is self._cls:
-            with contextlib.suppress(Exception):
-                data = self._template.encode([self._cell(value, column) for column in self._columns])
-                if data is not None:
-                    return data if isinstance(data, bytes) else b"".join(data)
+            try:
+                data = self._template.encode(self._cells(value))
+            except Exception:
+                data = None
+            if data is not None:
+                return data if isinstance(data, bytes) else b"".join(data)
         return _types_encode_bytes(self._cls, value)
+
+    def _cells(self, value: Any) -> list[Any]:
+        cells = [getattr(value, name) for name, _ in self._encoders]
+        for i, (_, encode) in enumerate(self._encoders):
+            if encode is not None and cells[i] is not None:
+                cells[i] = encode(cells[i])
+        return cells
 
     def decode(self, data: Any) -> Any:
         """Return the instance that a stream holds."""
@@ -5157,11 +5121,6 @@ class _WireRecord:
             if learned is not None:
                 self._layouts.append((learned, batch.schema.names))
         return value
-
-    @staticmethod
-    def _cell(value: Any, column: _TypesColumn) -> Any:
-        item = getattr(value, column.name)
-        return item if item is None or column.encode is None else column.encode(item)
 
 
 def _wire_request_metadata(method: str, protocol: str | None, version: str | None) -> _IpcMetadata:
@@ -7356,7 +7315,7 @@ _SERVER_SHARED_KEYS = _SERVER_LEARNED_KEYS | {SHM_SEGMENT_NAME_KEY, SHM_SEGMENT_
 
 
 class _ServerLayout(_NamedTuple):
-    layout: _IpcLayout | _IpcFlat
+    layout: _IpcLayout | _IpcCanonical
     binding: ProtocolBinding
     plan: _WirePlan
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import random
 import struct
 import threading
+from typing import Any
 
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pyarrow import ipc
 
 from tests.core import core
@@ -574,6 +577,50 @@ def test_unfamiliar_types_have_no_template(dtype: pa.DataType) -> None:
     assert core._ipc_learn(sample, read_bytes(sample)[0][0]) is None
 
 
+def shapes() -> st.SearchStrategy[tuple[pa.DataType, st.SearchStrategy[Any]]]:
+    """Types that layouts handle, each with its values."""
+    plain = [
+        (pa.int8(), st.integers(-128, 127)),
+        (pa.uint64(), st.integers(0, 2**64 - 1)),
+        (pa.float64(), st.floats(allow_nan=False)),
+        (pa.utf8(), st.text(max_size=9)),
+        (pa.binary(), st.binary(max_size=9)),
+    ]
+
+    def listed(shape: tuple[pa.DataType, Any]) -> tuple[pa.DataType, Any]:
+        return pa.list_(shape[0]), st.lists(shape[1], max_size=4)
+
+    def mapped(key: tuple[pa.DataType, Any], item: tuple[pa.DataType, Any]) -> tuple[pa.DataType, Any]:
+        return pa.map_(key[0], item[0]), st.lists(st.tuples(key[1], item[1]), max_size=4)
+
+    lists = st.recursive(st.sampled_from(plain), lambda inner: inner.map(listed), max_leaves=3)
+    maps = st.builds(mapped, st.sampled_from(plain), lists)
+    return st.one_of(st.just((pa.bool_(), st.booleans())), lists, maps)
+
+
+@needs_learning
+@settings(max_examples=150, deadline=None)
+@given(st.data(), st.lists(st.tuples(shapes(), st.booleans()), min_size=1, max_size=6))
+def test_rows_of_any_shape_come_back(data: st.DataObject, columns: list[tuple[Any, bool]]) -> None:
+    fields = [pa.field(f"c{i}", dtype, nullable=nullable) for i, ((dtype, _), nullable) in enumerate(columns)]
+    schema = pa.schema(fields)
+    rows = [
+        [data.draw(st.one_of(st.none(), values) if nullable else values) for (_, values), nullable in columns]
+        for _ in range(3)
+    ]
+    template = core._ipc_template(schema, METADATA)
+    streams = [template.encode(row) for row in rows]
+    layout = core._ipc_learn(streams[0], read_bytes(streams[0])[0][0])
+    assert isinstance(layout, core._IpcCanonical)
+    for row, stream in zip(rows, streams, strict=True):
+        assert [column[0].as_py() for column in read_bytes(stream)[0][0].columns] == row
+        found, end = layout.match(stream, 0)
+        assert list(found) == row and end == len(stream)
+        if None not in row:
+            batch = batch_of(schema, **{f"c{i}": [v] for i, v in enumerate(row)})
+            assert stream == by_pyarrow(schema, batch, metadata=METADATA)
+
+
 @needs_learning
 @pytest.mark.parametrize("dtype", [pa.float64(), pa.utf8()])
 def test_the_deadline_is_one_hole_more(dtype: pa.DataType) -> None:
@@ -604,6 +651,7 @@ FUZZED = [
     (pa.schema([("l", pa.list_(pa.utf8())), ("b", pa.binary())]), [[["a", "", "cde"]], [b"\0\xff"]]),
     (pa.schema([("l", pa.list_(pa.list_(pa.int64())))]), [[[[1], [], [2, 3]]]]),
     (pa.schema([("m", pa.map_(pa.utf8(), pa.int64()))]), [[[("a", 1), ("b", 2)]]]),
+    (pa.schema([("l", pa.list_(pa.utf8())), ("m", pa.map_(pa.int8(), pa.binary())), ("i", pa.int64())]), [[None]] * 3),
     (pa.schema([pa.field("w", WORD, nullable=False), pa.field("i", pa.int8())]), [["GREEN"], [1]]),
 ]
 
@@ -716,7 +764,7 @@ def test_the_caches_of_layouts_are_bounded() -> None:
     layout = core._ipc_learn(sample, read_bytes(sample)[0][0])
     for size in range(3000):
         data = template.encode(("x" * size, b"y" * (size // 2)))
-        assert layout.match(data, 0)[0] == ["x" * size, b"y" * (size // 2)]
+        assert layout.match(data, 0)[0] == ("x" * size, b"y" * (size // 2))
         assert len(template._heads) <= 64 and len(layout._heads) <= 64
     for k in range(1000):
         core._ipc_schema(bytes(pa.schema([(f"column{k}", pa.int64())]).serialize()), core.IpcLimits())
