@@ -9055,6 +9055,10 @@ def with_options(
         read_ahead: batches that a producer may make before they are asked for, 0 to 63. Hides the latency of a turn;
             but leaving a stream early waits for those batches, and what making them does has been done.
         call_hook: is told of every call, and may send metadata along.
+
+    >>> with serve_pipe(Calc, CalcImpl()) as calc:
+    ...     with_options(calc, timeout=5.0).add(1.0, 2.0)
+    3.0
     """
     old = _client_expect_proxy(proxy)
     options = old._options
@@ -9072,7 +9076,12 @@ def with_options(
 
 
 def ping(proxy: object, *, timeout: float | None = None) -> float:
-    """Return the seconds of one round trip. Every server answers it, whatever it hosts (wire.md section 10)."""
+    """Return the seconds of one round trip. Every server answers it, whatever it hosts (wire.md section 10).
+
+    >>> with serve_pipe(Calc, CalcImpl()) as calc:
+    ...     0.0 < ping(calc, timeout=5.0) < 5.0
+    True
+    """
     link, options = _client_target(proxy)
     timeout = _client_check_timeout(timeout) if timeout is not None else options.timeout
     began = time.monotonic()
@@ -9123,12 +9132,21 @@ def list_protocols(target: object) -> list[HostedProtocol]:
     """List what a server hosts, application protocols first; `target` is a proxy or a transport.
 
     Raises ReflectionNotSupportedError when the server does not describe itself (wire.md section 9).
+
+    >>> with connect(Calc, [sys.executable, "worker.py", "--describe"]) as calc:
+    ...     [hosted.name for hosted in list_protocols(calc)]
+    ['Calc', 'vgi_rpc.Reflection.v1']
     """
     return _describe_hosted(_client_reflect(target, "list_protocols"))
 
 
 def describe_protocol(target: object, name: str) -> ServiceDescription:
-    """Describe one hosted protocol; an unknown name is an RpcError of kind `protocol_not_supported`."""
+    """Describe one hosted protocol; an unknown name is an RpcError of kind `protocol_not_supported`.
+
+    >>> with connect(Calc, [sys.executable, "worker.py", "--describe"]) as calc:
+    ...     describe_protocol(calc, "Calc").methods["add"].params_schema.names
+    ['a', 'b']
+    """
     hosted = _client_reflect(target, "list_protocols")
     return _describe_view(_client_reflect(target, "describe", name), hosted)
 
@@ -9140,7 +9158,12 @@ def introspect(
     *,
     external_location: BatchStore | None = None,
 ) -> ServiceDescription:
-    """Describe the primary protocol of a server, or the named one; ValueError when it hosts none."""
+    """Describe the primary protocol of a server, or the named one; ValueError when it hosts none.
+
+    >>> with contextlib.closing(SubprocessTransport([sys.executable, "worker.py", "--describe"])) as transport:
+    ...     introspect(transport).protocol_name
+    'Calc'
+    """
     options = _ClientOptions(None, ipc_validation, store=external_location)
     hosted = _client_reflect(transport, "list_protocols", options=options)
     if protocol is None:
@@ -9221,8 +9244,9 @@ def map_calls(
     the latency of small calls. The connection is held until the iterator has ended or is closed, which waits for
     what has been sent. An error is raised where its result would have been, and ends the iteration.
 
-    Example:
-        totals = list(map_calls(proxy.add, ({"a": 1.0, "b": float(k)} for k in range(1000))))
+    >>> with serve_pipe(Calc, CalcImpl()) as calc:
+    ...     sum(map_calls(calc.add, ({"a": 1.0, "b": float(k)} for k in range(100))))
+    5050.0
     """
     call = _client_expect_method(method)
     if not 1 <= depth <= _CLIENT_WINDOW:
@@ -9239,8 +9263,10 @@ def submit(method: Callable[_Q, _T], /, *args: _Q.args, **kwargs: _Q.kwargs) -> 
     Calls are sent in the order of submission by a thread of the connection, which ends when it has had nothing to do
     for a second. A wrong argument raises here; everything else is in the Future.
 
-    Example:
-        futures = [submit(proxy.add, 1.0, float(k)) for k in range(100)]
+    >>> with serve_pipe(Calc, CalcImpl()) as calc:
+    ...     futures = [submit(calc.add, 1.0, float(k)) for k in range(3)]
+    ...     [future.result(timeout=5.0) for future in futures]
+    [1.0, 2.0, 3.0]
     """
     call = _client_expect_method(method)
     job = _ClientJob(call, args, kwargs)
@@ -10104,6 +10130,10 @@ class WorkerPool:
             that has been used before is ten times as fast (FINDINGS.md section 5).
 
     Borrowing never waits: there is no limit on active workers. Safe to share between threads.
+
+    >>> with WorkerPool() as pool, pool.connect(Calc, [sys.executable, "worker.py"]) as calc:
+    ...     calc.add(1.0, 2.0)
+    3.0
     """
 
     def __init__(
@@ -10316,6 +10346,10 @@ def connect(
         external_location: fetches batches that the server keeps elsewhere (`vgi_rpc_extras.storage`).
 
     Raises the operating system's own error when the worker cannot be started.
+
+    >>> with connect(Calc, [sys.executable, "worker.py"], timeout=30.0) as calc:
+    ...     calc.add(1.0, 2.0)
+    3.0
     """
 
     def spawn() -> SubprocessTransport:
@@ -10339,7 +10373,14 @@ def unix_connect(
     shm_size: int | None = None,
     external_location: BatchStore | None = None,
 ) -> Iterator[_P]:
-    """Connect to a server on a Unix socket; options as in `connect`; `timeout` also bounds connecting."""
+    """Connect to a server on a Unix socket; options as in `connect`; `timeout` also bounds connecting.
+
+    Raises the operating system's own error when nobody listens at `path`.
+
+    >>> with unix_connect(Calc, "calc.sock", timeout=5.0) as calc:
+    ...     calc.add(1.0, 2.0)
+    3.0
+    """
 
     def dial() -> UnixTransport:
         return _door_dial_unix(path, timeout)
@@ -10370,6 +10411,10 @@ def tcp_connect(
     Args:
         connect_timeout: seconds for connecting and the TLS handshake; TimeoutError when they take longer.
         server_hostname: the name the certificate must carry; `host` by default.
+
+    >>> with tcp_connect(Calc, "127.0.0.1", port, timeout=5.0) as calc:
+    ...     calc.add(1.0, 2.0)
+    3.0
     """
     if connect_timeout is not None and connect_timeout <= 0:
         raise ValueError(f"connect_timeout must be positive or None, got {connect_timeout}")
@@ -10462,6 +10507,10 @@ def serve_pipe(
     """Serve `implementation` from a thread of this process, over pipes, and yield the proxy.
 
     The bytes are those of a subprocess, so what passes here passes there.
+
+    >>> with serve_pipe(Calc, CalcImpl()) as calc:
+    ...     calc.add(1.0, 2.0)
+    3.0
     """
     options = _ClientOptions(on_log, timeout=timeout, store=external_location)
     with _door_in_process(protocol, implementation, make_pipe_pair(), options, ipc_validation) as proxy:
@@ -10493,7 +10542,12 @@ def serve_tcp_pipe(
     timeout: float | None = None,
     external_location: BatchStore | None = None,
 ) -> Iterator[_P]:
-    """Like `serve_pipe`, over a TCP connection on the loopback interface."""
+    """Like `serve_pipe`, over a TCP connection on the loopback interface.
+
+    >>> with serve_tcp_pipe(Calc, CalcImpl()) as calc:
+    ...     calc.add(1.0, 2.0)
+    3.0
+    """
     options = _ClientOptions(on_log, timeout=timeout, store=external_location)
     with _door_in_process(protocol, implementation, make_tcp_pair(), options, ipc_validation) as proxy:
         yield proxy
@@ -10593,6 +10647,9 @@ def serve_unix(
         ValueError: `idle_timeout` without `threaded`, `max_connections` below 1.
 
     `serve_unix(Protocol, implementation)` is `serve_unix_pipe(Protocol, implementation)` (API.md section 9.1).
+
+    >>> serve_unix(RpcServer(Calc, CalcImpl()), "other.sock", threaded=True, idle_timeout=0.1, on_bound=print)
+    other.sock
     """
     if not isinstance(server, RpcServer):
         return _door_serve_unix_pipe(server, path, **options)
@@ -10645,6 +10702,10 @@ def serve_unix_pipe(protocol: Any, implementation: Any, **options: Any) -> Any:
     """Like `serve_pipe`, over a pair of Unix sockets.
 
     `serve_unix_pipe(server, path)` is `serve_unix(server, path)` (API.md section 9.1).
+
+    >>> with serve_unix_pipe(Calc, CalcImpl()) as calc:
+    ...     calc.add(1.0, 2.0)
+    3.0
     """
     if isinstance(protocol, RpcServer):
         return serve_unix(protocol, implementation, **options)
@@ -10663,7 +10724,12 @@ def serve_tcp(
     tls_context: ssl.SSLContext | None = None,
     tls_handshake_timeout: float = 5.0,
 ) -> None:
-    """Serve on a TCP port, 0 for any; options as in `serve_unix`; blocks. Plain bytes unless a TLS context is given."""
+    """Serve on a TCP port, 0 for any; options as in `serve_unix`; blocks. Plain bytes unless a TLS context is given.
+
+    >>> server = RpcServer(Calc, CalcImpl())
+    >>> serve_tcp(server, threaded=True, idle_timeout=0.1, on_bound=lambda host, port: print(host))
+    127.0.0.1
+    """
     _door_check_serving(threaded, max_connections, idle_timeout)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family, backlog=128 if threaded else 16) as listener:
