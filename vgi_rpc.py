@@ -8894,12 +8894,10 @@ def _client_unary(
         else:
             channel.send(request)
         row = _wire_read_learned(plan, channel)
-        reply = None if row is not None else _wire_read_reply(plan, channel, options.validation, options.on_log)
+        reply = None if row is not None else _client_reply(channel, plan, options)
         channel.leave()
     except BaseException as exc:
         raise channel.fail(exc)  # noqa: B904 (fail sets the cause)
-    if reply is not None and channel.shm is not None:
-        reply = _client_local(channel, plan, reply, options)
     if _LOG_WIRE_RESPONSE.isEnabledFor(logging.DEBUG):
         _LOG_WIRE_RESPONSE.debug("Read unary response: method=%s, result_type=%s", plan.name, plan.info.result_type)
     if reply is None:
@@ -8907,14 +8905,21 @@ def _client_unary(
     return value(plan, _client_fetched(reply, options))
 
 
+def _client_reply(channel: Channel, plan: _WirePlan, options: _ClientOptions) -> _WireReply:
+    """Read a reply that looks like no other, to its end."""
+    return _client_local(channel, plan, _wire_read_reply(plan, channel, options.validation, options.on_log), options)
+
+
 def _client_local(channel: Channel, plan: _WirePlan, reply: _WireReply, options: _ClientOptions) -> _WireReply:
-    """A reply whose batch is in shared memory. The conversation is over: what is wrong with it does not cost it."""
-    if reply.batch is None:
+    """A reply whose batch is in shared memory, read while it is still our turn. A bad pointer does not cost it."""
+    if reply.batch is None or channel.shm is None:
         return reply
     try:
         found = _wire_local(channel.shm, reply.batch, reply.metadata, options.validation, channel.limits)
     except Exception as exc:
-        raise RpcError(type(exc).__name__, f"{plan.name}() result: {exception_str(exc)}", sent="answered") from exc
+        error = RpcError(type(exc).__name__, f"{plan.name}() result: {exception_str(exc)}", sent="answered")
+        error.__cause__ = exc
+        return _WireReply(None, None, reply.error or error)
     return _WireReply(*found, reply.error)
 
 
@@ -9376,7 +9381,7 @@ class _ClientPipeline:
             if new:
                 channel.send([piece for job in new for piece in job.pieces()])
             row = _wire_read_learned(plan, channel)
-            reply = None if row is not None else _wire_read_reply(plan, channel, options.validation, options.on_log)
+            reply = None if row is not None else _client_reply(channel, plan, options)
             self.waiting.popleft()
             if not self.waiting:
                 channel.end_stream()
@@ -9704,6 +9709,9 @@ class _ClientStream(StreamSession):
             if pieces:
                 channel.send(pieces)
             item = self._read()
+            reply = None
+            if isinstance(item, tuple) and item[1]:
+                reply = _client_local(channel, self._plan, _WireReply(*item, None), self._options)
             if item is None or isinstance(item, RpcError) or self._logs.failure is not None:
                 self._finish()
             channel.leave()
@@ -9718,10 +9726,10 @@ class _ClientStream(StreamSession):
             raise item
         if item is None:
             return None
-        if not item[1]:
+        if reply is None:
             return AnnotatedBatch(item[0])
-        reply = _client_local(channel, self._plan, _WireReply(*item, None), self._options)
-        assert reply.batch is not None
+        if reply.batch is None:
+            raise cast(Exception, reply.error)
         found = self._fetched((reply.batch, reply.metadata))
         _wire_refuse_pointer(self._plan.name, *found)
         shared = reply.batch is not item[0]

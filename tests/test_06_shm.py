@@ -362,6 +362,13 @@ def test_nothing_is_sent_ahead(shared: Any) -> None:
     assert [value_of(item.batch) for item in eager.count(40)] == [float(k) for k in range(40)][::-1]
 
 
+def test_results_of_calls_sent_ahead(shared: Any) -> None:
+    assert len(core.submit(shared.blob, 200_000).result(10)) == 200_000
+    sizes = [200_000, 5, 300_000]
+    assert [len(data) for data in core.map_calls(shared.blob, ({"n": n} for n in sizes))] == sizes
+    assert segment_of(shared).batches_inline == 0
+
+
 def test_threads_take_turns(shared: Any) -> None:
     wrong: list[Any] = []
 
