@@ -11089,6 +11089,7 @@ def _cli_parser() -> Any:
     serve.add_argument("implementation", metavar="MODULE:IMPLEMENTATION", help="an object, or a class to instantiate")
     serve.add_argument("--factory", action="store_true", help="IMPLEMENTATION is called, and returns the object")
     serve.add_argument("flags", nargs=argparse.REMAINDER, metavar="...", help="--unix PATH, --tcp [HOST:]PORT ...")
+    command("doctor", _cli_doctor, "find out what is wrong with a service")
     command("stub", _cli_stub, "write a typed Protocol for a service")
     text = "start a shared worker, or find the running one"  # the launcher parses its own options
     launch = command("launch", _cli_launch, text, client=False, prefix_chars="\0", add_help=False)
@@ -11798,6 +11799,16 @@ def _cli_tool(name: str) -> Any:
 
 def _cli_launch(options: Any) -> int:
     return cast(int, _cli_tool("launch").main(options.flags))
+
+
+def _cli_doctor(options: Any) -> int:
+    tool = _cli_tool("doctor")
+    options.timeout = options.timeout or 10.0
+    kind = next((flag for flag in ("cmd", "unix", "tcp", "url") if getattr(options, flag) is not None), None)
+    report = tool.examine(lambda: _cli_dial(options), kind, protocol=options.protocol, timeout=options.timeout)
+    with _cli_output(options) as out:
+        out.write(f"{report}\n" if _cli_format(options, out) == "table" else _cli_json(report.to_json()) + "\n")
+    return 0 if report.healthy else 1
 
 
 def _cli_stub(options: Any) -> int:
