@@ -203,7 +203,11 @@ _PRINTS = "something prints to the worker's stdout: run_server() first, or print
 
 
 class _Foreign(Exception):
-    """The peer does not speak Arrow."""
+    """The peer does not speak Arrow; `data` is what it said first."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(f"instead of Arrow came {_shown(data)}")
+        self.data = data
 
 
 class _Reply(io.RawIOBase):
@@ -232,12 +236,11 @@ def _contact(report: Report, dial: Callable[[], Any], transport: Any, kind: _Kin
         options = _ask(transport.channel, timeout)
     except core.RpcError as exc:
         cause = exc.__cause__
-        if isinstance(cause, _Foreign):
-            report.add(
-                "stdout" if kind == "cmd" else "protocol", "fail", str(cause), _foreign_advice(cause.args[1], kind)
-            )
-        elif kind in ("tcp", "unix") and _is_http(dial):
-            report.add("protocol", "fail", "an HTTP server answers there", _HTTP)
+        if kind != "cmd" and _is_http(dial):
+            report.add("answer", "fail", "an HTTP server answers there", _HTTP)
+        elif isinstance(cause, _Foreign):
+            name = "stdout" if kind == "cmd" else "answer"
+            report.add(name, "fail", str(cause), _foreign_advice(cause.data, kind))
         else:
             report.add("answer", "fail", _story(exc), _advice(exc, kind))
         return False
@@ -262,7 +265,7 @@ def _ask(channel: core.Channel, timeout: float) -> Mapping[bytes, bytes]:
         while len(channel.buf) < len(_MARKER) and _MARKER.startswith(channel.buf):
             channel.more(len(_MARKER))
         if not channel.buf.startswith(_MARKER):
-            raise _Foreign(f"instead of Arrow came {_shown(channel.buf)}", bytes(channel.buf[:_SHOWN_BYTES]))
+            raise _Foreign(bytes(channel.buf))
         reader = pa.ipc.open_stream(_Reply(channel))
         found = reader.read_next_batch_with_custom_metadata()[1]
         collections.deque(reader, maxlen=0)  # to the end of the answer
@@ -431,7 +434,7 @@ def _advice(exc: BaseException, kind: _Kind) -> str:
             return "the service wants credentials, which this command does not have"
         if status and status[1] in ("404", "405", "501"):
             return "no service under this path: is it mounted under a prefix? Put it into the URL, or --prefix /PATH"
-    for candidate in (exc, exc.__cause__):
+    for candidate in (exc.__cause__, exc):
         for known, advice in _CONNECT_ADVICE:
             if isinstance(candidate, known) and kind in advice:
                 return advice[kind]
@@ -439,8 +442,6 @@ def _advice(exc: BaseException, kind: _Kind) -> str:
 
 
 def _foreign_advice(first: bytes, kind: _Kind) -> str:
-    if first.startswith(b"HTTP/"):
-        return _HTTP
     if first[:2] in (b"\x15\x03", b"\x16\x03"):
         return "this port speaks TLS: --url https://HOST:PORT if it is HTTP, else tcp_connect(..., tls_context=)"
     if kind != "cmd":
@@ -452,10 +453,10 @@ def _foreign_advice(first: bytes, kind: _Kind) -> str:
 
 def _story(exc: BaseException) -> str:
     """What happened, in one line."""
-    said = exc.error_message if isinstance(exc, core.RpcError) else str(exc)
-    if isinstance(exc, core.WorkerDiedError) and exc.stderr_tail:
-        said += f"; its last words: {exc.stderr_tail[-1]}"
-    return "; ".join([said or type(exc).__name__, *getattr(exc, "__notes__", ())])
+    if not isinstance(exc, core.RpcError):
+        return "; ".join([str(exc) or type(exc).__name__, *getattr(exc, "__notes__", ())])
+    words = exc.stderr_tail[-1:] if isinstance(exc, core.WorkerDiedError) else ()
+    return "; its last words: ".join([exc.error_message, *words])
 
 
 def _shown(data: bytes) -> str:
