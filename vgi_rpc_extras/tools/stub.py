@@ -178,7 +178,7 @@ class _Draft:
 
     def _exact(self, dtype: pa.DataType, name: str, *, top: bool) -> Any:
         """The annotation that means exactly this type; a parameter or result (`top`) cannot be a plain struct."""
-        plain = _INFERRED.get(dtype)
+        plain = None if isinstance(dtype, pa.BaseExtensionType) else _INFERRED.get(dtype)
         if plain is not None:
             return plain
         if pa.types.is_list(dtype) and _is_item(dtype.value_field, "item"):
