@@ -520,6 +520,7 @@ def described(protocol: type) -> Any:
     finally:
         client.close()
         thread.join(5.0)
+        server.close()
 
 
 def declared(methods: Mapping[str, tuple[dict[str, Any], Any]]) -> type:
