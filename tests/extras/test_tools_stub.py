@@ -128,7 +128,8 @@ class KitchenImpl:
     def wide(self, v): return [1] if v is None else v[::-1]
     def loose(self, v): return v
     def count(self, n) -> core.Stream[Count]: return core.Stream(NUMBER, Count(n))
-    def titled(self, n) -> core.Stream[Count, Outer]: return core.Stream(NUMBER, Count(n), header=Outer("o", INNER, Color.RED, [INNER]))
+    def titled(self, n) -> core.Stream[Count, Outer]:
+        return core.Stream(NUMBER, Count(n), header=Outer("o", INNER, Color.RED, [INNER]))
     def double(self) -> core.Stream[Double]:
         return core.Stream(pa.schema([("y", pa.int64())]), Double(), pa.schema([("x", pa.int64())]))
     def either(self) -> core.Stream[Count]: return core.Stream(NUMBER, Count(1))

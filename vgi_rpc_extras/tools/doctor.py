@@ -9,6 +9,7 @@ Every check waits for a bounded time. What a peer says is shown in one line, esc
 from __future__ import annotations
 
 import collections
+import contextlib
 import io
 import os
 import platform
@@ -261,7 +262,8 @@ def _ask(channel: core.Channel, timeout: float) -> Mapping[bytes, bytes]:
     channel.check()
     try:
         channel.enter("the first question", timeout)
-        channel.write(request)
+        with contextlib.suppress(BrokenPipeError):  # what it said before it went may tell why
+            channel.write(request)
         while len(channel.buf) < len(_MARKER) and _MARKER.startswith(channel.buf):
             channel.more(len(_MARKER))
         if not channel.buf.startswith(_MARKER):
