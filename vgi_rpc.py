@@ -10952,6 +10952,7 @@ def _door_access_log(options: Any, server: RpcServer) -> Callable[[], None]:
 #   main            arguments -> exit status: 0 done, 1 failed, 2 misused, 130 interrupted
 #   describe, call  ask the server what it offers, then act on that description; no Protocol class is needed
 #   serve, demo     the other side
+#   doctor, stub, launch   live in the extras
 #
 # Results go to stdout (or --output), everything else to stderr. What a value looks like:
 #

@@ -106,10 +106,10 @@ def test_a_worker(service: Any, capfd: pytest.CaptureFixture[str]) -> None:
     assert isinstance(found["transport"]["shared_memory"], bool)
     assert 0 < found["ping"]["median_seconds"] <= found["ping"]["max_seconds"] and found["ping"]["count"] > 1
     assert found["server"]["protocols"] == ["Calc", "vgi_rpc.Reflection.v1"]
-    service = found["service"]
-    assert service["protocol_hash"] == core.compute_protocol_hash("Calc", core.rpc_methods(service.Calc))
-    assert (service["protocol_version"], service["methods"], service["streams"]) == ("1.2.3", 2, 1)
-    assert service["schema_bytes"] > 100
+    about = found["service"]
+    assert about["protocol_hash"] == core.compute_protocol_hash("Calc", core.rpc_methods(service.Calc))
+    assert (about["protocol_version"], about["methods"], about["streams"]) == ("1.2.3", 2, 1)
+    assert about["schema_bytes"] > 100
 
 
 @contextlib.contextmanager

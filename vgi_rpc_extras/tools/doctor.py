@@ -285,7 +285,7 @@ def _is_http(dial: Callable[[], Any]) -> bool:
         return False
     channel = transport.channel
     try:
-        channel.enter("a look for HTTP", 2.0)
+        channel.enter("a look for HTTP", 1.0)
         channel.write(b"GET / HTTP/1.0\r\n\r\n")
         channel.more(5)
         found: bool = channel.buf.startswith(b"HTTP/")
