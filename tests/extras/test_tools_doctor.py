@@ -98,7 +98,7 @@ def test_a_worker(service: Any, capfd: pytest.CaptureFixture[str]) -> None:
     assert core.main(["doctor", "--cmd", shlex.join(worker("--describe")), "--format", "json"]) == 0
     found = json.loads(capfd.readouterr().out)
     assert found["healthy"] is True
-    names = ["here", "extras", "start", "python", "answer", "ping", "describe", "stdout", "end"]
+    names = ["here", "extras", "start", "answer", "python", "ping", "describe", "stdout", "end"]
     assert [(item["name"], item["status"]) for item in found["checks"]] == [(name, "ok") for name in names]
     assert found["versions"]["vgi_rpc"] == core.__version__
     assert found["worker"]["python"] == found["versions"]["python"]

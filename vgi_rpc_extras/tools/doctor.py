@@ -107,10 +107,14 @@ def examine(dial: Callable[[], Any], kind: _Kind, *, protocol: str | None = None
         return report
     with core.RpcConnection(core.Reflection, transport, timeout=timeout) as proxy:
         if kind == "cmd":
-            _worker(report, transport, timeout)
-        answers = (
-            _http(report, transport, timeout) if kind == "url" else _contact(report, dial, transport, kind, timeout)
-        )
+            argv = list(map(str, transport.proc.args))
+            report.add("start", "ok", f"process {transport.proc.pid}: {' '.join(argv)}")
+            answers = _contact(report, dial, transport, kind, timeout)
+            _python(report, argv[0], timeout)
+        elif kind == "url":
+            answers = _http(report, transport, timeout)
+        else:
+            answers = _contact(report, dial, transport, kind, timeout)
         if answers and _ping(report, proxy, kind):
             _describe(report, proxy, kind, protocol)
         if kind == "cmd" and transport.channel.broken is None:
@@ -136,27 +140,24 @@ def _here(report: Report) -> None:
 # ---- a worker that was started
 
 
-def _worker(report: Report, transport: core.SubprocessTransport, timeout: float) -> None:
-    """Say what was started, and if that is a Python, which one: it need not be the one of this command."""
-    argv = transport.proc.args
-    assert isinstance(argv, list)
-    report.add("start", "ok", f"process {transport.proc.pid}: {' '.join(map(str, argv))}")
-    if not re.fullmatch(r"python[0-9.]*(?:\.exe)?", os.path.basename(argv[0])):
+def _python(report: Report, program: str, timeout: float) -> None:
+    """If the worker is started by a Python, say which: it need not be the one of this command."""
+    if not re.fullmatch(r"python[0-9.]*(?:\.exe)?", os.path.basename(program)):
         return
     code = (
         "import sys; print('%d.%d.%d' % sys.version_info[:3], flush=True); import pyarrow; print(pyarrow.__version__)"
     )
     try:
         ran = subprocess.run(
-            [argv[0], "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=timeout
+            [program, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=timeout
         )
     except (OSError, subprocess.TimeoutExpired, ValueError) as exc:
-        return report.add("python", "note", f"{argv[0]}: {exc}", "does this Python start at all?")
+        return report.add("python", "note", f"{program}: {exc}", "does this Python start at all?")
     python, _, arrow = ran.stdout.strip().partition("\n")
     report.facts["worker"] = {"python": python, "pyarrow": arrow or None}
     if not arrow:
         last = ran.stderr.strip().rpartition("\n")[2]
-        return report.add("python", "note", f"{python}, no pyarrow: {last}", f"{argv[0]} -m pip install pyarrow")
+        return report.add("python", "note", f"{python}, no pyarrow: {last}", f"{program} -m pip install pyarrow")
     old = tuple(map(int, re.findall(r"\d+", python)[:2])) < (3, 11)
     return report.add(
         "python",
