@@ -438,6 +438,14 @@ def test_methods_that_are_called_like_what_the_file_uses() -> None:
     assert space["HeadHeader_"].ARROW_SCHEMA.equals(head.header_schema)
 
 
+def test_another_hash_is_told() -> None:
+    """As after an extension type that is not registered here: it arrives as its storage type."""
+    desc = service_of(method("fine", columns("a")))
+    own = core.compute_protocol_hash("Odd", core.rpc_methods(tool.protocol_from_description(desc)))
+    text = tool.generate_stub(desc)
+    assert f"has another hash, because the service has types that arrive here as others: {own}\n" in text
+
+
 # ---- nothing that a peer says becomes code
 
 EVIL = [

@@ -262,18 +262,19 @@ def _free(name: str, taken: Iterable[str]) -> str:
 
 
 def _field_names(desc: core.ServiceDescription) -> Iterator[str]:
-    """The names of all fields of structs, and of the columns of headers."""
+    """The names of what may become a field of a dataclass."""
     for method in desc.methods.values():
-        for schema in (method.params_schema, method.result_schema, method.header_schema or core.EMPTY_SCHEMA):
-            for field in schema:
-                yield from _names_within(field)
+        for field in (*method.params_schema, *method.result_schema):
+            yield from _names_within(field.type)
+        for field in method.header_schema or ():
+            yield field.name
+            yield from _names_within(field.type)
 
 
-def _names_within(field: pa.Field[Any]) -> Iterator[str]:
-    yield field.name
-    dtype = field.type.storage_type if isinstance(field.type, pa.BaseExtensionType) else field.type
+def _names_within(dtype: pa.DataType) -> Iterator[str]:
     for i in range(dtype.num_fields):
-        yield from _names_within(dtype.field(i))
+        yield dtype.field(i).name
+        yield from _names_within(dtype.field(i).type)
 
 
 # ---- source text
@@ -302,7 +303,7 @@ _EXTENSIONS = {"arrow.uuid": "uuid", "arrow.json": "json_", "arrow.bool8": "bool
 
 
 def _spell(dtype: pa.DataType, module: str = "pa") -> str:
-    """The expression that makes a type. _Unwritable if pyarrow has none."""
+    """The expression that makes a type. _Unwritable if there is none, or no `type_token`."""
 
     def of(other: pa.DataType) -> str:
         return _spell(other, module)
@@ -315,7 +316,7 @@ def _spell(dtype: pa.DataType, module: str = "pa") -> str:
         return f"{module}.{plain}()"
     if is_.is_fixed_size_binary(dtype):
         return f"{module}.binary({dtype.byte_width})"
-    if is_.is_decimal(dtype):
+    if is_.is_decimal128(dtype) or is_.is_decimal256(dtype):  # others have no token either (wire.md section 9.4)
         return f"{module}.decimal{dtype.bit_width}({dtype.precision}, {dtype.scale})"
     if is_.is_timestamp(dtype):
         return f'{module}.timestamp("{dtype.unit}"{f", tz={_literal(dtype.tz)}" if dtype.tz else ""})'
@@ -357,7 +358,7 @@ def _spell_nested(dtype: pa.DataType, module: str) -> str:
         return f"{module}.struct({children})"
     if is_.is_union(dtype):
         return f"{module}.{dtype.mode}_union({children}, {dtype.type_codes!r})"
-    raise _Unwritable(f"pyarrow cannot make the type {_text(str(dtype))}")
+    raise _Unwritable(f"the type {_text(str(dtype))} has no name here")
 
 
 def _spell_extension(dtype: pa.BaseExtensionType, module: str) -> str:
