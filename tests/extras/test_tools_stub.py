@@ -349,6 +349,8 @@ LEFT_OUT = [
     (method("f", columns("lambda")), 'the parameter name "lambda" is not a Python identifier'),
     (method("f", columns("self")), "a parameter is called 'self'"),
     (method("f", columns("ctx")), "a parameter is called 'ctx'"),
+    (method("f", columns("__debug__")), "a parameter is called '__debug__'"),
+    (method("f", pa.schema([("a", pa.list_(pa.decimal32(5, 2)))])), 'the type "decimal32(5, 2)" has no name here'),
     (method("f", columns("a", "a")), "two of its parameters have the same name"),
     (method("f", has_return=True), "its result has 0 columns"),
     (method("f", header_schema=columns("serialize"), **HEADER), 'a column is called "serialize"'),
@@ -390,6 +392,7 @@ def test_a_version_that_is_none_is_refused() -> None:
         ("a.class", "a"),
         ("v1", "Service"),
         ("class", "Service"),
+        ("__debug__", "Service"),
         ("x.", "x"),
     ],
 )

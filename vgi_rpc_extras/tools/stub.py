@@ -153,7 +153,7 @@ class _Draft:
         hints: dict[str, Any] = {}
         for field in method.params_schema:
             _check_name(field.name, "parameter")
-            if field.name in ("self", "ctx"):
+            if field.name in ("self", "ctx") or field.name.startswith("__"):  # which a class body renames
                 raise _Unwritable(f"a parameter is called '{field.name}'")
             hints[field.name] = self._hint(field, f"{name}_{field.name}")
         return _function(name, hints, self._returned(name, method))
@@ -246,9 +246,9 @@ def _check_name(name: str, what: str) -> None:
 
 def _class_name(protocol_name: str) -> str:
     """`Calc` for `demo.Calc.v1`."""
-    parts = [part for part in protocol_name.split(".") if part.isidentifier() and not keyword.iskeyword(part)]
+    parts = [part for part in protocol_name.split(".") if part.isidentifier() and not part.startswith("__")]
     versions = [part for part in parts if part[0] in "vV" and part[1:].isdecimal()]
-    return next((part for part in reversed(parts) if part not in versions), "Service")
+    return next((part for part in reversed(parts) if part not in versions and not keyword.iskeyword(part)), "Service")
 
 
 def _camel(name: str) -> str:
