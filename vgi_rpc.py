@@ -11047,6 +11047,7 @@ def _door_access_log(options: Any, server: RpcServer) -> Callable[[], None]:
 #   main            arguments -> exit status: 0 done, 1 failed, 2 misused, 130 interrupted
 #   describe, call  ask the server what it offers, then act on that description; no Protocol class is needed
 #   serve, demo     the other side
+#   doctor, stub, launch   live in the extras
 #
 # Results go to stdout (or --output), everything else to stderr. What a value looks like:
 #
@@ -11184,6 +11185,8 @@ def _cli_parser() -> Any:
     serve.add_argument("implementation", metavar="MODULE:IMPLEMENTATION", help="an object, or a class to instantiate")
     serve.add_argument("--factory", action="store_true", help="IMPLEMENTATION is called, and returns the object")
     serve.add_argument("flags", nargs=argparse.REMAINDER, metavar="...", help="--unix PATH, --tcp [HOST:]PORT ...")
+    command("doctor", _cli_doctor, "find out what is wrong with a service")
+    command("stub", _cli_stub, "write a typed Protocol for a service")
     text = "start a shared worker, or find the running one"  # the launcher parses its own options
     launch = command("launch", _cli_launch, text, client=False, prefix_chars="\0", add_help=False)
     launch.add_argument("flags", nargs=argparse.REMAINDER, metavar="...")
@@ -11881,13 +11884,40 @@ def _cli_import(text: str) -> Any:
     return found
 
 
-def _cli_launch(options: Any) -> int:
+def _cli_tool(name: str) -> Any:
+    """A command that lives in the extras."""
     load = getattr(sys.modules[__name__], "_extras_load")  # noqa: B009 (room 17)
     try:
-        launch = load("tools.launch", "the launch command")
+        return load(f"tools.{name}", f"the {name} command")
     except ImportError as exc:
         raise _CliError(str(exc)) from exc
-    return cast(int, launch.main(options.flags))
+
+
+def _cli_launch(options: Any) -> int:
+    return cast(int, _cli_tool("launch").main(options.flags))
+
+
+def _cli_doctor(options: Any) -> int:
+    tool = _cli_tool("doctor")
+    options.timeout = options.timeout or 10.0
+    kind = next((flag for flag in ("cmd", "unix", "tcp", "url") if getattr(options, flag) is not None), None)
+    report = tool.examine(lambda: _cli_dial(options), kind, protocol=options.protocol, timeout=options.timeout)
+    with _cli_output(options) as out:
+        out.write(f"{report}\n" if _cli_format(options, out) == "table" else _cli_json(report.to_json()) + "\n")
+    return 0 if report.healthy else 1
+
+
+def _cli_stub(options: Any) -> int:
+    tool = _cli_tool("stub")
+    with _cli_connect(options) as transport:
+        found = _cli_ask(transport, options)
+    try:
+        text = tool.generate_stub(found)
+    except ValueError as exc:
+        raise _CliError(f"the service cannot be written as a Protocol: {_cli_printable(str(exc))}") from exc
+    with _cli_output(options) as out:
+        out.write(text)
+    return 0
 
 
 def _cli_demo(options: Any) -> int:
@@ -12038,6 +12068,7 @@ _EXTRAS_NAMES: Final = {
     "otel": ("otel", "OtelConfig instrument_client instrument_server"),
     "sentry": ("sentry", "SentryConfig instrument_server_sentry"),
     "access_log": ("", "configure_access_log AccessLogSampler DroppingQueueHandler"),
+    "tools.stub": ("", "generate_stub protocol_from_description"),
 }
 _EXTRAS_WHERE: Final = {
     name: (module, extra) for module, (extra, names) in _EXTRAS_NAMES.items() for name in names.split()
@@ -12056,6 +12087,7 @@ _EXTRAS_NEEDS: Final = {
     "otel": "opentelemetry.trace",
     "sentry": "sentry_sdk",
     "access_log": "",
+    "tools.stub": "",
 }
 # The reflection messages of room 11: dataclasses, which are made when first asked for.
 _EXTRAS_LAZY_CORE: Final = frozenset(
