@@ -348,7 +348,12 @@ def test_what_has_expired_is_closed_without_a_request() -> None:
 def test_time_runs_out_in_the_middle_of_a_method() -> None:
     client = make_client()
     token = opened(client, ttl=0.3)
-    waiting = in_thread(lambda: (time.sleep(0.1), post(client, "add", token, n=1))[1])
+
+    def add_later() -> Read:
+        time.sleep(0.1)
+        return post(client, "add", token, n=1)
+
+    waiting = in_thread(add_later)
     held = post(client, "hold", token, seconds=1.6)  # the thread that closes looks every second
     assert held.result == 10
     tally = Tally.made[0]
