@@ -224,6 +224,9 @@ def test_tampered_tokens_and_those_of_others_are_garbage() -> None:
     mine = opened(client, who="alice")["VGI-Session"]
     other_key = opened(make_client(token_key=b"another key of 16", authenticate=principals), who="alice")
     tampered = [mine[:at] + ("A" if mine[at] != "A" else "B") + mine[at + 1 :] for at in range(0, len(mine), 7)]
+    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+    assert len(mine) % 4 == 2  # so that four bits of the last character mean nothing
+    tampered.append(mine[:-1] + alphabet[alphabet.index(mine[-1]) ^ 1])
     padded = [mine + "=", mine + "A", mine[:-1], mine + "\t"]
     tokens_of_streams = post(client, "feed", {**ACCEPT, PRINCIPAL: "alice"}, "/init", start=1).tokens
     stream_tokens = [t.decode().rstrip("=").replace("+", "-").replace("/", "_") for t in tokens_of_streams.values()]
@@ -369,6 +372,15 @@ def test_sessions_are_not_prolonged() -> None:
         assert post(client, "add", token, n=1).error == ""
         time.sleep(0.02)
     time.sleep(0.1)
+    lost(post(client, "add", token, n=1))
+
+
+def test_the_token_says_when_it_ends() -> None:
+    client = make_client()
+    token = opened(client, ttl=0.2)
+    (session,) = sessions_of(client)._all()
+    session.ends += 60
+    time.sleep(0.25)
     lost(post(client, "add", token, n=1))
 
 
@@ -533,6 +545,13 @@ def test_how_long_a_session_may_last(ttl: float) -> None:
 def test_settings_that_make_no_sense(options: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         make_client(**options)
+
+
+def test_server_ids_have_a_length() -> None:
+    with pytest.raises(ValueError, match="255"):
+        make_client("x" * 256)
+    client = make_client("\xe4" * 127)
+    assert post(client, "add", opened(client), n=1).result == 11
 
 
 def test_scripts_may_see_the_headers() -> None:
@@ -925,28 +944,36 @@ def connect(port: int) -> Any:
     return door.http_connect(Sticky, f"http://127.0.0.1:{port}", timeout=10)
 
 
-def test_real_sockets_and_two_peers(tmp_path: Path) -> None:
-    log = tmp_path / "log"
+@pytest.fixture(scope="module")
+def peers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, int, Path]]:
+    """Two processes with one key: their ports, and the file where they note what is closed."""
+    log = tmp_path_factory.mktemp("sticky") / "log"
+    log.touch()
     with process(*SERVE, "one", str(log)) as (_, one), process(*SERVE, "two", str(log)) as (_, two):
-        with connect(one) as proxy, proxy.with_session_token() as view:
-            assert view.open(10) == 10 and view.add(5) == 15
-            token = view.current_session_token()
-            with (
-                connect(two) as other,
-                other.with_session_token(token) as wrong,
-                pytest.raises(core.RpcError, match="another process"),
-            ):
-                wrong.add(1)
-            assert view.add(1) == 16  # the wrong peer's DELETE ended nothing
-            with connect(one) as again, again.with_session_token(token) as same:
-                assert same.add(1) == 17
-        assert log.read_text().startswith("closed 17 in ")
-        with connect(one) as proxy, proxy.with_session_token() as view:
-            view.open(99, ttl=0.2)
-            wait_until(lambda: "closed 99" in log.read_text(), 4)
-            with pytest.raises(core.RpcError) as caught:
-                view.add(1)
-            assert caught.value.error_kind == "session_lost"
+        yield one, two, log
+
+
+def test_real_sockets_and_two_peers(peers: tuple[int, int, Path]) -> None:
+    one, two, log = peers
+    with connect(one) as proxy, proxy.with_session_token() as view:
+        assert view.open(10) == 10 and view.add(5) == 15
+        token = view.current_session_token()
+        with (
+            connect(two) as other,
+            other.with_session_token(token) as wrong,
+            pytest.raises(core.RpcError, match="another process"),
+        ):
+            wrong.add(1)
+        assert view.add(1) == 16  # the wrong peer's DELETE ended nothing
+        with connect(one) as again, again.with_session_token(token) as same:
+            assert same.add(1) == 17
+    assert "closed 17 in " in log.read_text()
+    with connect(one) as proxy, proxy.with_session_token() as view:
+        view.open(99, ttl=0.2)
+        wait_until(lambda: "closed 99" in log.read_text(), 4)
+        with pytest.raises(core.RpcError) as caught:
+            view.add(1)
+        assert caught.value.error_kind == "session_lost"
 
 
 def test_sessions_go_on_while_the_server_drains(tmp_path: Path) -> None:
@@ -1018,22 +1045,17 @@ def nginx(folder: Path, one: int, two: int) -> Iterator[int]:
 
 
 @pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
-def test_echo_headers_steer_a_proxy(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    with (
-        process(*SERVE, "one", str(log)) as (_, one),
-        process(*SERVE, "two", str(log)) as (_, two),
-        nginx(tmp_path, one, two) as port,
-        connect(port) as proxy,
-    ):
+def test_echo_headers_steer_a_proxy(tmp_path: Path, peers: tuple[int, int, Path]) -> None:
+    one, two, log = peers
+    with nginx(tmp_path, one, two) as port, connect(port) as proxy:
         assert len({proxy.pid() for _ in range(8)}) == 2
         homes = set()
         for start in range(6):
             with proxy.with_session_token() as view:
-                view.open(100 * start)
-                home = view.current_echo_headers()["x-vgi-worker-affinity"]
-                homes.add(home)
-                assert {view.pid() for _ in range(4)} == {view.pid()}
-                assert [view.add(1) for _ in range(4)] == [100 * start + n for n in range(1, 5)]
+                view.open(1000 + 100 * start)
+                homes.add(view.current_echo_headers()["x-vgi-worker-affinity"])
+                assert len({view.pid() for _ in range(4)}) == 1
+                assert [view.add(1) for _ in range(4)] == [1000 + 100 * start + n for n in range(1, 5)]
         assert homes == {"one", "two"}
-    assert len(log.read_text().splitlines()) == 6  # each DELETE found its way, too
+    found = log.read_text()
+    assert [start for start in range(6) if f"closed {1004 + 100 * start} in" not in found] == []  # DELETE found its way

@@ -63,7 +63,8 @@ def serve_http(
     Args:
         port: 0 takes any free one.
         threads: how many requests at a time; None reads VGI_HTTP_THREADS, else 4.
-        wsgi_server: granian runs one worker process of its own, and needs the package granian.
+        wsgi_server: granian runs one worker process of its own, and needs the package granian. It does not wait for
+            open sticky sessions, and their states are not closed.
         drain_grace_seconds: how long accepted requests may take after the first signal.
         install_signal_handlers: False leaves signals alone; so does a thread other than the main one.
         on_bound: called instead of printing.

@@ -74,7 +74,7 @@ class Sessions:
         echo_headers: what clients are to send with all later requests of a session, for whatever routes them.
 
     Raises:
-        ValueError: a number out of range, or a header that no client would send.
+        ValueError: a number out of range, a server id that is too long, or a header that no client would send.
     """
 
     def __init__(
@@ -98,6 +98,8 @@ class Sessions:
                 raise ValueError(f"sticky_echo_headers: {name!r} is not a header that clients would send back")
         self.echo_headers = dict(echo_headers or {})
         self._server_id = server.server_id.encode()
+        if len(self._server_id) > 255:
+            raise ValueError("with sticky sessions a server_id has at most 255 bytes: it travels in every token")
         self._scope = server.protocol_name
         self._cipher = TokenCipher(key)
         self._max_sessions = max_sessions
