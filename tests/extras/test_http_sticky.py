@@ -122,6 +122,9 @@ def test_headers() -> None:
     }
     for answer in (client.get("/health"), client.get("/nowhere"), client.options("/health"), client.delete(DELETE)):
         assert {name: answer.headers.get(name) for name in said} == said
+    known = door.http_capabilities(client=client)
+    assert (known.sticky_enabled, known.sticky_default_ttl) == (True, 60)
+    assert known.sticky_echo_headers == ("X-VGI-Worker-Affinity", "X-B")
     first = post(client, "open", {"VGI-Session-Accept": "TRUE"}, start=10, ttl=0.0)
     assert first.result == 10
     token = first.headers["VGI-Session"]

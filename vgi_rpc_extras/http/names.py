@@ -38,8 +38,8 @@ SESSION_NAME: Final = "__session__"  # DELETE {prefix}/__session__
 # What a server may not make its clients send: who they are, how the message is framed, and what this protocol says
 # itself (sticky.md section 5; hop-by-hop: RFC 9110 section 7.6.1).
 _NO_ECHO = re.compile(
-    r"(content-|vgi-|proxy-|accept|sec-).*|x-vgi-(accept|content)-encoding|host|authorization|cookie|connection|keep-alive|te|trailer"
-    r"|transfer-encoding|upgrade|expect|user-agent|x-request-id|traceparent|tracestate",
+    r"(content-|vgi-|proxy-|accept|sec-).*|x-vgi-(accept|content)-encoding|host|authorization|cookie|connection"
+    r"|keep-alive|te|trailer|transfer-encoding|upgrade|expect|user-agent|x-request-id|traceparent|tracestate",
     re.IGNORECASE,
 )
 

@@ -597,27 +597,14 @@ class RpcResource:
             resp.set_header(names.RPC_ERROR_HEADER, "true")
             return self._send(req, resp, lost_body(exc, req.context.request_id))
         with visiting as visit:
-            self._call(req, resp, protocol, method, kind, work, body, _Turn(visit))
-
-    def _call(
-        self,
-        req: falcon.Request,
-        resp: falcon.Response,
-        protocol: str,
-        method: str,
-        kind: core.MethodType,
-        work: Callable[[core.ServerRequest, bytes, _Turn, falcon.Request], bytes],
-        body: bytes,
-        turn: _Turn,
-    ) -> None:
-        try:
-            call = self._open(req, protocol, method, kind)
-        except _Refused as refused:
-            return self._refuse(req, resp, refused)
-        try:
-            self._answer(req, resp, call, body, work, turn)
-        finally:  # whatever went wrong, hooks hear of the end: they may have made something current in this thread
-            call.finish(_NO_CLAIMS)
+            try:
+                call = self._open(req, protocol, method, kind)
+            except _Refused as refused:
+                return self._refuse(req, resp, refused)
+            try:
+                self._answer(req, resp, call, body, work, _Turn(visit))
+            finally:  # whatever went wrong, hooks hear of the end: they may have made something current in this thread
+                call.finish(_NO_CLAIMS)
 
     def _answer(
         self,

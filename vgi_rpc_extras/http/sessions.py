@@ -147,12 +147,12 @@ class Sessions:
         """Begin a request, which then has its session to itself; SessionLostError for any token that is not good."""
         env = req.env
         accepts = env.get("HTTP_VGI_SESSION_ACCEPT", "").strip().lower() == "true"
-        owner = self._owner(req.context.auth)
-        token = env.get("HTTP_VGI_SESSION")
-        return Visit(self, owner, accepts, None if token is None else self._enter(token, owner), resp)
+        auth, token = req.context.auth, env.get("HTTP_VGI_SESSION")
+        return Visit(self, auth, accepts, None if token is None else self._enter(token, auth), resp)
 
-    def open(self, owner: bytes, state: object, ttl: float | None) -> Session:
+    def open(self, auth: core.AuthContext, state: object, ttl: float | None) -> Session:
         """Keep `state`; the caller holds the new session's lock. Raises what `ctx.open_session()` does."""
+        owner = self._owner(auth)
         seconds = self._default_ttl if ttl is None else _check_ttl("ttl", ttl, self._max_ttl)
         session = Session(state, owner, seconds)
         session.lock.acquire()
@@ -199,7 +199,7 @@ class Sessions:
     def delete(self, token: str, auth: core.AuthContext) -> bool:
         """End the session of a token; False for any token that names none."""
         try:
-            session = self._find(token, self._owner(auth))
+            session = self._find(token, auth)
         except core.SessionLostError:
             return False
         if not session.lock.acquire(timeout=self.lock_seconds):
@@ -234,7 +234,8 @@ class Sessions:
         """Whom a session belongs to; what its token is bound to. "session" keeps it apart from streams' tokens."""
         return bound_parts("session", self._scope, *caller_parts(auth))
 
-    def _find(self, token: str, owner: bytes) -> Session:
+    def _find(self, token: str, auth: core.AuthContext) -> Session:
+        owner = self._owner(auth)
         plain = self._cipher.open(_decode(token), owner)
         if plain is None:  # one text for what is malformed, forged, another key's or another caller's
             raise core.SessionLostError("the session token is not valid here; begin a new session")
@@ -249,9 +250,9 @@ class Sessions:
             raise core.SessionLostError("the session has expired or was closed; begin a new one")
         return session
 
-    def _enter(self, token: str, owner: bytes) -> Session:
+    def _enter(self, token: str, auth: core.AuthContext) -> Session:
         """Find a session and take its lock. What has waited looks again: the one before may have closed it."""
-        session = self._find(token, owner)
+        session = self._find(token, auth)
         if not session.lock.acquire(timeout=self.lock_seconds):
             busy = core.SessionLostError(
                 f"the session has been in use by another call for {self.lock_seconds:g} s; calls of one session run"
@@ -348,13 +349,18 @@ class Visit:
         notes: `session_action` and `session_id` of the access record.
     """
 
-    __slots__ = ("_accepts", "_closed", "_lock", "_opened", "_over", "_owner", "_resp", "_sessions", "notes", "session")
+    __slots__ = ("_accepts", "_auth", "_closed", "_lock", "_opened", "_over", "_resp", "_sessions", "notes", "session")
 
     def __init__(
-        self, sessions: Sessions, owner: bytes, accepts: bool, session: Session | None, resp: falcon.Response
+        self,
+        sessions: Sessions,
+        auth: core.AuthContext,
+        accepts: bool,
+        session: Session | None,
+        resp: falcon.Response,
     ) -> None:
         self._sessions = sessions
-        self._owner = owner
+        self._auth = auth
         self._accepts = accepts
         self._resp = resp
         self._lock = threading.Lock()  # the method's own threads may open, too
@@ -375,7 +381,7 @@ class Visit:
             self._check()
             if self.session is not None:
                 raise RuntimeError("a session is open already; close_session() comes first")
-            self.session = self._sessions.open(self._owner, state, ttl)
+            self.session = self._sessions.open(self._auth, state, ttl)
             self._opened = True
             self._note("open", self.session)
 
@@ -449,6 +455,8 @@ class SessionContext(core.CallContext):
 
     def open_session(self, state: object, ttl: float | None = None) -> None:
         """Keep `state` for later calls of this client, for `ttl` seconds from now; its `close()` is called at the end.
+
+        When this raises, the state remains the method's to close.
 
         Raises:
             RuntimeError: sessions are off, the client keeps none, or one is open already.
