@@ -45,8 +45,10 @@ DELETE = "/__session__"
 
 
 @pytest.fixture(autouse=True)
-def no_faults() -> Iterator[None]:
+def no_faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Whatever a test is about: no state is used by two calls, closed twice, or closed under a call."""
+    monkeypatch.setattr(extra("sessions"), "_TICK_SECONDS", 0.05)
+    monkeypatch.setattr(extra("sessions"), "_SHUTDOWN_SECONDS", 0.1)
     Tally.made.clear()
     yield
     assert [tally.faults for tally in Tally.made if tally.faults] == []
@@ -95,6 +97,11 @@ def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def until_used(number: int = 0) -> None:
+    """Wait until a call uses the state that was made as the `number`-th."""
+    wait_until(lambda: Tally.made[number]._using.locked())
 
 
 def in_thread(work: Callable[[], Any]) -> Callable[[], Any]:
@@ -312,19 +319,17 @@ def test_delete_waits_for_the_call() -> None:
     client = make_client()
     token = opened(client)
     held = in_thread(lambda: post(client, "hold", token, seconds=0.4))
-    time.sleep(0.1)
-    began = time.monotonic()
-    assert client.delete(DELETE, headers=token).status_code == 204
-    assert time.monotonic() - began > 0.2
-    assert held().result == 10 and Tally.made[0].closed == 1
+    until_used()
+    assert client.delete(DELETE, headers=token).status_code == 204  # in use, it could not be closed: see no_faults
+    assert Tally.made[0].closed == 1 and held().result == 10
 
 
 def test_delete_of_what_is_long_in_use() -> None:
     client = make_client()
     sessions_of(client).lock_seconds = 0.1
     token = opened(client)
-    held = in_thread(lambda: post(client, "hold", token, seconds=0.5))
-    time.sleep(0.1)
+    held = in_thread(lambda: post(client, "hold", token, seconds=0.8))
+    until_used()
     assert client.delete(DELETE, headers=token).status_code == 204
     assert Tally.made[0].closed == 0
     lost(post(client, "add", token, n=1))  # over for everybody else
@@ -353,14 +358,14 @@ def test_what_has_expired_is_closed_without_a_request() -> None:
 
 def test_time_runs_out_in_the_middle_of_a_method() -> None:
     client = make_client()
-    token = opened(client, ttl=0.3)
+    token = opened(client, ttl=0.5)
 
     def add_later() -> Read:
         time.sleep(0.1)
         return post(client, "add", token, n=1)
 
     waiting = in_thread(add_later)
-    held = post(client, "hold", token, seconds=1.6)  # the thread that closes looks every second
+    held = post(client, "hold", token, seconds=0.9)  # the thread that closes looks several times
     assert held.result == 10
     tally = Tally.made[0]
     assert tally.closed == 1 and tally.closed_by == threading.current_thread().name
@@ -369,12 +374,11 @@ def test_time_runs_out_in_the_middle_of_a_method() -> None:
 
 def test_sessions_are_not_prolonged() -> None:
     client = make_client()
-    token = opened(client, ttl=0.4)
-    deadline = time.monotonic() + 0.4
-    while time.monotonic() < deadline - 0.05:
+    token = opened(client, ttl=0.6)
+    for _ in range(10):
         assert post(client, "add", token, n=1).error == ""
         time.sleep(0.02)
-    time.sleep(0.1)
+    time.sleep(0.4)
     lost(post(client, "add", token, n=1))
 
 
@@ -395,9 +399,13 @@ def test_calls_of_one_session_queue_and_those_of_two_do_not() -> None:
     one, two = opened(client, 1), opened(client, 2)
     began = time.monotonic()
     calls = [in_thread(lambda: post(client, "hold", one, seconds=0.2)) for _ in range(3)]
-    calls += [in_thread(lambda: post(client, "hold", two, seconds=0.2)) for _ in range(3)]
-    assert sorted(call().result for call in calls) == [1, 1, 1, 2, 2, 2]
-    assert 0.55 < time.monotonic() - began < 1.1
+    assert [call().result for call in calls] == [1, 1, 1]
+    assert time.monotonic() - began > 0.59
+    held = in_thread(lambda: post(client, "hold", one, seconds=0.8))
+    until_used()
+    assert post(client, "add", two, n=1).result == 3
+    assert Tally.made[0]._using.locked()  # the other one goes on all the while
+    assert held().result == 1
     adds = [in_thread(lambda: [post(client, "add", one, n=1).error for _ in range(20)]) for _ in range(4)]
     assert all(add() == [""] * 20 for add in adds)
     assert Tally.made[0].total == 81
@@ -406,8 +414,8 @@ def test_calls_of_one_session_queue_and_those_of_two_do_not() -> None:
 def test_what_waits_for_a_session_that_is_closed_does_not_run() -> None:
     client = make_client()
     token = opened(client)
-    closing = in_thread(lambda: post(client, "hold_and_close", token, seconds=0.3))
-    time.sleep(0.1)
+    closing = in_thread(lambda: post(client, "hold_and_close", token, seconds=0.8))
+    until_used()
     waiting = [in_thread(lambda: post(client, "add", token, n=1)) for _ in range(3)]
     assert closing().result == 10
     for call in waiting:
@@ -421,8 +429,8 @@ def test_waiting_has_an_end() -> None:
     client = make_client()
     sessions_of(client).lock_seconds = 0.1
     token = opened(client)
-    held = in_thread(lambda: post(client, "hold", token, seconds=0.5))
-    time.sleep(0.1)
+    held = in_thread(lambda: post(client, "hold", token, seconds=0.8))
+    until_used()
     found = post(client, "add", token, n=1)
     assert (found.status, found.error_kind, found.error_code) == (200, "session_lost", "UNAVAILABLE")
     assert "in use" in found.error
@@ -619,8 +627,8 @@ def test_drain_and_shutdown() -> None:
     refused = post(client, "open", ACCEPT, start=1, ttl=0.0)
     assert (refused.error_kind, refused.error_code) == ("server_draining", "UNAVAILABLE")
     assert post(client, "add", token, n=1).result == 11 and post(client, "plain").error == ""
-    held = in_thread(lambda: post(client, "hold", busy, seconds=1.5))
-    time.sleep(0.2)
+    held = in_thread(lambda: post(client, "hold", busy, seconds=0.8))
+    until_used(1)
     handle.shutdown()
     assert [tally.closed for tally in Tally.made[:2]] == [1, 0]
     lost(post(client, "add", token, n=1))
@@ -636,6 +644,7 @@ def test_drain_and_shutdown() -> None:
 FORK = """
 import os, sys, time
 from tests.extras.test_http_sticky import *
+extra("sessions")._TICK_SECONDS = 0.1
 client = make_client()
 token = opened(client)
 sessions = sessions_of(client)
@@ -648,7 +657,7 @@ else:
     try:
         lost(post(client, "add", token, n=1))
         assert sessions.count == 0 and sessions._reaper is None
-        mine = opened(client, 50, ttl=0.2)
+        mine = opened(client, 50, ttl=0.8)
         assert post(client, "add", mine, n=1).result == 51
         wait_until(lambda: Tally.made[1].closed == 1)  # it has a thread of its own
         handle = door.drain_handle(client._app)
