@@ -9080,6 +9080,15 @@ def with_options(
     return cast(_T, _client_proxy(old._protocol, old._link, options))
 
 
+def with_transport(proxy: _T, derive: Callable[[RequestTransport], RequestTransport]) -> _T:
+    """Return a proxy with the same options over what `derive` makes of its RequestTransport; TypeError: it has none."""
+    old = _client_expect_proxy(proxy)
+    if not isinstance(old._link.channel, RequestTransport):
+        raise TypeError("this proxy's connection is a byte stream, not a RequestTransport such as HTTP")
+    link = _ClientLink(derive(old._link.channel), None, old._link.limits)
+    return cast(_T, _client_proxy(old._protocol, link, old._options))
+
+
 def ping(proxy: object, *, timeout: float | None = None) -> float:
     """Return the seconds of one round trip. Every server answers it, whatever it hosts (wire.md section 10).
 
@@ -12028,7 +12037,7 @@ __all__ = [  # noqa: RUF022 (plain order of the characters)
     "serialize_record_batch", "serialize_record_batch_bytes", "serve_pipe", "serve_stdio", "serve_tcp",
     "serve_tcp_pipe", "serve_unix", "serve_unix_pipe", "set_claim_redactor", "shm_available", "strip_keys", "submit",
     "tcp_connect", "type_token", "unix_connect", "validate_batch", "validate_protocol_name", "with_options",
-    "worker_transport_metadata",
+    "with_transport", "worker_transport_metadata",
 ]
 # fmt: on
 

@@ -103,6 +103,23 @@ def test_calls_are_those_of_any_proxy() -> None:
     assert transport.calls[-1] == ("", "close", None)
 
 
+def test_the_same_proxy_over_another_transport() -> None:
+    first, second = Loopback(), Loopback()
+    given: list[Any] = []
+
+    def derive(transport: Any) -> Any:
+        given.append(transport)
+        return second
+
+    with core.RpcConnection(Calc, first, timeout=5.0) as calc:
+        assert core.with_transport(calc, derive).add(1.0, 2.0) == calc.add(1.0, 2.0)
+    assert given == [first] and second.calls == [("Calc", "add", 5.0)]
+    with core.serve_pipe(Calc, Impl()) as piped, pytest.raises(TypeError, match="byte stream"):
+        core.with_transport(piped, derive)
+    with pytest.raises(TypeError, match="expected a proxy"):
+        core.with_transport(3, derive)
+
+
 class Along:
     """A call hook that sends something along."""
 

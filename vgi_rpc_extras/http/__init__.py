@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .names import *  # noqa: F403
     from .serve import *  # noqa: F403
     from .server import *  # noqa: F403
+    from .sessions import *  # noqa: F403
     from .testing import *  # noqa: F403
     from .uploads import *  # noqa: F403
 
@@ -25,7 +26,7 @@ _WHERE = {
     for module, listed in {
         "client": (
             "http_connect http_introspect http_capabilities HttpRetryConfig HttpServerCapabilities"
-            " HttpStreamSession HttpTransientError HttpTransport RequestUploader"
+            " HttpStreamSession HttpTransientError HttpTransport RequestUploader SessionView with_session_token"
         ),
         "coding": (
             "DecompressionError DecompressionLimitExceeded Encoding available_encodings compress"
@@ -43,6 +44,7 @@ _WHERE = {
         ),
         "serve": "serve_http waitress_arrow_tuning",
         "server": "ResponseTooLargeError make_wsgi_app",
+        "sessions": "DrainHandle FLY_MACHINE_ID auto_server_id drain_handle fly_sticky_echo_headers",
         "testing": "TestClient TestResponse make_sync_client",
         "uploads": "request_upload_urls",
     }.items()

@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import dataclasses
 import email.utils
+import functools
 import logging
 import os
 import random
@@ -36,6 +38,7 @@ from .. import core as _bound_core
 from ..auth.unauthorized import AuthenticationError, printable, read_unauthorized
 from . import coding, names
 from ._connection import HttpxSender, Origin, Piece, PooledSender, Request, Response, Sender, Sent, SimpleSender
+from .session_view import SessionView, with_session_token
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm
@@ -52,9 +55,11 @@ __all__ = [
     "HttpTransientError",
     "HttpTransport",
     "RequestUploader",
+    "SessionView",
     "http_capabilities",
     "http_connect",
     "http_introspect",
+    "with_session_token",
 ]
 
 _P = TypeVar("_P")
@@ -70,6 +75,7 @@ _SAMPLE = 65_536  # bytes tried first; random doubles, say, would cost time on b
 _MAX_REDIRECTS = 3
 _PREVIEW = 200
 _MAX_PROBE_BYTES = 65_536
+_END_SECONDS = 10.0  # for the DELETE of a session, which waits for a call that uses it
 _GATEWAY_STATUS = frozenset({429, 502, 503, 504})
 
 
@@ -240,6 +246,7 @@ def _accepts_limit(headers: Mapping[str, str]) -> bool:
     return headers.get(_SUPPORT) == "true"  # exactly once: a repeated header is "true, true" here
 
 
+_CALL_HEADERS = ("Content-Encoding", "traceparent", "tracestate")  # of some requests only
 _SUPPORT = names.ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER.lower()
 
 
@@ -286,6 +293,10 @@ class HttpTransport(core.RequestTransport):
         self._uploader = external_location if hasattr(external_location, "upload_request") else None
         self._known: HttpServerCapabilities | None = None
         self._paths: dict[tuple[str, str, str], str] = {}
+        self._explicit = frozenset(
+            name.lower() for name in (*self._headers, *_CALL_HEADERS, *(getattr(client, "headers", None) or ()))
+        )
+        self._session: SessionView[Any] | None = None
         self._pid = os.getpid()
         self._closed = False
 
@@ -347,7 +358,15 @@ class HttpTransport(core.RequestTransport):
             self._sender.close()
 
     def proxy_attribute(self, proxy: core.RpcProxy, name: str) -> Any:
-        """`proxy.resume_stream(method_name, token)`: go on with a stream from a resume token, without `/init`."""
+        """What proxies over HTTP have besides their Protocol's methods.
+
+        `with_session_token(token=None)`, and on a view what SessionView has; `resume_stream(method_name, token)`: go on
+        with a stream from a resume token, without `/init`.
+        """
+        if name == "with_session_token":
+            return functools.partial(with_session_token, proxy)
+        if self._session is not None and name in ("current_session_token", "current_echo_headers", "detach"):
+            return getattr(self._session, name)
         if name != "resume_stream":
             raise AttributeError(name)
 
@@ -360,7 +379,31 @@ class HttpTransport(core.RequestTransport):
 
         return resume_stream
 
+    def in_session(self, session: SessionView[Any]) -> tuple[HttpTransport, frozenset[str]]:
+        """A transport over the same connections whose requests are the session's, and the headers that are its own."""
+        found = copy.copy(self)
+        found._session = session
+        return found, self._explicit
+
+    def end_session(self) -> None:
+        """Tell the server that the session is over; whether it hears that does not matter (sticky.md section 5)."""
+        path = names.reserved_path(names.SESSION_NAME, prefix=self._prefix)
+        deadline = time.monotonic() + _END_SECONDS
+        request = Request("DELETE", path, self._own_headers, (), _MAX_PROBE_BYTES, deadline, "session end")
+        with contextlib.suppress(core.RpcError):
+            self._check()
+            self._exchange(request)
+
     # -- below here: one request
+
+    def _exchange(self, request: Request) -> Response:
+        session = self._session
+        if session is None:
+            return self._sender.send(request)
+        token, headers = session.stamp(request.headers)
+        response = self._sender.send(request._replace(headers=headers))
+        session.learn(token, response.headers)
+        return response
 
     def _check(self) -> None:
         if self._pid != os.getpid():
@@ -384,7 +427,7 @@ class HttpTransport(core.RequestTransport):
         request = Request(
             "OPTIONS", f"{self._prefix}/health", self._own_headers, (), _MAX_PROBE_BYTES, deadline, doing, True
         )
-        response = self._sender.send(request)
+        response = self._exchange(request)
         if not 200 <= response.status < 300:
             raise _refusal(response, doing, "ProtocolError")
         self._known = found = _capabilities(response.headers)
@@ -458,12 +501,12 @@ class HttpTransport(core.RequestTransport):
             headers = {**headers, **_trace_headers(metadata)}
         limit = coding.MAX_DECODED_BYTES if self._limit is None else self._limit
         request = Request("POST", path, headers, pieces, limit, deadline, doing, replay_safe)
-        response = self._sender.send(request)
+        response = self._exchange(request)
         for _ in range(_MAX_REDIRECTS):
             if response.status not in (307, 308):
                 break
             request = request._replace(path=self._redirected(response, doing))
-            response = self._sender.send(request)
+            response = self._exchange(request)
         if _LOG_HTTP.isEnabledFor(logging.DEBUG):
             _LOG_HTTP.debug("POST %s: HTTP %d, %d bytes back", request.path, response.status, len(response.body))
         return response, encoding

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 import pyarrow as pa
@@ -33,6 +34,15 @@ STICKY_DEFAULT_TTL_HEADER: Final = "VGI-Sticky-Default-TTL"
 STICKY_ECHO_HEADERS_HEADER: Final = "VGI-Sticky-Echo-Headers"
 ECHO_HEADER_PREFIX: Final = "VGI-Echo-"
 
+SESSION_NAME: Final = "__session__"  # DELETE {prefix}/__session__
+# What a server may not make its clients send: who they are, how the message is framed, and what this protocol says
+# itself (sticky.md section 5; hop-by-hop: RFC 9110 section 7.6.1).
+_NO_ECHO = re.compile(
+    r"(content-|vgi-|proxy-|accept|sec-).*|x-vgi-(accept|content)-encoding|host|authorization|cookie|connection"
+    r"|keep-alive|te|trailer|transfer-encoding|upgrade|expect|user-agent|x-request-id|traceparent|tracestate",
+    re.IGNORECASE,
+)
+
 MIN_RESPONSE_BYTES: Final = 65_536
 MAX_SAFE_INTEGER: Final = 2**53 - 1  # what every language's JSON numbers hold
 
@@ -57,3 +67,12 @@ def rpc_path_from_prefix(namespaced_prefix: str, method: str, *, suffix: str = "
 def reserved_path(method: str, *, prefix: str = "") -> str:
     """The path of a name that belongs to the server, not to a protocol."""
     return f"{prefix}/{method}"
+
+
+def may_echo(name: str, value: str) -> bool:
+    """Whether a client sends this header because a server asks for it: `VGI-Echo-<name>: <value>`."""
+    return (
+        re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}", name) is not None
+        and re.fullmatch(r"[\t -~]{0,1024}", value) is not None
+        and _NO_ECHO.fullmatch(name) is None
+    )

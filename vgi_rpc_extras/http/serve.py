@@ -1,7 +1,8 @@
 # Needs: waitress (or granian). Install: pip install 'vgi-rpc-onefile[http]'.
 """Serve over HTTP until a signal ends it (http.md section 14).
 
-first SIGTERM or SIGINT     new requests get 503, accepted ones finish (drain_grace_seconds at most), then the end
+first SIGTERM or SIGINT     new requests get 503, accepted ones finish (drain_grace_seconds at most), then the end;
+                            open sticky sessions go on for as long, and no new ones are opened
 a second one                the end at once, status 1
 """
 
@@ -62,7 +63,8 @@ def serve_http(
     Args:
         port: 0 takes any free one.
         threads: how many requests at a time; None reads VGI_HTTP_THREADS, else 4.
-        wsgi_server: granian runs one worker process of its own, and needs the package granian.
+        wsgi_server: granian runs one worker process of its own, and needs the package granian. It does not wait for
+            open sticky sessions, and their states are not closed.
         drain_grace_seconds: how long accepted requests may take after the first signal.
         install_signal_handlers: False leaves signals alone; so does a thread other than the main one.
         on_bound: called instead of printing.
@@ -89,6 +91,8 @@ def serve_http(
                 bound.run()
         finally:
             bound.close()
+            if app.sessions is not None:
+                app.sessions.shutdown()
 
 
 def _waitress(app: _App, listener: socket.socket, threads: int, max_request_bytes: int | None) -> Any:
@@ -213,12 +217,14 @@ class _Drain:
             raise SystemExit(0)  # ends the loop of the server, in the main thread
         if self._app.door.draining:
             os._exit(1)
+        if self._app.sessions is not None:
+            self._app.sessions.drain()
         self._app.door.draining = True
         threading.Thread(target=self._finish, args=(number,), name="vgi_rpc-http-drain", daemon=True).start()
 
     def _finish(self, number: int) -> None:
         deadline = time.monotonic() + self._grace
-        while self._running and time.monotonic() < deadline:
+        while (self._running or self._sessions_open()) and time.monotonic() < deadline:
             time.sleep(0.01)
         if self._running:
             _LOG.warning("%d request(s) did not finish within %s seconds", self._running, self._grace)
@@ -229,3 +235,6 @@ class _Drain:
         main = threading.main_thread().ident
         if main is not None:
             signal.pthread_kill(main, number)
+
+    def _sessions_open(self) -> bool:
+        return self._app.sessions is not None and self._app.sessions.count > 0

@@ -1,7 +1,8 @@
 # Needs: falcon, cryptography. Install: pip install 'vgi-rpc-onefile[http]'. Seam: ServerRequest of the core.
 """The WSGI application of an RpcServer (http.md sections 1 to 14).
 
-    size -> authenticate -> decode -> budget -> route -> content type -> kind -> parse -> dispatch -> limit -> encode
+    size -> authenticate -> decode -> session -> budget -> route -> content type -> kind -> parse -> dispatch -> limit
+    -> encode
 
 Nothing is unpacked for a caller who has not been let in, and nothing without a bound. Whatever can be known when the
 application is made is made then: headers, pages, what a stream's state may be.
@@ -9,6 +10,7 @@ application is made is made then: headers, pages, what a stream's state may be.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -35,6 +37,7 @@ from .coding import (
 )
 from .json_calls import JsonCalls
 from .names import ARROW_CONTENT_TYPE
+from .sessions import SessionContext, SessionResource, Sessions, Visit, lost_body
 from .tokens import StreamCall, StreamTokens, TokenScope, declared_states
 from .uploads import UploadUrls, storage_capabilities, stores_results
 
@@ -62,6 +65,7 @@ _HEADER_NAMES = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~, -]{1,4096}\Z")
 _OPEN_NAMES = frozenset({"health", "_oauth"})
 _TOKEN_KEYS = (core.STATE_KEY, core.CALL_STATE_KEY)
 _NO_CLAIMS: Mapping[str, Any] = types.MappingProxyType({})
+_NO_VISIT: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 
 class ResponseTooLargeError(RuntimeError):
@@ -83,6 +87,7 @@ class HttpApp(falcon.App[Any, Any]):
     """The application; `door.draining = True` makes it answer 503 to what comes from then on."""
 
     door: _Door
+    sessions: Sessions | None = None
 
 
 def make_wsgi_app(
@@ -117,6 +122,12 @@ def make_wsgi_app(
     max_externalized_response_bytes: int | None = None,
     upload_url_provider: UploadUrlProvider | None = None,
     max_upload_bytes: int | None = None,
+    enable_sticky: bool = False,
+    sticky_default_ttl: float = 300.0,
+    sticky_echo_headers: Mapping[str, str] | None = None,
+    sticky_max_ttl: float = 86_400.0,
+    sticky_max_sessions: int = 10_000,
+    sticky_max_per_principal: int = 1_000,
 ) -> HttpApp:
     """Make the WSGI application of `server`, for any WSGI server, behind any proxy (API.md section 3.2).
 
@@ -144,6 +155,13 @@ def make_wsgi_app(
         max_externalized_response_bytes: bytes that one response may keep in the server's `external_location`.
         upload_url_provider: gives clients places to upload requests to that are too large; S3Storage, say.
         max_upload_bytes: what clients are told about those; advice only.
+        enable_sticky: methods may keep an object between the calls of a client (`ctx.open_session`); replicas then
+            need server ids of their own, and requests must come back to the process that has the session.
+        sticky_default_ttl, sticky_max_ttl: seconds from opening to the end of a session; the second is the most that a
+            method may ask for.
+        sticky_echo_headers: sent by clients with all later requests of a session, for whatever routes them.
+        sticky_max_sessions, sticky_max_per_principal: sessions that may be open in this process, in all and of one
+            caller; all anonymous callers are one.
 
     Raises:
         TypeError: a config that is not one.
@@ -178,16 +196,30 @@ def make_wsgi_app(
     capabilities += storage_capabilities(
         server, max_externalized_response_bytes, upload_url_provider is not None, max_upload_bytes
     )
+    sessions = None
+    if enable_sticky:
+        sessions = Sessions(
+            server,
+            token_key,
+            default_ttl=sticky_default_ttl,
+            max_ttl=sticky_max_ttl,
+            max_sessions=sticky_max_sessions,
+            max_per_principal=sticky_max_per_principal,
+            echo_headers=sticky_echo_headers,
+        )
+        capabilities += sessions.capabilities()
+    exposed = [name for name, _ in capabilities] + ([] if sessions is None else sessions.response_headers())
     door = _Door(
         server,
         prefix,
         capabilities,
         request_cap or MAX_REQUEST_BYTES,
         guard,
-        None if cors_origins is None else _Cors(cors_origins, cors_max_age, cors_resource_policy, capabilities),
+        None if cors_origins is None else _Cors(cors_origins, cors_max_age, cors_resource_policy, exposed),
+        sessions is not None,
     )
     tokens = StreamTokens(token_key, token_ttl, call_state_cache_entries, server.limits.max_metadata_entry_bytes)
-    rpc = RpcResource(server, door, tokens, response_cap, preferred, produced, compression_level)
+    rpc = RpcResource(server, door, tokens, response_cap, preferred, produced, compression_level, sessions)
     rpc.max_externalized_response_bytes = max_externalized_response_bytes
     middleware: list[Any] = [door]
     if otel_config is not None:
@@ -201,9 +233,12 @@ def make_wsgi_app(
         sentry.instrument_server_sentry(server, sentry_config)
     app = HttpApp(middleware=middleware)
     app.door = door
+    app.sessions = sessions
     app.resp_options.xml_error_serialization = False
     app.add_error_handler(Exception, _unexpected)
     _add_routes(app, rpc, prefix)
+    if sessions is not None:
+        app.add_route(names.reserved_path(names.SESSION_NAME, prefix=prefix), SessionResource(sessions))
     oauth.add_routes(app)
     if upload_url_provider is not None:
         vendor = UploadUrls(server, upload_url_provider, rpc.builtin)
@@ -242,7 +277,7 @@ def _check_prefix(prefix: str) -> str:
 def _capabilities(
     produced: tuple[Encoding, ...], request_cap: int | None, response_cap: int | None, proof: bool
 ) -> list[tuple[str, str]]:
-    """What goes on every response (http.md section 10). Sticky sessions add theirs here, storage in uploads.py."""
+    """What goes on every response (http.md section 10); sessions and storage have more."""
     found = [
         (names.ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER, "true"),
         (names.SUPPORTED_ENCODINGS_HEADER, ", ".join(produced)),
@@ -309,6 +344,7 @@ class _Door:
         max_request: int,
         guard: AuthGuard,
         cors: _Cors | None,
+        sticky: bool,
     ) -> None:
         self.prefix = prefix
         self.max_request = max_request
@@ -316,13 +352,14 @@ class _Door:
         self._headers = capabilities
         self._hosted = server.bindings
         self._cors = cors
+        self._sticky = sticky
         self.draining = False
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         env, context = req.env, req.context
         wanted = env.get("HTTP_X_REQUEST_ID")
         context.request_id = wanted if wanted and _REQUEST_ID.match(wanted) else os.urandom(8).hex()
-        if self.draining:
+        if self.draining and not (self._sticky and _is_of_session(env)):
             raise falcon.HTTPServiceUnavailable(
                 description="this server is shutting down", headers={"Retry-After": "1"}
             )
@@ -354,6 +391,11 @@ class _Door:
             self._cors.apply(req, resp)
 
 
+def _is_of_session(env: Mapping[str, Any]) -> bool:
+    """Whether a client that keeps sessions asks: those that are open go on while the server drains."""
+    return "HTTP_VGI_SESSION" in env or "HTTP_VGI_SESSION_ACCEPT" in env
+
+
 class _Cors:
     """Cross-origin headers (http.md section 11)."""
 
@@ -362,7 +404,7 @@ class _Cors:
         origins: str | Iterable[str],
         max_age: int | None,
         resource_policy: str | None,
-        capabilities: list[tuple[str, str]],
+        exposed: Sequence[str],
     ) -> None:
         self._origins = frozenset([origins] if isinstance(origins, str) else origins)
         self._any = "*" in self._origins
@@ -370,7 +412,7 @@ class _Cors:
         self._policy = resource_policy
         always = ("WWW-Authenticate", names.REQUEST_ID_HEADER, names.CUSTOM_CONTENT_ENCODING_HEADER)
         errors = (names.RPC_ERROR_HEADER, names.AUTH_REASON_HEADER, names.AUTH_PROXY_REQUIRED_HEADER)
-        self._exposed = ", ".join([*always, *errors, *(name for name, _ in capabilities)])
+        self._exposed = ", ".join([*always, *errors, *exposed])
 
     def apply(self, req: falcon.Request, resp: falcon.Response) -> None:
         if self._policy is not None:
@@ -419,8 +461,8 @@ class _Refused(Exception):
         self.exc = exc
 
 
-class _HttpContext(core.CallContext):
-    """What a unary method over HTTP sees: it may set cookies. Sticky sessions extend this."""
+class _HttpContext(SessionContext):
+    """What a unary method over HTTP sees: it may set cookies, too."""
 
     __slots__ = ("_jar",)
 
@@ -457,6 +499,7 @@ class RpcResource:
         preferred: int | None,
         produced: tuple[Encoding, ...],
         level: int | None,
+        sessions: Sessions | None,
     ) -> None:
         self._server = server
         self._max_request = door.max_request
@@ -466,6 +509,7 @@ class RpcResource:
         self._preferred = preferred
         self._produced = produced
         self._level = level
+        self._sessions = sessions
         self.max_externalized_response_bytes: int | None = None
         self._externalizes = stores_results(server)
         self._accepted = {encoding.value: encoding for encoding in (*available_encodings(), Encoding.IDENTITY)}
@@ -506,21 +550,26 @@ class RpcResource:
         show: Callable[[bytes], bytes],
     ) -> None:
         """A unary call whose request is made from JSON, and whose reply is shown as JSON. What is refused is raised."""
-        turn = _Turn()
-        try:
-            call = self._open(req, protocol, method, core.MethodType.UNARY, "application/json")
-        except _Refused as refused:
-            raise refused.exc from None
-        body = make(call.binding, call.info)
-        try:
-            answer = show(self._limited(call, self._unary(call, body, turn, req)))
-            limited = self._limited(call, answer)
-            turn.apply(resp)
-            resp.content_type = "application/json"
-            resp.data = answer if limited is answer else show(limited)
-            self._record(req, call, turn, body, resp.data)
-        finally:
-            call.finish(_NO_CLAIMS)
+        with self._visit(req, resp) as visit:
+            turn = _Turn(visit)
+            try:
+                call = self._open(req, protocol, method, core.MethodType.UNARY, "application/json")
+            except _Refused as refused:
+                raise refused.exc from None
+            body = make(call.binding, call.info)
+            try:
+                answer = show(self._limited(call, self._unary(call, body, turn, req)))
+                limited = self._limited(call, answer)
+                turn.apply(resp)
+                resp.content_type = "application/json"
+                resp.data = answer if limited is answer else show(limited)
+                self._record(req, call, turn, body, resp.data)
+            finally:
+                call.finish(_NO_CLAIMS)
+
+    def _visit(self, req: falcon.Request, resp: falcon.Response) -> contextlib.AbstractContextManager[Visit | None]:
+        """The request's use of its session; SessionLostError. Made before anything is looked up (section 3, step 5)."""
+        return _NO_VISIT if self._sessions is None else self._sessions.visit(req, resp)
 
     def _limited(self, call: core.ServerRequest, body: bytes) -> bytes:
         """`body`, or the error in its place when it is longer than allowed; errors are never replaced."""
@@ -542,13 +591,20 @@ class RpcResource:
     ) -> None:
         body = self.body(req)
         try:
-            call = self._open(req, protocol, method, kind)
-        except _Refused as refused:
-            return self._refuse(req, resp, refused)
-        try:
-            self._answer(req, resp, call, body, work)
-        finally:  # whatever went wrong, hooks hear of the end: they may have made something current in this thread
-            call.finish(_NO_CLAIMS)
+            visiting = self._visit(req, resp)
+        except core.SessionLostError as exc:
+            _LOG.info("no session: %s", core.exception_str(exc))
+            resp.set_header(names.RPC_ERROR_HEADER, "true")
+            return self._send(req, resp, lost_body(exc, req.context.request_id))
+        with visiting as visit:
+            try:
+                call = self._open(req, protocol, method, kind)
+            except _Refused as refused:
+                return self._refuse(req, resp, refused)
+            try:
+                self._answer(req, resp, call, body, work, _Turn(visit))
+            finally:  # whatever went wrong, hooks hear of the end: they may have made something current in this thread
+                call.finish(_NO_CLAIMS)
 
     def _answer(
         self,
@@ -557,8 +613,8 @@ class RpcResource:
         call: core.ServerRequest,
         body: bytes,
         work: Callable[[core.ServerRequest, bytes, _Turn, falcon.Request], bytes],
+        turn: _Turn,
     ) -> None:
-        turn = _Turn()
         try:
             reply = work(call, body, turn, req)
         except core.ExternalLocationError as exc:  # an argument could not be fetched (http.md section 3, step 10)
@@ -646,11 +702,12 @@ class RpcResource:
     # ---- what a request asks for
 
     def _unary(self, call: core.ServerRequest, body: bytes, turn: _Turn, req: falcon.Request) -> bytes:
-        call.make_context = functools.partial(_HttpContext, jar=turn.cookies)
+        call.make_context = functools.partial(_HttpContext, jar=turn.cookies, visit=turn.visit)
         return call.unary(body)
 
     def _init(self, call: core.ServerRequest, body: bytes, turn: _Turn, req: falcon.Request) -> bytes:
         scope = self._scope(call)
+        call.make_context = functools.partial(SessionContext, visit=turn.visit)
 
         def seal(stream: core.Stream[Any, Any]) -> dict[bytes, bytes]:
             known = self._tokens.begin(scope, stream, call.stream_id, call.response_limit_bytes)
@@ -661,6 +718,7 @@ class RpcResource:
 
     def _exchange(self, call: core.ServerRequest, body: bytes, turn: _Turn, req: falcon.Request) -> bytes:
         batch, metadata = call.read(body)
+        call.make_context = functools.partial(SessionContext, visit=turn.visit)
         scope = self._scope(call)
         known, state, turn.state_bytes_in = self._tokens.open(scope, metadata)
         call.stream_id = known.stream_id
@@ -736,6 +794,8 @@ class RpcResource:
             "request_bytes": len(body) if req.content_length is None else req.content_length,
             "response_bytes": len(reply or b""),
         }
+        if turn.visit is not None:
+            notes.update(turn.visit.notes)
         if turn.state_bytes_in:
             notes["request_state_bytes"] = turn.state_bytes_in
         if turn.state_bytes_out:
@@ -746,9 +806,10 @@ class RpcResource:
 class _Turn:
     """What one request leaves behind for its response and its record."""
 
-    __slots__ = ("cancelled", "cookies", "state_bytes_in", "state_bytes_out")
+    __slots__ = ("cancelled", "cookies", "state_bytes_in", "state_bytes_out", "visit")
 
-    def __init__(self) -> None:
+    def __init__(self, visit: Visit | None) -> None:
+        self.visit = visit
         self.cookies: list[Callable[[falcon.Response], None]] = []
         self.cancelled = False
         self.state_bytes_in = 0
@@ -852,7 +913,11 @@ def _add_routes(app: falcon.App[Any, Any], rpc: RpcResource, prefix: str) -> Non
 
 def _unmatched(rpc: RpcResource, page: pages.Page | None, req: falcon.Request, resp: falcon.Response, **_: str) -> None:
     """What no route takes (the table of http.md section 2)."""
-    name = rpc.single_segment(req.path) if req.method == "POST" else ""
+    name = rpc.single_segment(req.path)
+    if req.method == "DELETE" and name == names.SESSION_NAME:  # sticky sessions are off
+        raise falcon.HTTPMethodNotAllowed(["POST"])
+    if req.method != "POST":
+        name = ""
     if name.startswith("__") and name.endswith("__"):
         return rpc.reserved(req, resp, name)
     if name or page is None:

@@ -100,6 +100,45 @@ def _concrete(hint: Any) -> tuple[type[core.StreamState], ...]:
     )
 
 
+class TokenCipher:
+    """AES-256-GCM-SIV under the key of a service (http.md section 7.4): version u8, nonce 12, ciphertext, tag 16.
+
+    Args:
+        key: shared by all replicas; 16 bytes or more, hashed unless it has 32.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        if len(key) < 16:
+            raise ValueError(f"token_key has {len(key)} bytes; use at least 16, better 32 random ones")
+        self._cipher = AESGCMSIV(key if len(key) == 32 else hashlib.sha256(key).digest())
+
+    def seal(self, plain: bytes, bound_to: bytes) -> bytes:
+        """Seal `plain`, which is opened only with the same `bound_to`."""
+        nonce = os.urandom(_NONCE)
+        return _VERSION + nonce + self._cipher.encrypt(nonce, plain, bound_to)
+
+    def open(self, sealed: bytes, bound_to: bytes) -> bytes | None:
+        """What was sealed; None for anything else, whatever is wrong with it."""
+        if len(sealed) < 1 + _NONCE + 16 or sealed[:1] != _VERSION:
+            return None
+        try:
+            return self._cipher.decrypt(sealed[1 : 1 + _NONCE], sealed[1 + _NONCE :], bound_to)
+        except InvalidTag:
+            return None
+
+
+def bound_parts(*parts: str | None) -> bytes:
+    """Join what a token is bound to, each part with its length, so that no two lists of parts look alike."""
+    return b"".join(
+        b"\xff\xff\xff\xff" if part is None else _sized(part.encode("utf-8", "surrogatepass")) for part in parts
+    )
+
+
+def caller_parts(auth: core.AuthContext) -> tuple[str | None, ...]:
+    """Who a token is for. Not the claims: a credential that is renewed leaves its caller's tokens good."""
+    return auth.domain, "1" if auth.authenticated else "0", auth.principal
+
+
 class StreamTokens:
     """Seals and opens the state of streams.
 
@@ -113,11 +152,9 @@ class StreamTokens:
     def __init__(self, key: bytes | None, ttl: int, cache_entries: int, max_bytes: int) -> None:
         if key is None:
             key = os.urandom(32)
-        if len(key) < 16:
-            raise ValueError(f"token_key has {len(key)} bytes; use at least 16, better 32 random ones")
+        self._cipher = TokenCipher(key)
         if ttl < 0:
             raise ValueError(f"token_ttl must be 0 (no expiry) or more seconds, got {ttl}")
-        self._cipher = AESGCMSIV(key if len(key) == 32 else hashlib.sha256(key).digest())
         self._ttl = ttl
         self._max_bytes = max_bytes
         self._cache = _Cache(cache_entries)
@@ -125,11 +162,7 @@ class StreamTokens:
     def scope(self, auth: core.AuthContext, protocol: str, method: str, types: StateTypes) -> TokenScope:
         """What tokens of this caller and method are bound to."""
         kinds = ",".join(kind.__name__ for kind in types.states)  # a release that orders them anew opens none of these
-        parts = [auth.domain, "1" if auth.authenticated else "0", auth.principal, protocol, method, kinds]
-        binding = b"".join(
-            b"\xff\xff\xff\xff" if part is None else _sized(part.encode("utf-8", "surrogatepass")) for part in parts
-        )
-        return TokenScope(binding, types, method)
+        return TokenScope(bound_parts(*caller_parts(auth), protocol, method, kinds), types, method)
 
     def begin(self, scope: TokenScope, stream: core.Stream[Any, Any], stream_id: str, limit: int | None) -> StreamCall:
         """Give a new stream its call id."""
@@ -209,8 +242,7 @@ class StreamTokens:
             packed = compress(Encoding.ZSTD, payload, level=3) if _HAS_ZSTD else payload
             if len(packed) < len(payload):
                 plain = _ZSTD + packed
-        nonce = os.urandom(_NONCE)
-        sealed = base64.b64encode(_VERSION + nonce + self._cipher.encrypt(nonce, plain, _sized(kind) + scope.binding))
+        sealed = base64.b64encode(self._cipher.seal(plain, _sized(kind) + scope.binding))
         if len(sealed) > self._max_bytes or len(payload) > _MAX_PAYLOAD:
             raise ValueError(
                 f"the state of a stream of {scope.method}() takes {len(sealed)} bytes as a token; at most"
@@ -223,13 +255,11 @@ class StreamTokens:
             sealed = binascii.a2b_base64(token, strict_mode=True)
         except (binascii.Error, ValueError) as exc:
             raise RuntimeError("Malformed state token") from exc
-        if len(sealed) < 1 + _NONCE + 16 + 1 or sealed[:1] != _VERSION:
+        if sealed[:1] != _VERSION:
             raise RuntimeError("Malformed state token")
-        try:
-            nonce, sealed = sealed[1 : 1 + _NONCE], sealed[1 + _NONCE :]
-            plain = self._cipher.decrypt(nonce, sealed, _sized(kind) + scope.binding)
-        except InvalidTag:
-            raise RuntimeError("State token verification failed") from None
+        plain = self._cipher.open(sealed, _sized(kind) + scope.binding)
+        if plain is None:
+            raise RuntimeError("State token verification failed")
         if plain[:1] == _RAW:
             return plain[1:]
         try:
