@@ -109,17 +109,15 @@ def test_accepted_requests_finish(number: signal.Signals, server: str) -> None:
     with process("-c", SERVE, server) as (found, port):
         until_open(port)
         answers: list[Answer] = []
-        slow = threading.Thread(
-            target=lambda: answers.append(post(port, "/Service/wait", request("wait", seconds=0.8)))
-        )
+        body, add = request("wait", seconds=0.8), request("add", a=1.0, b=1.0)
+        slow = threading.Thread(target=lambda: answers.append(post(port, "/Service/wait", body)))
         slow.start()
         time.sleep(0.4)
         found.send_signal(number)
         time.sleep(0.2)
-        if server == "waitress":
-            refused = post(port, "/Service/add", request("add", a=1.0, b=1.0))
-            assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
-            assert refused.headers["VGI-Supported-Encodings"] == "zstd, gzip"
+        refused = post(port, "/Service/add", add)
+        assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+        assert refused.headers["VGI-Supported-Encodings"] == "zstd, gzip"
         slow.join(10)
         assert Read(answers[0]).result == 0.8
         assert found.wait(10) == 0

@@ -211,7 +211,7 @@ def make_wsgi_app(
     page = pages.not_found(server, prefix) if enable_not_found_page else None
     app.add_sink(functools.partial(_unmatched, rpc, page))
     if enable_health_endpoint:
-        app.add_route(f"{prefix}/health", _Health(server))
+        app.add_route(door.health, _Health(server, door))
     describes = enable_describe_page and server.describe_enabled
     if enable_landing_page:
         page = pages.landing(server, prefix, describes=describes, repo_url=repo_url)
@@ -311,6 +311,7 @@ class _Door:
         cors: _Cors | None,
     ) -> None:
         self.prefix = prefix
+        self.health = f"{prefix}/health"
         self.max_request = max_request
         self._guard = guard
         self._headers = capabilities
@@ -322,7 +323,7 @@ class _Door:
         env, context = req.env, req.context
         wanted = env.get("HTTP_X_REQUEST_ID")
         context.request_id = wanted if wanted and _REQUEST_ID.match(wanted) else os.urandom(8).hex()
-        if self.draining:
+        if self.draining and (req.path != self.health or req.method == "OPTIONS"):  # health tells it itself
             raise falcon.HTTPServiceUnavailable(
                 description="this server is shutting down", headers={"Retry-After": "1"}
             )
@@ -820,15 +821,24 @@ def _transport_metadata(req: falcon.Request) -> dict[str, Any]:
 
 
 class _Health:
-    """Health and the discovery of capabilities; nobody is asked who they are (http.md section 2)."""
+    """Health and the discovery of capabilities; nobody is asked who they are (http.md section 2).
 
-    def __init__(self, server: core.RpcServer) -> None:
+    200 `"status":"ok"`, and from the signal to the end 503 `"status":"draining"`: no more requests, please.
+    """
+
+    def __init__(self, server: core.RpcServer, door: _Door) -> None:
         found = {"status": "ok", "server_id": server.server_id, "protocol": server.protocol_name}
         self._body = json.dumps(found, separators=(",", ":")).encode()
+        self._draining = json.dumps({**found, "status": "draining"}, separators=(",", ":")).encode()
+        self._door = door
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         resp.content_type = "application/json"
         resp.data = self._body
+        if self._door.draining:
+            resp.status = falcon.HTTP_503
+            resp.set_header("Retry-After", "1")
+            resp.data = self._draining
 
     def on_head(self, req: falcon.Request, resp: falcon.Response) -> None:
         self.on_get(req, resp)
