@@ -50,8 +50,8 @@ http {{
   client_body_temp_path {dir}/body; proxy_temp_path {dir}/proxy; fastcgi_temp_path {dir}/f; uwsgi_temp_path {dir}/u;
   scgi_temp_path {dir}/s;
   upstream replicas {{
-    server 127.0.0.1:{one} fail_timeout=1s;  # out for a second after a refused connection
-    server 127.0.0.1:{two} fail_timeout=1s;
+    server 127.0.0.1:{one} max_fails=0;  # else a replica is out for fail_timeout after a refusal, and both are at times
+    server 127.0.0.1:{two} max_fails=0;
   }}
   server {{
     listen 127.0.0.1:{port};

@@ -227,7 +227,7 @@ def _refuse_connections(listener: socket.socket) -> None:
 
 
 def _serve_granian(
-    app: _App,
+    app: HttpApp,
     host: str,
     port: int,
     threads: int,
@@ -270,7 +270,8 @@ class _GranianDrain:
     """The application in granian's worker process, and the drain: the parent passes the signal on, and waits."""
 
     def __init__(self, app: HttpApp, port: int, grace: float) -> None:
-        self._app = app
+        self._app: _App = app
+        self._door = app.door
         self._port = port
         self._grace = grace
         self._parent, self._worker = socket.socketpair()
@@ -279,7 +280,7 @@ class _GranianDrain:
         self._signalled = False
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        if self._app.door.draining:
+        if self._door.draining:
             return self._app(environ, lambda status, headers: start_response(status, [*headers, _CLOSE]))
         with self._lock:
             self._running += 1
@@ -297,7 +298,7 @@ class _GranianDrain:
 
     def _drain(self) -> None:
         self._worker.recv(1)
-        self._app.door.draining = True
+        self._door.draining = True
         deadline = time.monotonic() + self._grace
         while self._running and time.monotonic() < deadline:
             time.sleep(0.01)
