@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -140,9 +141,11 @@ class Caller:
         """Call `url` for that long."""
         end = time.monotonic() + seconds
         with http_connect(Svc, url, timeout=30) as svc:
-            while time.monotonic() < end:
+            for kind in itertools.cycle((self.unary, self.producer, self.exchange)):
                 with contextlib.suppress(RpcError):  # counted; the stream is lost
-                    self.random.choice((self.unary, self.producer, self.exchange))(svc)
+                    kind(svc)
+                if time.monotonic() >= end:
+                    break
 
     def attempt(self, kind: str, call: Callable[[], _T]) -> _T:
         """Make a call, again as long as it has not run."""
