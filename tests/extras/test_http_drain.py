@@ -6,7 +6,6 @@ import collections
 import http.client
 import json
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -95,13 +94,14 @@ def test_two_hundred_callers_lose_nothing(served: tuple[Any, int]) -> None:
     for thread in threads:
         thread.start()
     go.set()
-    time.sleep(1.0)
+    deadline = time.monotonic() + 20
+    while sum(seen["answered"] for seen in counts) < CALLERS and time.monotonic() < deadline:
+        time.sleep(0.02)
     found.send_signal(signal.SIGTERM)
     for thread in threads:
         thread.join(20)
     total = sum(counts, collections.Counter[str]())
-    print(total, file=sys.stderr)
     assert set(total) <= {"answered", "503", "refused"}, total
     assert total["503"] + total["refused"] == CALLERS
-    assert total["answered"] > CALLERS
+    assert total["answered"] >= CALLERS
     assert found.wait(10) == 0

@@ -124,8 +124,11 @@ def test_accepted_requests_finish(number: signal.Signals, server: str) -> None:
         assert found.stdout.read() == ""  # PORT was all
 
 
-def test_a_second_signal_ends_it_at_once() -> None:
-    with process("-c", SERVE, "waitress") as (found, port):
+@pytest.mark.parametrize("server", ["waitress", "granian"])
+def test_a_second_signal_ends_it_at_once(server: str) -> None:
+    pytest.importorskip(server)
+    with process("-c", SERVE, server) as (found, port):
+        until_open(port)
         slow = socket.create_connection(("127.0.0.1", port), 5)
         body = request("wait", seconds=30.0)
         head = f"POST /Service/wait HTTP/1.1\r\nHost: x\r\nContent-Type: {ARROW}\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -136,7 +139,27 @@ def test_a_second_signal_ends_it_at_once() -> None:
         assert found.poll() is None
         found.send_signal(signal.SIGTERM)
         assert found.wait(5) == 1
+        slow.settimeout(5)
+        with contextlib.suppress(ConnectionResetError):
+            assert slow.recv(1) == b""  # nobody is left that would answer
         slow.close()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="asks /proc for the worker")
+def test_the_worker_of_granian_does_not_outlive_its_parent() -> None:
+    pytest.importorskip("granian")
+    with process("-c", SERVE, "granian") as (found, port):
+        until_open(port)
+        found.kill()
+        found.wait(5)
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+            except OSError:
+                return
+            time.sleep(0.1)
+        raise AssertionError("somebody still listens")
 
 
 def test_clients_that_break_off_or_send_in_chunks() -> None:

@@ -627,7 +627,7 @@ def _no_support(doing: str, sent: Sent) -> core.RpcError:
 
 
 def _untouched(exc: BaseException) -> bool:
-    """Whether a turn that failed did not take place: nothing was sent, or a server that is going down refused it."""
+    """Whether a turn that failed did not take place: nothing was sent, or it was refused at the door (429, 503)."""
     if not isinstance(exc, core.RpcError):
         return False
     return exc.sent == "no" or (exc.sent == "answered" and isinstance(exc, HttpTransientError))
@@ -637,7 +637,7 @@ class HttpStreamSession(core.StreamSession):
     """A stream over HTTP: each turn is a request that carries the server's state back to it (http.md section 7).
 
     It holds no connection, so any number may be open at once; closing one costs nothing. Not for several threads. A
-    turn that was refused before it began (503) or that never left can be asked for again; any other error is the end.
+    turn that was refused before it began (429, 503) or never left can be asked for again; other errors are the end.
     """
 
     def __init__(

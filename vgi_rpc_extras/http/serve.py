@@ -1,7 +1,8 @@
 # Needs: waitress (or granian). Install: pip install 'vgi-rpc-onefile[http]'.
 """Serve over HTTP until a signal ends it (http.md section 14).
 
-first SIGTERM or SIGINT     new requests get 503, accepted ones finish (drain_grace_seconds at most), then the end
+first SIGTERM or SIGINT     new requests get 503 and `Connection: close`, health says "draining"; what runs may finish
+                            (drain_grace_seconds); then the port closes, and no call is lost by that
 a second one                the end at once, status 1
 """
 
@@ -18,7 +19,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -262,8 +263,11 @@ def _serve_granian(
         )
         granian.on_startup(lambda: _announce((host, port), on_bound))
         interrupt = granian.signal_handler_interrupt
-        granian.signal_handler_interrupt = lambda *_: drain.signalled(interrupt)
-        granian.serve(target_loader=drain.load, wrap_loader=False)
+        granian.signal_handler_interrupt = lambda *_: drain.signalled(interrupt, granian.wrks)
+        try:
+            granian.serve(target_loader=drain.load, wrap_loader=False)
+        finally:
+            drain.close()
 
 
 class _GranianDrain:
@@ -292,7 +296,7 @@ class _GranianDrain:
 
     def load(self) -> _GranianDrain:
         """In the worker, before it serves."""
-        self._parent.close()  # its end is seen, then
+        self._parent.close()  # the end of the parent is seen, then
         threading.Thread(target=self._drain, name="vgi_rpc-http-drain", daemon=True).start()
         return self
 
@@ -305,14 +309,19 @@ class _GranianDrain:
         for listener in _listening(self._port):
             _refuse_connections(listener)
         time.sleep(_LINGER_SECONDS)
-        self._worker.send(b"x")
+        try:
+            self._worker.send(b"x")
+        except OSError:  # the parent was killed
+            os._exit(1)
 
-    def signalled(self, interrupt: Callable[[], None]) -> None:
-        """In the parent: the first signal begins the drain, the second ends everything, as does a dead worker."""
+    def signalled(self, interrupt: Callable[[], None], workers: Sequence[Any]) -> None:
+        """In the parent: the first signal begins the drain, the second is the end at once."""
         if self._signalled:
+            for worker in workers:
+                worker.kill()
             os._exit(1)
         self._signalled = True
-        self._worker.close()
+        self._worker.close()  # the end of the worker is seen, then
         threading.Thread(target=self._wait, args=(interrupt,), name="vgi_rpc-http-drain", daemon=True).start()
 
     def _wait(self, interrupt: Callable[[], None]) -> None:
@@ -321,6 +330,11 @@ class _GranianDrain:
             self._parent.send(b"x")
             self._parent.recv(1)
         interrupt()
+
+    def close(self) -> None:
+        """Close both ends."""
+        self._parent.close()
+        self._worker.close()
 
 
 def _listening(port: int) -> Iterator[socket.socket]:
