@@ -36,7 +36,8 @@ import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import vgi_rpc
-from vgi_rpc import AnnotatedBatch, ExchangeState, ProducerState, RpcError, RpcServer, Stream, http_connect, serve_http
+from vgi_rpc import AnnotatedBatch, ExchangeState, ProducerState, RpcError, RpcServer, Stream
+from vgi_rpc_extras.http import http_connect, serve_http
 
 NUMBERS = pa.schema([("n", pa.int64())])
 TOKEN_KEY = "ab" * 32
@@ -234,14 +235,17 @@ class Replica:
         return time.monotonic() - begun
 
     def kill(self) -> None:
-        """End it, whatever it does."""
+        """End it at once: the second signal ends a worker of its own, too."""
+        for _ in range(2):
+            self._process.terminate()
+            time.sleep(0.1)
         self._process.kill()
         self._process.wait()
 
 
 def until_open(port: int, process: subprocess.Popen[Any]) -> None:
     """Wait until somebody listens."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
             return
@@ -277,6 +281,8 @@ def measure(folder: Path, clients: int, seconds: float, wsgi_server: str) -> dic
         stack.enter_context(nginx(folder, port, *ports))
         argv = [sys.executable, __file__, "call", f"http://127.0.0.1:{port}", str(seconds)]
         callers = [subprocess.Popen([*argv, str(seed)], stdout=subprocess.PIPE, text=True) for seed in range(clients)]
+        for caller in callers:
+            stack.callback(caller.kill)
         end = time.monotonic() + seconds
         for turn in range(sys.maxsize):
             time.sleep(min(1.0, max(0.0, end - time.monotonic())))

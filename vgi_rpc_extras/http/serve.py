@@ -112,6 +112,7 @@ class _Waitress:
             import waitress.channel
             import waitress.server
             import waitress.task
+            import waitress.wasyncore
         except ImportError:
             raise SystemExit("serving over HTTP needs waitress: pip install 'vgi-rpc-onefile[http]'") from None
         if os.environ.get("VGI_RPC_WAITRESS_QUEUE_LOG", "").lower() not in ("1", "true", "yes", "on"):
