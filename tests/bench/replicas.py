@@ -160,7 +160,7 @@ class Caller:
                     time.sleep(0.05)
                     continue
                 self.counts["failed"] += 1
-                self.errors.append(f"{kind}: {error}")
+                self.errors.append(f"{kind}: {str(error)[:60]}")
                 raise
             self.counts[kind] += 1
             self.slowest = max(self.slowest, time.monotonic() - begun)

@@ -145,6 +145,14 @@ def test_a_second_signal_ends_it_at_once(server: str) -> None:
         slow.close()
 
 
+def test_granian_does_not_share_a_port_that_somebody_has() -> None:
+    pytest.importorskip("granian")
+    with process("-c", SERVE, "granian") as (_, port):
+        until_open(port)
+        with pytest.raises(OSError, match="in use"):
+            core.serve_http(make_server(), port=port, wsgi_server="granian", token_key=bytes(32))
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="asks /proc for the worker")
 def test_the_worker_of_granian_does_not_outlive_its_parent() -> None:
     pytest.importorskip("granian")

@@ -246,7 +246,7 @@ def _serve_granian(
         from granian.server import Server
     except ImportError:
         raise SystemExit("wsgi_server='granian' needs granian: pip install granian") from None
-    with _listen(host, port) if port else _reserve(host) as reserved:
+    with _reserve(host, port) as reserved:
         if port:
             reserved.close()  # nobody else has it
         else:
@@ -282,10 +282,12 @@ class _GranianDrain:
         self._parent, self._worker = socket.socketpair()
         self._lock = threading.Lock()
         self._running = 0
+        self._latest = 0.0  # when a request was refused
         self._signalled = False
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if self._door.draining:
+            self._latest = time.monotonic()
             return self._app(environ, lambda status, headers: start_response(status, [*headers, _CLOSE]))
         with self._lock:
             self._running += 1
@@ -309,7 +311,11 @@ class _GranianDrain:
             time.sleep(0.01)
         for listener in _listening(self._port):
             _refuse_connections(listener)
-        time.sleep(_LINGER_SECONDS)
+        self._latest = now = time.monotonic()
+        deadline = now + _FLUSH_SECONDS
+        while now < deadline and now - self._latest < _LINGER_SECONDS:
+            time.sleep(0.05)
+            now = time.monotonic()
         try:
             self._worker.send(b"x")
         except OSError:  # the parent was killed
@@ -326,7 +332,7 @@ class _GranianDrain:
         threading.Thread(target=self._wait, args=(interrupt,), name="vgi_rpc-http-drain", daemon=True).start()
 
     def _wait(self, interrupt: Callable[[], None]) -> None:
-        self._parent.settimeout(self._grace + _FLUSH_SECONDS)
+        self._parent.settimeout(self._grace + 2 * _FLUSH_SECONDS)
         with contextlib.suppress(OSError):
             self._parent.send(b"x")
             self._parent.recv(1)
@@ -348,15 +354,15 @@ def _listening(port: int) -> Iterator[socket.socket]:
                 yield sock
 
 
-def _reserve(host: str) -> socket.socket:
-    """Keep a free port for granian, which takes no socket, and does not say where it has bound one.
+def _reserve(host: str, port: int) -> socket.socket:
+    """Keep a free port for granian, which takes no socket, and does not say where it has bound one; or try a given one.
 
     What is bound but does not listen gets no connections, and SO_REUSEPORT lets granian bind the same port.
     """
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        sock.bind((host, 0))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR if port else socket.SO_REUSEPORT, 1)
+        sock.bind((host, port))
     except BaseException:
         sock.close()
         raise
