@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ core.run_server(Svc, Impl())
 class Svc(Protocol):
     def pid(self) -> int: ...
     def add(self, a: float, b: float) -> float: ...
+    def sleep(self, seconds: float) -> None: ...
 
 
 class Impl:
@@ -37,6 +39,9 @@ class Impl:
 
     def add(self, a: float, b: float) -> float:
         return a + b
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
 
 
 class Family:
@@ -109,6 +114,43 @@ def test_a_signal_ends_all(family: Family, number: signal.Signals, tmp_path: Pat
     assert family.process.wait(20) == 128 + number
     assert gone(pids)
     assert not (tmp_path / "s").exists()
+
+
+def test_sigterm_cuts_the_calls_of_a_socket(family: Family, tmp_path: Path) -> None:
+    """Draining is for HTTP (DESIGN.md section 7): here callers are told at once that a call may have run."""
+    ended: list[BaseException] = []
+
+    def call(proxy: Any) -> None:
+        try:
+            proxy.sleep(30.0)
+        except core.RpcError as exc:
+            ended.append(exc)
+
+    with family.connect() as busy, family.connect() as other:
+        assert busy.add(1.0, 1.0) == other.add(1.0, 1.0) == 2.0
+        threads = [threading.Thread(target=call, args=(proxy,)) for proxy in (busy, other)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.3)
+        begun = time.monotonic()
+        family.process.terminate()
+        for thread in threads:
+            thread.join(20)
+        assert time.monotonic() - begun < 10
+    assert [(type(exc), getattr(exc, "sent", None)) for exc in ended] == [(core.ConnectionLostError, "maybe")] * 2
+    assert family.process.wait(20) == 128 + signal.SIGTERM
+
+
+def test_sigterm_ends_a_single_process_and_the_next_takes_its_socket(tmp_path: Path) -> None:
+    for _ in range(2):
+        process = start(tmp_path, "--unix", str(tmp_path / "s"))
+        assert process.stdout is not None and process.stdout.readline() == f"UNIX:{tmp_path / 's'}\n"
+        with core.unix_connect(Svc, str(tmp_path / "s")) as proxy:
+            assert proxy.add(1.0, 2.0) == 3.0
+        process.terminate()
+        assert process.wait(20) == -signal.SIGTERM
+        process.stdout.close()
+        assert (tmp_path / "s").exists()  # nobody was left to remove it
 
 
 def test_workers_do_not_outlive_a_killed_parent(family: Family) -> None:

@@ -3,15 +3,21 @@
 ```python     `# name.py` on the first line: written to that file; otherwise run as a file
 ```sh         run by sh; `python` is this interpreter
 ```text       what the block before it prints
+```sh serve   servers, one a line: each is started, asked for its health, and ended with SIGTERM
+```conf       files for other programs: tests/extras/test_hosting.py uses them
 ```sh setup   installs things: .ci/run must run exactly this command
 """
 
 from __future__ import annotations
 
+import http.client
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,17 +58,65 @@ def readme() -> list[Block]:
     return blocks_of(README.read_text(encoding="utf-8"))
 
 
-def run(command: list[str], where: Path, bin_dir: Path, block: Block) -> str:
-    """What a block prints; the module under test is found first, as `vgi_rpc`."""
+def environment(where: Path, bin_dir: Path) -> dict[str, str]:
+    """The module under test is found first, as `vgi_rpc`."""
     path = os.pathsep.join((str(where), str(ROOT)))
-    env = {**os.environ, "PYTHONPATH": path, "PATH": f"{bin_dir}{os.pathsep}{os.environ.get('PATH', '')}"}
+    return {**os.environ, "PYTHONPATH": path, "PATH": f"{bin_dir}{os.pathsep}{os.environ.get('PATH', '')}"}
+
+
+def run(command: list[str], where: Path, bin_dir: Path, block: Block) -> str:
+    """What a block prints."""
+    env = environment(where, bin_dir)
     ran = subprocess.run(command, cwd=where, env=env, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0, f"README.md:{block.line}\n{block.text}\n{ran.stdout}\n{ran.stderr}"
     return ran.stdout
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def health(port: int, process: subprocess.Popen[bytes]) -> int:
+    """The status of GET /health, once somebody listens."""
+    deadline = time.monotonic() + 30
+    while True:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status
+        except OSError:
+            assert process.poll() is None and time.monotonic() < deadline, "it does not listen"
+            time.sleep(0.05)
+        finally:
+            connection.close()
+
+
+def serve(command: str, where: Path, bin_dir: Path) -> None:
+    """Start a server on another port than the one it names; it must be healthy, and end well."""
+    port = free_port()
+    assert "8001" in command, command
+    command = f"exec {command.replace('8001', str(port))}"
+    with open(where / "serve.log", "wb") as log:
+        process = subprocess.Popen(
+            ["sh", "-c", command], cwd=where, env=environment(where, bin_dir), stdout=log, stderr=log
+        )
+    try:
+        assert health(port, process) == 200, command
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0, f"{command}\n{(where / 'serve.log').read_text()}"
+    finally:
+        process.kill()
+        process.wait()
+
+
 def execute(block: Block, where: Path, bin_dir: Path) -> str:
     """Write or run one block; returns what it printed."""
+    if block.info == "sh serve":
+        for command in block.text.splitlines():
+            serve(command, where, bin_dir)
+        return ""
     if block.info == "sh":
         return run(["sh", "-e", "-c", block.text], where, bin_dir, block)
     assert block.info == "python", f"README.md:{block.line}: nothing executes a block of kind {block.info!r}"
@@ -90,7 +144,7 @@ def test_readme_blocks_run(tmp_path: Path) -> None:
     for block in readme():
         if block.info == "text":
             assert printed.endswith(block.text), f"README.md:{block.line}: printed instead:\n{printed}"
-        elif block.info != "sh setup":
+        elif block.info not in ("sh setup", "conf"):
             printed = execute(block, where, bin_dir)
 
 

@@ -901,6 +901,32 @@ def test_errors_end_a_stream() -> None:
         assert calc.add(1.0, 2.0) == 3.0
 
 
+def test_a_refused_turn_can_be_asked_for_again() -> None:
+    refused = reply(b"{}", "503 Down", "application/json", {"Retry-After": "1"})
+    script = [
+        opening(tokens("zero")),
+        refused,
+        opening((row(1), {CUR: token("one")})),
+        opening((row(0), None), tokens("one")),
+        refused,
+        opening((row(1), None)),
+    ]
+    with Scripted(*script) as server, http_connect(Calc, server.url) as calc:
+        session = calc.scale(1.0)
+        with pytest.raises(client.HttpTransientError) as caught:
+            session.exchange(core.AnnotatedBatch(row(1)))
+        assert (caught.value.sent, caught.value.is_retryable()) == ("answered", True)
+        assert session.exchange(core.AnnotatedBatch(row(1))).batch.num_rows == 1
+        session = calc.count(2)
+        items = iter(session)
+        assert next(items).batch.num_rows == 1
+        with pytest.raises(client.HttpTransientError):
+            next(items)
+        assert len(list(session)) == 1  # nothing twice, nothing left out
+        sent = [asked.metadata[CUR.encode()].decode() for asked in server.posts if asked.path.endswith("exchange")]
+        assert sent == [token("zero"), token("zero"), token("one"), token("one")]
+
+
 def test_a_lost_turn_ends_the_session_and_nothing_else() -> None:
     script: list[Answer] = [opening(tokens("zero")), HANG_UP, opening(tokens("zero")), SILENCE]
     with Scripted(*script) as server, http_connect(Calc, server.url) as calc:

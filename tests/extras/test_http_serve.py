@@ -109,25 +109,26 @@ def test_accepted_requests_finish(number: signal.Signals, server: str) -> None:
     with process("-c", SERVE, server) as (found, port):
         until_open(port)
         answers: list[Answer] = []
-        slow = threading.Thread(
-            target=lambda: answers.append(post(port, "/Service/wait", request("wait", seconds=0.8)))
-        )
+        body, add = request("wait", seconds=0.8), request("add", a=1.0, b=1.0)
+        slow = threading.Thread(target=lambda: answers.append(post(port, "/Service/wait", body)))
         slow.start()
         time.sleep(0.4)
         found.send_signal(number)
         time.sleep(0.2)
-        if server == "waitress":
-            refused = post(port, "/Service/add", request("add", a=1.0, b=1.0))
-            assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
-            assert refused.headers["VGI-Supported-Encodings"] == "zstd, gzip"
+        refused = post(port, "/Service/add", add)
+        assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+        assert refused.headers["VGI-Supported-Encodings"] == "zstd, gzip"
         slow.join(10)
         assert Read(answers[0]).result == 0.8
         assert found.wait(10) == 0
         assert found.stdout.read() == ""  # PORT was all
 
 
-def test_a_second_signal_ends_it_at_once() -> None:
-    with process("-c", SERVE, "waitress") as (found, port):
+@pytest.mark.parametrize("server", ["waitress", "granian"])
+def test_a_second_signal_ends_it_at_once(server: str) -> None:
+    pytest.importorskip(server)
+    with process("-c", SERVE, server) as (found, port):
+        until_open(port)
         slow = socket.create_connection(("127.0.0.1", port), 5)
         body = request("wait", seconds=30.0)
         head = f"POST /Service/wait HTTP/1.1\r\nHost: x\r\nContent-Type: {ARROW}\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -138,7 +139,35 @@ def test_a_second_signal_ends_it_at_once() -> None:
         assert found.poll() is None
         found.send_signal(signal.SIGTERM)
         assert found.wait(5) == 1
+        slow.settimeout(5)
+        with contextlib.suppress(ConnectionResetError):
+            assert slow.recv(1) == b""  # nobody is left that would answer
         slow.close()
+
+
+def test_granian_does_not_share_a_port_that_somebody_has() -> None:
+    pytest.importorskip("granian")
+    with process("-c", SERVE, "granian") as (_, port):
+        until_open(port)
+        with pytest.raises(OSError, match="in use"):
+            core.serve_http(make_server(), port=port, wsgi_server="granian", token_key=bytes(32))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="asks /proc for the worker")
+def test_the_worker_of_granian_does_not_outlive_its_parent() -> None:
+    pytest.importorskip("granian")
+    with process("-c", SERVE, "granian") as (found, port):
+        until_open(port)
+        found.kill()
+        found.wait(5)
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+            except OSError:
+                return
+            time.sleep(0.1)
+        raise AssertionError("somebody still listens")
 
 
 def test_clients_that_break_off_or_send_in_chunks() -> None:

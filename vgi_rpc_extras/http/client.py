@@ -669,10 +669,18 @@ def _no_support(doing: str, sent: Sent) -> core.RpcError:
 # ---- streams
 
 
+def _untouched(exc: BaseException) -> bool:
+    """Whether a turn that failed did not take place: nothing was sent, or it was refused at the door (429, 503)."""
+    if not isinstance(exc, core.RpcError):
+        return False
+    return exc.sent == "no" or (exc.sent == "answered" and isinstance(exc, HttpTransientError))
+
+
 class HttpStreamSession(core.StreamSession):
     """A stream over HTTP: each turn is a request that carries the server's state back to it (http.md section 7).
 
-    It holds no connection, so any number may be open at once; closing one costs nothing. Not for several threads.
+    It holds no connection, so any number may be open at once; closing one costs nothing. Not for several threads. A
+    turn that was refused before it began (429, 503) or never left can be asked for again; other errors are the end.
     """
 
     def __init__(
@@ -834,10 +842,8 @@ class HttpStreamSession(core.StreamSession):
         try:
             reply = self._call.read_turn(self._post(doing, batch, dict(metadata) if metadata else {}, timeout))
             self._absorb(reply, answers=answers)
-        except core.RpcArgumentError:  # nothing was sent
-            raise
-        except BaseException:
-            self._over = True
+        except BaseException as exc:
+            self._over = not _untouched(exc)
             raise
 
     def _post(self, doing: str, batch: pa.RecordBatch, metadata: dict[bytes, bytes], timeout: float | None) -> bytes:

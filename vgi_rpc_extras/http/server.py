@@ -246,7 +246,7 @@ def make_wsgi_app(
     page = pages.not_found(server, prefix) if enable_not_found_page else None
     app.add_sink(functools.partial(_unmatched, rpc, page))
     if enable_health_endpoint:
-        app.add_route(f"{prefix}/health", _Health(server))
+        app.add_route(door.health, _Health(server, door))
     describes = enable_describe_page and server.describe_enabled
     if enable_landing_page:
         page = pages.landing(server, prefix, describes=describes, repo_url=repo_url)
@@ -347,6 +347,7 @@ class _Door:
         sticky: bool,
     ) -> None:
         self.prefix = prefix
+        self.health = f"{prefix}/health"
         self.max_request = max_request
         self._guard = guard
         self._headers = capabilities
@@ -359,7 +360,7 @@ class _Door:
         env, context = req.env, req.context
         wanted = env.get("HTTP_X_REQUEST_ID")
         context.request_id = wanted if wanted and _REQUEST_ID.match(wanted) else os.urandom(8).hex()
-        if self.draining and not (self._sticky and _is_of_session(env)):
+        if self.draining and self._refused(req):
             raise falcon.HTTPServiceUnavailable(
                 description="this server is shutting down", headers={"Retry-After": "1"}
             )
@@ -367,6 +368,12 @@ class _Door:
         if length is not None and length > self.max_request and not self._guard.is_exempt(req.method, req.path):
             raise too_large(self.max_request)
         self._guard.process_request(req, resp)
+
+    def _refused(self, req: falcon.Request) -> bool:
+        """What is not answered while draining: health tells of it itself, and open sessions go on."""
+        if req.path == self.health and req.method != "OPTIONS":
+            return False
+        return not (self._sticky and ("HTTP_VGI_SESSION" in req.env or "HTTP_VGI_SESSION_ACCEPT" in req.env))
 
     def process_resource(
         self, req: falcon.Request, resp: falcon.Response, resource: object, params: dict[str, Any]
@@ -389,11 +396,6 @@ class _Door:
             resp.set_header("Cache-Control", "public, max-age=300")
         if self._cors is not None:
             self._cors.apply(req, resp)
-
-
-def _is_of_session(env: Mapping[str, Any]) -> bool:
-    """Whether a client that keeps sessions asks: those that are open go on while the server drains."""
-    return "HTTP_VGI_SESSION" in env or "HTTP_VGI_SESSION_ACCEPT" in env
 
 
 class _Cors:
@@ -881,15 +883,24 @@ def _transport_metadata(req: falcon.Request) -> dict[str, Any]:
 
 
 class _Health:
-    """Health and the discovery of capabilities; nobody is asked who they are (http.md section 2)."""
+    """Health and the discovery of capabilities; nobody is asked who they are (http.md section 2).
 
-    def __init__(self, server: core.RpcServer) -> None:
+    200 `"status":"ok"`, and from the signal to the end 503 `"status":"draining"`: no more requests, please.
+    """
+
+    def __init__(self, server: core.RpcServer, door: _Door) -> None:
         found = {"status": "ok", "server_id": server.server_id, "protocol": server.protocol_name}
         self._body = json.dumps(found, separators=(",", ":")).encode()
+        self._draining = json.dumps({**found, "status": "draining"}, separators=(",", ":")).encode()
+        self._door = door
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         resp.content_type = "application/json"
         resp.data = self._body
+        if self._door.draining:
+            resp.status = falcon.HTTP_503
+            resp.set_header("Retry-After", "1")
+            resp.data = self._draining
 
     def on_head(self, req: falcon.Request, resp: falcon.Response) -> None:
         self.on_get(req, resp)
