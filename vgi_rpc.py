@@ -1534,7 +1534,10 @@ def _types_arrow(core: Any, marker: ArrowType | None, top: bool) -> pa.DataType:
             return _TYPES_ENUM
         if core.__module__ == "datetime" and core.__name__ in _TYPES_TEMPORAL:
             return _TYPES_TEMPORAL[core.__name__]
-    raise TypeError(_types_refusal(core))
+    refusal = TypeError(_types_refusal(core))
+    if hint := _types_hint(core):
+        refusal.add_note(hint)
+    raise refusal
 
 
 def _types_element(annotation: Any) -> pa.DataType:
@@ -1549,26 +1552,26 @@ def _types_refusal(core: Any) -> str:
             "Arrow has no native heterogeneous-tuple type. Use a nested ArrowSerializableDataclass for fixed named"
             " fields, or list[T] for homogeneous sequences."
         )
-    return text + _types_hint(core) + "Use Annotated[T, ArrowType(...)] to specify the Arrow type explicitly."
+    return text + "Use Annotated[T, ArrowType(...)] to specify the Arrow type explicitly."
 
 
 def _types_hint(core: Any) -> str:
     """What people usually mean by an annotation that says too little."""
     origin = typing.get_origin(core) or core
     if origin in (list, set, frozenset):
-        return f"Say what it holds, as in {origin.__name__}[float]. "
+        return f"Say what it holds, as in {origin.__name__}[float]"
     if origin is dict:
-        return "Say what it holds, as in dict[str, float]. "
+        return "Say what it holds, as in dict[str, float]"
     if origin in (typing.Union, types.UnionType):
-        return "A value has one type, and perhaps None: T | None. "
+        return "A value has one type, and perhaps None: T | None"
     if not isinstance(origin, type):
         return ""
     if hasattr(origin, "__dataclass_fields__"):
-        return f"A dataclass that travels is a class {origin.__name__}(ArrowSerializableDataclass). "
+        return f"A dataclass that travels is a class {origin.__name__}(ArrowSerializableDataclass)"
     if origin.__name__ in ("Table", "DataFrame"):
-        return "A table is a pa.RecordBatch (RecordBatch.from_pandas(df)), or a Stream of them (Stream.from_arrow). "
+        return "A table is a pa.RecordBatch (RecordBatch.from_pandas(df)), or a Stream of them (Stream.from_arrow)"
     if issubclass(origin, Iterator):
-        return "A method that gives many values returns a Stream. "
+        return "A method that gives many values returns a Stream"
     return ""
 
 
@@ -1791,6 +1794,8 @@ class _TypesSchema:
     """`Cls.ARROW_SCHEMA`, computed at first use and for each class of its own."""
 
     def __get__(self, instance: object, owner: type[ArrowSerializableDataclass]) -> pa.Schema:
+        if owner is ArrowSerializableDataclass:  # help() asks
+            raise AttributeError("ARROW_SCHEMA belongs to the dataclasses that are derived from this class")
         return _types_spec(owner).schema
 
 
@@ -4356,8 +4361,6 @@ def parse_version(value: str) -> tuple[int, int, int]:
 
 def _methods_protocol_name(protocol: type) -> str:
     """A Protocol's own `protocol_name`, never an inherited one, else its class name."""
-    if not isinstance(protocol, type):
-        raise TypeError(f"expected a Protocol class, got a {type(protocol).__name__} object")
     name = protocol.__dict__.get("protocol_name")
     return name if isinstance(name, str) and name else protocol.__name__
 
@@ -4384,6 +4387,8 @@ def rpc_methods(protocol: type) -> Mapping[str, RpcMethodInfo]:
     Raises TypeError for hints that cannot be resolved or mapped, unannotated parameters, and parameters that cannot
     be passed by keyword.
     """
+    if not isinstance(protocol, type):
+        raise TypeError(f"expected a Protocol class, got a {type(protocol).__name__} object")
     known = _METHODS.get(protocol)
     if known is None:
         found = {}
@@ -4432,7 +4437,8 @@ def _methods_info(protocol: type, name: str, member: Callable[..., Any]) -> RpcM
     fields = []
     for parameter in parameters:
         if parameter.name not in hints:
-            raise TypeError(f"{where} parameter '{parameter.name}' has no annotation; it would never be sent")
+            order = "" if _methods_is_protocol(protocol) else " (the Protocol class comes first, then the object)"
+            raise TypeError(f"{where} parameter '{parameter.name}' has no annotation; it would never be sent{order}")
         fields.append(_methods_field(parameter.name, hints[parameter.name], f"{where} parameter '{parameter.name}'"))
     returned, returns_ref = _methods_without_ref(hints.get("return", type(None)), where)
     core = _types_strip(returned)[0]
@@ -4458,6 +4464,10 @@ def _methods_info(protocol: type, name: str, member: Callable[..., Any]) -> RpcM
         returns_ref=returns_ref,
         returns_undeclared="return" not in hints,
     )
+
+
+def _methods_is_protocol(cls: object) -> bool:
+    return bool(getattr(cls, "_is_protocol", False))  # what typing.is_protocol() reads, from 3.13
 
 
 def _methods_not_called(function: object) -> str:
@@ -4521,9 +4531,9 @@ def _methods_parameters(where: str, signature: inspect.Signature, is_method: boo
         inspect.Parameter.VAR_KEYWORD: "'{}' is **kwargs",
     }
     parameters = list(signature.parameters.values())
-    if is_method and (not parameters or parameters[0].annotation is not inspect.Parameter.empty):
-        raise TypeError(f"{where} has no 'self': write it before the first parameter")
-    if is_method and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL:
+    if is_method and not (parameters and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL):
+        if not parameters or (parameters[0].name != "self" and parameters[0].annotation is not inspect.Parameter.empty):
+            raise TypeError(f"{where} has no 'self': write it before the first parameter")
         parameters = parameters[1:]
     problems = [kinds[p.kind].format(p.name) for p in parameters if p.kind in kinds]
     if problems:
@@ -5296,7 +5306,7 @@ def _wire_cells(plan: _WirePlan, values: Sequence[Any]) -> list[Any]:
 def _wire_bad_argument(plan: _WirePlan, at: int, exc: Exception) -> RpcArgumentError:
     name = plan.names[at]
     wanted = _methods_hint_name(plan.info.param_types.get(name, plan.types[at]))
-    return RpcArgumentError(f"{plan.name}() parameter '{name}' must be {wanted}: {_wire_noted(exc)}")
+    return RpcArgumentError(f"{plan.name}() parameter '{name}': {_wire_noted(exc)} (declared {wanted})")
 
 
 def _wire_noted(exc: Exception) -> str:
@@ -8812,10 +8822,10 @@ class RpcProxy:
         self._bind(protocol, _ClientLink(transport), options)
 
     def _bind(self, protocol: type, link: _ClientLink, options: _ClientOptions) -> None:
+        self._methods = rpc_methods(protocol)
         self._protocol = protocol
         self._protocol_name = _methods_protocol_name(protocol)
         self._protocol_version = _methods_protocol_version(protocol)
-        self._methods = rpc_methods(protocol)
         self._link = link
         self._options = options
 
@@ -10582,7 +10592,7 @@ def _door_dial_tcp(
     try:
         sock = socket.create_connection((host, port), timeout=timeout)
     except OSError as exc:
-        exc.add_note(f"no server answers on {host}:{port}; start one with --tcp {host}:{port}")
+        exc.add_note(f"no server answers on {host}:{port}")
         raise
     try:
         if tls_context is not None:
@@ -11475,7 +11485,10 @@ def _cli_ask(transport: Any, options: Any) -> ServiceDescription:
 
 @contextlib.contextmanager
 def _cli_patience(text: str) -> Iterator[None]:
-    """Say it on stderr when the block lasts longer than a worker's start: a program that is none says nothing."""
+    """Say it on a terminal when the block lasts longer than a worker's start: a program that is none says nothing."""
+    if not sys.stderr.isatty():
+        yield
+        return
     timer = threading.Timer(5.0, lambda: print(text, file=sys.stderr, flush=True))
     timer.daemon = True
     timer.start()
@@ -12002,7 +12015,7 @@ def _cli_make(maker: Any, text: str) -> Any:
     """Call a class or factory; what goes wrong inside it keeps its traceback."""
     import inspect
 
-    if getattr(maker, "_is_protocol", False):
+    if _methods_is_protocol(maker):
         raise _CliError(f"{text} is a Protocol; the implementation comes second: MODULE:PROTOCOL MODULE:IMPL", 2)
     try:
         inspect.signature(maker).bind()

@@ -458,6 +458,7 @@ def test_method_info_defaults_equality_and_repr() -> None:
         "is_exchange",
         "protocol_name",
         "returns_ref",
+        "returns_undeclared",
     ]
 
 
@@ -868,7 +869,7 @@ def test_finish() -> None:
 def test_no_data_batch(use: Any) -> None:
     out = core.OutputCollector(NUMBERS)
     out.client_log(core.Level.INFO, "not data")
-    with pytest.raises(RuntimeError, match=r"^No data batch was emitted$"):
+    with pytest.raises(RuntimeError, match=r"^No data batch was emitted"):
         use(out)
 
 

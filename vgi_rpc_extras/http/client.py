@@ -601,6 +601,8 @@ def _refusal(response: Response, doing: str, error_type: str) -> core.RpcError:
         return HttpTransientError(status, preview, _retry_after(response.headers))
     sent: Sent = "maybe" if status >= 500 else "answered"
     kind = printable(response.headers.get("content-type", "no content type"), 80)
+    if "html" in kind:
+        preview = "a web page, no answer of a service; check the URL and its prefix (prefix=, --prefix)"
     return core.RpcError(error_type, f"{doing}: HTTP {status} ({kind}): {preview or '(no text)'}", sent=sent)
 
 
