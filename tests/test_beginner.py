@@ -105,7 +105,7 @@ IN_PROCESS = {
     "no self": (serving("(a: int) -> int") + "(1)", ["P.f() has no 'self'"]),
     "async in the Protocol": (serving("(self) -> int").replace("def f", "async def f", 1), ["write def"]),
     "async implementation": (
-        CALL.replace("CalcImpl()", "A()").replace("with", "class A(CalcImpl):\n  async def add(self, a, b): ...\nwith") + "pass",
+        "class A(CalcImpl):\n  async def add(self, a, b): ...\nserve_pipe(Calc, A()).__enter__()",
         ["'add()' is async def", "write def"],
     ),
     "generator": (serving("(self) -> int", "yield 1"), ["'f()' is a generator", "Stream"]),
@@ -134,11 +134,11 @@ IN_PROCESS = {
     "unknown argument": (CALL + "c.add(a=1.0, b=2.0, c=3)", ["unexpected argument 'c'", "Parameters: a, b"]),
     "too many": (CALL + "c.add(1.0, 2.0, 3.0)", ["takes 2 argument(s) but 3"]),
     "unknown method": (CALL + "c.ad(1.0, 2.0)", ["no RPC method 'ad'", "Available: add, name"]),
-    "pandas": (serving("(self, a: pa.RecordBatch) -> int") + "(object())", ["parameter 'a'", "pa.RecordBatch, got obj"]),
+    "pandas": (serving("(self, a: pa.RecordBatch) -> int") + "(object())", ["parameter 'a'", "RecordBatch, got obj"]),
     "no with": ("serve_pipe(Calc, CalcImpl()).add(1.0, 2.0)", [WITH]),
     "no with, pool": ("WorkerPool().connect(Calc, ['x']).add(1.0, 2.0)", [WITH]),
     "after the block": (CALL + "pass\nc.add(1.0, 2.0)", ["is closed; connect again"]),
-    "string for a list": ("connect(Calc, 'python worker.py').__enter__()", ["a list", "['python', 'worker.py'], got a str"]),
+    "string for a list": ("connect(Calc, 'python worker.py').__enter__()", ["a list", "['python', 'worker.py']"]),
     "empty list": ("connect(Calc, []).__enter__()", ["cmd is empty", "the program, then its arguments"]),
     "program missing": ("connect(Calc, ['pyhton', 'x']).__enter__()", ["No such file", "'pyhton'", "could not start"]),
     "no program": ("connect(Calc, ['nowhere.py']).__enter__()", ["could not start", "[sys.executable, 'nowhere.py']"]),
@@ -151,19 +151,19 @@ IN_PROCESS = {
     "tick of an exchange": (STREAM + "double() as s: s.tick()", ["is an exchange", "exchange()"]),
     "exchange of a producer": (STREAM + f"countdown(3) as s: s.exchange({ONE})", ["is a producer: iterate it"]),
     "wrong columns": (STREAM + f"double() as s: s.exchange({OTHER})", ["expected (n: int64), got (m: int64)"]),
-    "dict into an exchange": (STREAM + "double() as s: s.exchange({'n': [1]})", ["got dict", "AnnotatedBatch.from_pydict"]),
-    "table into an exchange": (STREAM + "double() as s: s.exchange(AnnotatedBatch(pa.table({'n': [1]})))", ["got Table"]),
-    "emit a dict": ("OutputCollector(NUMBERS).emit({'n': [1]})", ["emit() takes a pa.RecordBatch, got dict", "emit_pydict"]),
+    "dict into an exchange": (STREAM + "double() as s: s.exchange({'n': [1]})", ["got dict", "from_pydict"]),
+    "table into an exchange": (STREAM + "double() as s: s.exchange(AnnotatedBatch(pa.table({})))", ["got Table"]),
+    "emit a dict": ("OutputCollector(NUMBERS).emit({'n': [1]})", ["a pa.RecordBatch, got dict", "emit_pydict"]),
     "emit nothing": ("OutputCollector(NUMBERS).validate()", ["No data batch was emitted", "finish()"]),
     "a closed stream": (STREAM + f"double() as s: pass\n  s.exchange({ONE})", ["has been closed"]),
     "an unknown extra": ("core.http_conect", ["http_conect"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("script", "wanted"), IN_PROCESS.values(), ids=IN_PROCESS)
 def test_in_process(script: str, wanted: list[str]) -> None:
     names = {name: getattr(core, name) for name in core.__all__} | globals()
-    with pytest.raises(Exception) as caught:  # noqa: PT011
+    with pytest.raises(Exception) as caught:
         exec(compile(script, "script.py", "exec"), {**names, "Iterator": Iterator, "__name__": __name__})
     error = caught.value
     text = "".join(traceback.format_exception_only(error))
@@ -180,12 +180,11 @@ def test_a_connection_without_with() -> None:
 
 
 def test_a_wrong_input_does_not_cost_the_connection() -> None:
-    with core.serve_pipe(Numbers, NumbersImpl()) as numbers:
-        with numbers.double() as session:
-            for wrong in ({"n": [1]}, core.AnnotatedBatch(pa.table({"n": [1]}))):
-                with pytest.raises(core.RpcArgumentError):
-                    session.exchange(wrong)
-            assert session.exchange(core.AnnotatedBatch.from_pydict({"n": [1]}, NUMBERS)).batch["n"].to_pylist() == [2]
+    with core.serve_pipe(Numbers, NumbersImpl()) as numbers, numbers.double() as session:
+        for wrong in ({"n": [1]}, core.AnnotatedBatch(pa.table({"n": [1]}))):
+            with pytest.raises(core.RpcArgumentError):
+                session.exchange(wrong)
+        assert session.exchange(core.AnnotatedBatch.from_pydict({"n": [1]}, NUMBERS)).batch["n"].to_pylist() == [2]
 
 
 WORKER = f"""
@@ -310,13 +309,13 @@ def at_terminal(where: Path, command: list[str]) -> str:
 
 
 def test_http_where_bytes_are_expected() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        with core.tcp_connect(Calc, "127.0.0.1", listener.getsockname()[1], timeout=10) as calc:
-            peer, _ = listener.accept()
-            with peer:
-                peer.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-                with pytest.raises(core.ConnectionLostError, match="this is HTTP, whose client is http_connect"):
-                    calc.add(1.0, 2.0)
+    listener = socket.create_server(("127.0.0.1", 0))
+    with listener, core.tcp_connect(Calc, "127.0.0.1", listener.getsockname()[1], timeout=10) as calc:
+        peer, _ = listener.accept()
+        with peer:
+            peer.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            with pytest.raises(core.ConnectionLostError, match="this is HTTP, whose client is http_connect"):
+                calc.add(1.0, 2.0)
 
 
 def test_older_python(monkeypatch: pytest.MonkeyPatch) -> None:
