@@ -4315,9 +4315,7 @@ class RpcMethodInfo:
         self.is_exchange = is_exchange
         self.protocol_name = protocol_name
         self.returns_ref = returns_ref  # declared `T | ExternalRef`; `result_type` is T
-        self.returns_undeclared = (
-            returns_undeclared  # no return annotation: void (types.md section 2), perhaps forgotten
-        )
+        self.returns_undeclared = returns_undeclared  # no return annotation: void, perhaps by oversight
 
     @property
     def header_schema(self) -> pa.Schema | None:
