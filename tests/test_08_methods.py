@@ -407,7 +407,7 @@ def test_types_that_cannot_be_inferred(annotation: Any) -> None:
     assert error.__notes__[-1] == "P.m() parameter 'a'"
     if annotation != core.Stream[Count]:
         n.__annotations__["return"] = annotation
-        assert refusal(n).__notes__ == ["P.m() result"]
+        assert refusal(n).__notes__[-1] == "P.m() result"
 
 
 def test_none_as_a_parameter_is_refused() -> None:
