@@ -71,6 +71,10 @@ import types
 import typing
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+if sys.version_info < (3, 11):  # noqa: UP036 (a copied file has no installer that checks it)
+    raise ImportError(f"vgi_rpc needs Python 3.11 or newer; this is {sys.version.split()[0]} ({sys.executable})")
+
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -626,7 +630,10 @@ class RpcError(Exception):
         error_details: list[dict[str, Any]] | None = None,
         sent: _Sent = "answered",
     ) -> None:
-        super().__init__(f"{error_type}: {error_message}")
+        prefix = f"{error_type}: "
+        # A server puts the class before its text (wire.md section 6), and Python prints ours: once is enough.
+        said = error_message.startswith(prefix) or type(self).__name__ == error_type
+        super().__init__(error_message if said else prefix + error_message)
         self.error_type = error_type
         self.error_message = error_message
         self.remote_traceback = remote_traceback
@@ -1528,7 +1535,10 @@ def _types_arrow(core: Any, marker: ArrowType | None, top: bool) -> pa.DataType:
             return _TYPES_ENUM
         if core.__module__ == "datetime" and core.__name__ in _TYPES_TEMPORAL:
             return _TYPES_TEMPORAL[core.__name__]
-    raise TypeError(_types_refusal(core))
+    refusal = TypeError(_types_refusal(core))
+    if hint := _types_hint(core):
+        refusal.add_note(hint)
+    raise refusal
 
 
 def _types_element(annotation: Any) -> pa.DataType:
@@ -1544,6 +1554,26 @@ def _types_refusal(core: Any) -> str:
             " fields, or list[T] for homogeneous sequences."
         )
     return text + "Use Annotated[T, ArrowType(...)] to specify the Arrow type explicitly."
+
+
+def _types_hint(core: Any) -> str:
+    """What people usually mean by an annotation that says too little."""
+    origin = typing.get_origin(core) or core
+    if origin in (list, set, frozenset):
+        return f"Say what it holds, as in {origin.__name__}[float]"
+    if origin is dict:
+        return "Say what it holds, as in dict[str, float]"
+    if origin in (typing.Union, types.UnionType):
+        return "A value has one type, and perhaps None: T | None"
+    if not isinstance(origin, type):
+        return ""
+    if hasattr(origin, "__dataclass_fields__"):
+        return f"A dataclass that travels is a class {origin.__name__}(ArrowSerializableDataclass)"
+    if origin.__name__ in ("Table", "DataFrame"):
+        return "A table is a pa.RecordBatch (RecordBatch.from_pandas(df)), or a Stream of them (Stream.from_arrow)"
+    if issubclass(origin, Iterator):
+        return "A method that gives many values returns a Stream"
+    return ""
 
 
 def _types_is_dataclass(core: Any) -> bool:
@@ -1777,6 +1807,8 @@ class _TypesSchema:
     """`Cls.ARROW_SCHEMA`, computed at first use and for each class of its own."""
 
     def __get__(self, instance: object, owner: type[ArrowSerializableDataclass]) -> pa.Schema:
+        if owner is ArrowSerializableDataclass:  # help() asks
+            raise AttributeError("ARROW_SCHEMA belongs to the dataclasses that are derived from this class")
         return _types_spec(owner).schema
 
 
@@ -2331,9 +2363,14 @@ def _ipc_check_marker(source: _IpcSource) -> None:
     begin = source.buf[source.pos : source.pos + 4]
     if not _IPC_MARKER.startswith(begin):
         shown = source.buf[source.pos : source.pos + 16]
+        http = shown.startswith((b"HTTP/", b"<", b"GET ", b"POST "))
         raise pa.ArrowInvalid(
-            f"not an Arrow IPC stream: expected ff ff ff ff, got {shown!r}"
-            " (a print() to the protocol's stream, another protocol, or pre-0.15 framing)"
+            f"not an Arrow IPC stream: expected ff ff ff ff, got {shown!r} "
+            + (
+                "(this is HTTP, whose client is http_connect, or --url)"
+                if http
+                else "(a print() to the protocol's stream, another protocol, or pre-0.15 framing)"
+            )
         )
 
 
@@ -4198,6 +4235,7 @@ class RpcMethodInfo:
         "result_schema",
         "result_type",
         "returns_ref",
+        "returns_undeclared",
     )
 
     def __init__(
@@ -4216,6 +4254,7 @@ class RpcMethodInfo:
         is_exchange: bool | None = None,
         protocol_name: str = "",
         returns_ref: bool = False,
+        returns_undeclared: bool = False,
     ) -> None:
         self.name = name
         self.params_schema = params_schema
@@ -4232,6 +4271,7 @@ class RpcMethodInfo:
         self.is_exchange = is_exchange
         self.protocol_name = protocol_name
         self.returns_ref = returns_ref  # declared `T | ExternalRef`; `result_type` is T
+        self.returns_undeclared = returns_undeclared  # no return annotation: void, perhaps by oversight
 
     @property
     def header_schema(self) -> pa.Schema | None:
@@ -4301,6 +4341,8 @@ def rpc_methods(protocol: type) -> Mapping[str, RpcMethodInfo]:
     Raises TypeError for hints that cannot be resolved or mapped, unannotated parameters, and parameters that cannot
     be passed by keyword.
     """
+    if not isinstance(protocol, type):
+        raise TypeError(f"expected a Protocol class, got a {type(protocol).__name__} object")
     known = _METHODS.get(protocol)
     if known is None:
         found = {}
@@ -4342,12 +4384,15 @@ def _methods_info(protocol: type, name: str, member: Callable[..., Any]) -> RpcM
         hints = typing.get_type_hints(member, include_extras=True)
     except Exception as exc:
         raise TypeError(f"Failed to resolve type hints for {where}: {exc}") from exc
+    if waits := _methods_not_called(member):
+        raise TypeError(f"{where} is {waits}")
     is_method = isinstance(inspect.getattr_static(protocol, name), types.FunctionType)
     parameters = _methods_parameters(where, inspect.signature(member), is_method)
     fields = []
     for parameter in parameters:
         if parameter.name not in hints:
-            raise TypeError(f"{where} parameter '{parameter.name}' has no annotation; it would never be sent")
+            order = "" if _methods_is_protocol(protocol) else " (the Protocol class comes first, then the object)"
+            raise TypeError(f"{where} parameter '{parameter.name}' has no annotation; it would never be sent{order}")
         fields.append(_methods_field(parameter.name, hints[parameter.name], f"{where} parameter '{parameter.name}'"))
     returned, returns_ref = _methods_without_ref(hints.get("return", type(None)), where)
     core = _types_strip(returned)[0]
@@ -4371,7 +4416,27 @@ def _methods_info(protocol: type, name: str, member: Callable[..., Any]) -> RpcM
         is_exchange=_methods_is_exchange(state),
         protocol_name=_methods_protocol_name(protocol),
         returns_ref=returns_ref,
+        returns_undeclared="return" not in hints,
     )
+
+
+def _methods_is_protocol(cls: object) -> bool:
+    return bool(getattr(cls, "_is_protocol", False))  # what typing.is_protocol() reads, from 3.13
+
+
+def _methods_not_called(function: object) -> str:
+    """Why calling a function does not run it, if it does not; such a method could never answer."""
+    import inspect
+
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        return "async def; methods run in a thread of the server: write def"
+    if inspect.isgeneratorfunction(function):
+        return "a generator; return a list, or a Stream whose state produces the batches"
+    return ""
+
+
+def _methods_hint_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
 def _methods_without_ref(returned: Any, where: str) -> tuple[Any, bool]:
@@ -4420,7 +4485,9 @@ def _methods_parameters(where: str, signature: inspect.Signature, is_method: boo
         inspect.Parameter.VAR_KEYWORD: "'{}' is **kwargs",
     }
     parameters = list(signature.parameters.values())
-    if is_method and parameters and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL:
+    if is_method and not (parameters and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL):
+        if not parameters or (parameters[0].name != "self" and parameters[0].annotation is not inspect.Parameter.empty):
+            raise TypeError(f"{where} has no 'self': write it before the first parameter")
         parameters = parameters[1:]
     problems = [kinds[p.kind].format(p.name) for p in parameters if p.kind in kinds]
     if problems:
@@ -4712,6 +4779,11 @@ class OutputCollector:
         """
         if self._data is not None:
             raise RuntimeError("Only one data batch may be emitted per call")
+        if not isinstance(batch, pa.RecordBatch):
+            raise TypeError(
+                f"emit() takes a pa.RecordBatch, got {type(batch).__name__};"
+                " there are emit_pydict(), and Stream.from_arrow() for whole tables"
+            )
         schema = self.output_schema
         if batch.schema is not schema and not batch.schema.equals(schema):
             batch = _methods_project(batch, schema)
@@ -4747,7 +4819,8 @@ class OutputCollector:
     def validate(self) -> None:
         """Raise RuntimeError when no data batch was emitted."""
         if self._data is None:
-            raise RuntimeError("No data batch was emitted")
+            do = "emit one, or call finish()" if self._producer_mode else "an exchange answers each input with one"
+            raise RuntimeError(f"No data batch was emitted; {do}")
 
     def merge_data_metadata(self, metadata: pa.KeyValueMetadata) -> None:
         """Add metadata to the emitted batch; RuntimeError when there is none."""
@@ -5038,11 +5111,14 @@ class _WirePlan:
         if template is None:
             return None
         if not self.info.has_return:
-            return template.encode(())
+            return None if value is not None and self.info.returns_undeclared else template.encode(())
         if self.plain_result and (data := template.encode((value,))) is not None:
             return data
         if value is not None and self.encode_result is not None:
-            value = self.encode_result(value)
+            try:
+                value = self.encode_result(value)
+            except Exception:  # the other path says what is wrong
+                return None
         return template.encode((value,))
 
     def learn_reply(self, sample: bytes, batch: pa.RecordBatch) -> None:
@@ -5154,7 +5230,10 @@ def _wire_bind(plan: _WirePlan, args: Sequence[Any], kwargs: Mapping[str, Any]) 
         raise _wire_unknown_argument(plan, args, kwargs)
     for i, value in enumerate(values):
         if value is None and not plan.nullable[i]:
-            raise RpcArgumentError(f"{plan.name}() parameter '{names[i]}' is not optional but got None")
+            text = f"{plan.name}() parameter '{names[i]}' is not optional but got None"
+            if plan.info.param_defaults.get(names[i], "") is None:
+                text += f", its default; annotate {_methods_hint_name(plan.info.param_types[names[i]])} | None"
+            raise RpcArgumentError(text)
     return values
 
 
@@ -5183,7 +5262,14 @@ def _wire_cells(plan: _WirePlan, values: Sequence[Any]) -> list[Any]:
 
 
 def _wire_bad_argument(plan: _WirePlan, at: int, exc: Exception) -> RpcArgumentError:
-    return RpcArgumentError(f"{plan.name}() parameter '{plan.names[at]}': {exception_str(exc)}")
+    name = plan.names[at]
+    wanted = _methods_hint_name(plan.info.param_types.get(name, plan.types[at]))
+    return RpcArgumentError(f"{plan.name}() parameter '{name}': {_wire_noted(exc)} (declared {wanted})")
+
+
+def _wire_noted(exc: Exception) -> str:
+    """The text of a converter's error, with the places it has noted."""
+    return exception_str(exc) + "".join(f", {note}" for note in getattr(exc, "__notes__", ()))
 
 
 def _wire_request_batch(plan: _WirePlan, cells: list[Any]) -> pa.RecordBatch:
@@ -5241,12 +5327,24 @@ def _wire_write_request(plan: _WirePlan, batch: pa.RecordBatch, extra: Mapping[b
 
 def _wire_result_batch(plan: _WirePlan, value: Any) -> pa.RecordBatch:
     """The result batch of a unary method; a value that does not fit raises what the caller shall see."""
+    if value is not None and plan.info.returns_undeclared:
+        got = type(value).__name__
+        raise TypeError(f"{plan.name}() returned a {got}, but the Protocol has no return annotation: write -> {got}")
     if not plan.info.has_return:
         return empty_batch(EMPTY_SCHEMA)
     if value is None and not plan.result_nullable:
-        raise TypeError(f"{plan.name}() expected a non-None return value but got None")
+        raise TypeError(
+            f"{plan.name}() expected a non-None return value but got None;"
+            f" its annotation is {_methods_hint_name(plan.info.result_type)}"
+        )
     schema = plan.info.result_schema
-    return pa.RecordBatch.from_arrays([_types_cell(value, plan.encode_result, schema.field(0).type)], schema=schema)
+    try:
+        column = _types_cell(value, plan.encode_result, schema.field(0).type)
+    except Exception as exc:  # its class stays: it is the error's name on the wire
+        wanted, got = _methods_hint_name(plan.info.result_type), type(value).__name__
+        exc.args = (f"{plan.name}() must return {wanted}, got {got}: {_wire_noted(exc)}",)
+        raise
+    return pa.RecordBatch.from_arrays([column], schema=schema)
 
 
 def _wire_error(exc: BaseException, server_id: str, request_id: str, tracebacks: bool) -> _IpcMetadata:
@@ -6311,6 +6409,11 @@ def _transport_channel(transport: Any) -> Channel:
 def _transport_stdio() -> PipeTransport:
     """Law 4: private duplicates for the protocol; descriptor 0 reads nothing, descriptor 1 becomes stderr."""
     for stream, name in ((0, "stdin"), (1, "stdout")):
+        try:
+            os.fstat(stream)
+        except OSError as exc:
+            exc.add_note(f"{name} is closed; a worker needs it, or --unix or --tcp")
+            raise
         if os.isatty(stream):
             print(
                 f"warning: {name} is a terminal; a worker speaks Arrow IPC there, started by connect() or --cmd",
@@ -6344,6 +6447,8 @@ class StderrMode(enum.Enum):
 def _transport_command(cmd: Sequence[str]) -> list[str]:
     if isinstance(cmd, str):
         raise TypeError(f"cmd must be a list of arguments such as {cmd.split()!r}, got a str")
+    if not cmd:
+        raise ValueError("cmd is empty; it is a list: the program, then its arguments")
     return list(cmd)
 
 
@@ -6370,7 +6475,10 @@ class SubprocessTransport:
                 bufsize=0,
             )
         except OSError as exc:
-            exc.add_note(f"could not start the worker {self._cmd!r}; cmd is a list: the program, then its arguments")
+            program = os.fspath(self._cmd[0])
+            python = f"; run it by Python: [sys.executable, {program!r}]" if program.endswith(".py") else ""
+            note = f"could not start the worker {self._cmd!r}; cmd is a list: the program, then its arguments{python}"
+            exc.add_note(note)
             raise
         assert self.proc.stdin is not None and self.proc.stdout is not None
         self._tee = _TransportTee(self.proc.stderr, stderr, stderr_logger) if self.proc.stderr is not None else None
@@ -6448,8 +6556,11 @@ class SubprocessTransport:
             self._tee.close()
         lifetime = time.monotonic() - self._started
         status = _transport_exit_text(self.proc.returncode)
+        hint = ""
+        if self.proc.returncode == 0:  # it was content: the commonest reason is a script that serves nothing
+            hint = "; a worker calls run_server(), which ends only with its input"
         return WorkerDiedError(
-            f"{error.error_message}: worker {self.proc.pid} {status} after {lifetime:.1f} s",
+            f"{error.error_message}: worker {self.proc.pid} {status} after {lifetime:.1f} s{hint}",
             sent=error.sent,
             command=tuple(self._cmd),
             pid=self.proc.pid,
@@ -8434,6 +8545,10 @@ def _server_reconcile(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatc
     """Fit an input batch to the declared schema: reorder, cast, or refuse (wire.md section 8.2)."""
     got = batch.schema
     refusal = f"Input schema mismatch: expected {_log_schema(schema)}, got {_log_schema(got)}"
+    if not len(schema):
+        refusal += "; the stream is a producer: iterate it (an exchange has Stream(..., input_schema=...))"
+    elif not len(got):
+        refusal += "; the stream is an exchange: send each batch with exchange()"
     if len(set(got.names)) != len(got) or set(got.names) != set(schema.names):
         raise TypeError(refusal)
     if got.names != schema.names:
@@ -8473,18 +8588,24 @@ def _server_check_implementation(protocol: type, methods: Mapping[str, RpcMethod
     for name, info in methods.items():
         attribute = getattr(impl, name, None)
         if attribute is None:
-            hints = ", ".join(f"{p}: {_server_hint_name(info.param_types[p])}" for p in info.param_names)
+            hints = ", ".join(f"{p}: {_methods_hint_name(info.param_types[p])}" for p in info.param_names)
             problems.append(f"missing method {name}({hints})")
         elif not callable(attribute):
             problems.append(f"'{name}' exists but is not callable")
+        elif waits := _methods_not_called(attribute):
+            problems.append(f"'{name}()' is {waits}")
         else:
             found, wants_ctx = _server_check_signature(protocol, info, attribute)
             problems += found
             if wants_ctx:
                 ctx_methods.add(name)
     if problems:
+        name = type(impl).__name__
+        if isinstance(impl, type):
+            name = impl.__name__
+            problems.insert(0, f"it is a class; give an instance: {name}()")
         lines = "\n".join(f"  - {problem}" for problem in problems)
-        raise TypeError(f"{type(impl).__name__} does not implement {protocol.__name__}:\n{lines}")
+        raise TypeError(f"{name} does not implement {protocol.__name__}:\n{lines}")
     return frozenset(ctx_methods)
 
 
@@ -8506,10 +8627,6 @@ def _server_check_signature(protocol: type, info: RpcMethodInfo, method: Callabl
         if required and name != "ctx" and name not in info.param_names:
             problems.append(f"'{info.name}()' has required parameter '{name}' not defined in {protocol.__name__}")
     return problems, "ctx" in usable
-
-
-def _server_hint_name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
 def _server_log_failure(call: _ServerCall, exc: BaseException) -> None:
@@ -8724,10 +8841,10 @@ class RpcProxy:
         self._bind(protocol, _ClientLink(transport), options)
 
     def _bind(self, protocol: type, link: _ClientLink, options: _ClientOptions) -> None:
+        self._methods = rpc_methods(protocol)
         self._protocol = protocol
         self._protocol_name = _methods_protocol_name(protocol)
         self._protocol_version = _methods_protocol_version(protocol)
-        self._methods = rpc_methods(protocol)
         self._link = link
         self._options = options
 
@@ -8744,7 +8861,7 @@ class RpcProxy:
                     return self._link.channel.proxy_attribute(self, name)
             raise AttributeError(
                 f"{self.__dict__.get('_protocol_name', type(self).__name__)} has no RPC method '{name}'."
-                f" Available: {', '.join(sorted(methods))}"
+                f" Available: {', '.join(sorted(methods)) or '(none)'}"
             )
         plan = _client_plan(self._protocol, info, self._protocol_name, self._protocol_version)
         method = (_ClientMethod if self._options.call_hook is None else _ClientObservedMethod)(self, plan)
@@ -8997,6 +9114,37 @@ def _client_retry(
     return call(link.channel, plan, request, options)
 
 
+_CLIENT_WITH = "nothing is open yet; write: with connect(...) as proxy: proxy.{}(...)"
+
+
+class _ClientDoor(contextlib.AbstractContextManager[_T]):
+    """What `connect` and the like return: a context manager that says so when it is taken for the proxy."""
+
+    def __init__(self, manager: contextlib.AbstractContextManager[_T]) -> None:
+        self._manager = manager
+
+    def __enter__(self) -> _T:
+        return self._manager.__enter__()
+
+    def __exit__(self, *exc: Any) -> bool | None:
+        return self._manager.__exit__(*exc)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name):
+            raise AttributeError(_CLIENT_WITH.format(name))
+
+
+def _client_door(opens: Callable[_Q, Iterator[_T]]) -> Callable[_Q, contextlib.AbstractContextManager[_T]]:
+    manager = contextlib.contextmanager(opens)
+
+    @functools.wraps(opens)
+    def door(*args: _Q.args, **kwargs: _Q.kwargs) -> contextlib.AbstractContextManager[_T]:
+        return _ClientDoor(manager(*args, **kwargs))
+
+    return door
+
+
 class RpcConnection(Generic[_P]):
     """A context manager over any transport: entering gives the typed proxy, leaving closes the transport."""
 
@@ -9023,6 +9171,11 @@ class RpcConnection(Generic[_P]):
         if _LOG_WIRE_TRANSPORT.isEnabledFor(logging.DEBUG):
             _LOG_WIRE_TRANSPORT.debug("RpcConnection close: protocol=%s", self._proxy._protocol_name)
         self._proxy._link.transport.close()
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name):
+            raise AttributeError(_CLIENT_WITH.format(name))
 
 
 def _client_proxy(protocol: type, link: _ClientLink, options: _ClientOptions) -> RpcProxy:
@@ -9652,6 +9805,12 @@ class _ClientStream(StreamSession):
     def exchange(self, input: AnnotatedBatch, *, timeout: float | None = _UNSET) -> AnnotatedBatch:
         if _LOG_WIRE_STREAM.isEnabledFor(logging.DEBUG):
             _LOG_WIRE_STREAM.debug("Stream exchange: sending input: method=%s", self._plan.name)
+        if not isinstance(input, AnnotatedBatch) or not isinstance(input.batch, pa.RecordBatch):
+            got = type(input.batch if isinstance(input, AnnotatedBatch) else input).__name__
+            raise RpcArgumentError(
+                f"{self._plan.name}(): exchange() takes AnnotatedBatch(a pa.RecordBatch), got {got};"
+                " from columns: AnnotatedBatch.from_pydict({...}, schema)"
+            )
         item = self._turn("stream exchange", input.batch, input.custom_metadata, timeout)
         if item is None:
             raise RpcError("ProtocolError", f"{self._plan.name}(): the server ended the stream without an answer")
@@ -10181,7 +10340,7 @@ class WorkerPool:
         self._reaper: threading.Thread | None = None
         atexit.register(self.close)
 
-    @contextlib.contextmanager
+    @_client_door
     def connect(
         self,
         protocol: TypeForm[_P],
@@ -10335,7 +10494,7 @@ class WorkerPool:
 #   serve_stdio, serve_unix, serve_tcp, run_server    a server, until its input ends or it is told to stop
 
 
-@contextlib.contextmanager
+@_client_door
 def connect(
     protocol: TypeForm[_P],
     cmd: Sequence[str],
@@ -10377,7 +10536,7 @@ def connect(
         yield proxy
 
 
-@contextlib.contextmanager
+@_client_door
 def unix_connect(
     protocol: TypeForm[_P],
     path: str,
@@ -10407,7 +10566,7 @@ def unix_connect(
         yield proxy
 
 
-@contextlib.contextmanager
+@_client_door
 def tcp_connect(
     protocol: TypeForm[_P],
     host: str,
@@ -10471,9 +10630,24 @@ def _door_dial_unix(path: str, timeout: float | None) -> UnixTransport:
         _door_connect_unix(sock, path, None if timeout is None else time.monotonic() + timeout)
     except OSError as exc:
         sock.close()
-        exc.add_note(f"no server answers on {path}; start one with --unix {path}")
+        exc.add_note(_door_unix_note(path))
         raise
     return UnixTransport(sock)
+
+
+def _door_unix_note(path: str) -> str:
+    import stat
+
+    start = f"no server answers on {path}; start one with --unix {path}"
+    if len(os.fsencode(path)) > 107:
+        return f"the path of a Unix socket has at most 107 bytes; {path} is longer"
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return start
+    if not stat.S_ISSOCK(mode):
+        return f"{path} is not a socket; a server makes one: --unix PATH"
+    return f"{start} (the socket is there: its server is gone, or belongs to another user)"
 
 
 def _door_connect_unix(sock: socket.socket, path: str, deadline: float | None) -> None:
@@ -10494,6 +10668,8 @@ def _door_dial_tcp(
     tls_context: ssl.SSLContext | None = None,
     server_hostname: str | None = None,
 ) -> TcpTransport:
+    if "/" in host:
+        raise ValueError(f"a TCP host is a name or an address, got {host!r}; for a URL there is http_connect (--url)")
     try:
         sock = socket.create_connection((host, port), timeout=timeout)
     except OSError as exc:
@@ -10511,7 +10687,7 @@ def _door_dial_tcp(
 # ---- client and server in one process
 
 
-@contextlib.contextmanager
+@_client_door
 def serve_pipe(
     protocol: TypeForm[_P],
     implementation: object,
@@ -10534,7 +10710,7 @@ def serve_pipe(
         yield proxy
 
 
-@contextlib.contextmanager
+@_client_door
 def _door_serve_unix_pipe(
     protocol: Any,
     implementation: object,
@@ -10549,7 +10725,7 @@ def _door_serve_unix_pipe(
         yield proxy
 
 
-@contextlib.contextmanager
+@_client_door
 def serve_tcp_pipe(
     protocol: TypeForm[_P],
     implementation: object,
@@ -10671,7 +10847,11 @@ def serve_unix(
     if not isinstance(server, RpcServer):
         return _door_serve_unix_pipe(server, path, **options)
     _door_check_serving(threaded, max_connections, idle_timeout)
-    listener = _transport_listen_unix(path, 128 if threaded else 16)
+    try:
+        listener = _transport_listen_unix(path, 128 if threaded else 16)
+    except (OSError, RuntimeError) as exc:
+        exc.add_note(f"cannot listen on {path}; choose another path, of at most 107 bytes in a directory that exists")
+        raise
     inode, owner = os.stat(path).st_ino, os.getpid()
     if _LOG_WIRE_TRANSPORT.isEnabledFor(logging.DEBUG):
         _LOG_WIRE_TRANSPORT.debug("serve_unix: server_id=%s, path=%s", server.server_id, path)
@@ -10749,7 +10929,12 @@ def serve_tcp(
     """
     _door_check_serving(threaded, max_connections, idle_timeout)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, port), family=family, backlog=128 if threaded else 16) as listener:
+    try:
+        listening = socket.create_server((host, port), family=family, backlog=128 if threaded else 16)
+    except OSError as exc:
+        exc.add_note(f"cannot listen on {host}:{port}; choose another port, or 0 for any")
+        raise
+    with listening as listener:
         bound = listener.getsockname()[1]
         if _LOG_WIRE_TRANSPORT.isEnabledFor(logging.DEBUG):
             _LOG_WIRE_TRANSPORT.debug("serve_tcp: server_id=%s, address=%s:%d", server.server_id, host, bound)
@@ -10820,6 +11005,11 @@ def _door_run(
             _door_serve_options(server, options, log)
     except KeyboardInterrupt:  # Ctrl-C in a terminal reaches the worker too
         raise SystemExit(130) from None
+    except (OSError, RuntimeError) as exc:
+        notes = getattr(exc, "__notes__", ())
+        if not notes:
+            raise
+        raise SystemExit("\n".join([f"Error: {exc}", *notes])) from None  # where it cannot listen is no bug
 
 
 def _door_check_options(options: Any) -> None:
@@ -10927,8 +11117,16 @@ class _DoorWorkers:
                 os.kill(pid, signal.SIGKILL)
 
 
+def _door_extra(name: str, flag: str) -> Any:
+    """A lazy name (room 17) that a flag of a worker needs."""
+    try:
+        return getattr(sys.modules[__name__], name)
+    except ImportError as exc:
+        raise SystemExit(f"{flag}: {exc}") from exc
+
+
 def _door_serve_http(server: RpcServer, options: Any) -> None:
-    serve = getattr(sys.modules[__name__], "serve_http")  # noqa: B009 (a lazy name, room 17)
+    serve = _door_extra("serve_http", "--http")
     key = os.environ.get("VGI_RPC_TOKEN_KEY")
     try:
         token_key = None if not key else bytes.fromhex(key)
@@ -10944,12 +11142,15 @@ def _door_serve_http(server: RpcServer, options: Any) -> None:
         )
     except ValueError as exc:
         raise SystemExit(str(exc)) from None
+    except OSError as exc:
+        exc.add_note(f"cannot listen on {options.host}:{options.port}; choose another --port, or 0 for any")
+        raise
 
 
 def _door_host_port(text: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
-    if not port.isdecimal() or int(port) > 65_535:
-        raise SystemExit(f"--tcp expects [HOST:]PORT, got {text!r}")
+    if not port.isdecimal() or int(port) > 65_535 or "/" in host:
+        raise SystemExit(f"--tcp expects [HOST:]PORT, got {text!r}{'; a URL goes with --url' * ('/' in text)}")
     return host.strip("[]") or "127.0.0.1", int(port)
 
 
@@ -11033,7 +11234,7 @@ def _door_access_log(options: Any, server: RpcServer) -> Callable[[], None]:
         raise SystemExit("--access-log-max-bytes and --access-log-when exclude each other")
     if not 0.0 <= options.access_log_sample <= 1.0:
         raise SystemExit(f"--access-log-sample must be within 0..1, got {options.access_log_sample}")
-    configure = getattr(sys.modules[__name__], "configure_access_log")  # noqa: B009 (a lazy name, room 17)
+    configure = _door_extra("configure_access_log", "--access-log")
     return cast(
         "Callable[[], None]",
         configure(
@@ -11073,6 +11274,7 @@ def _door_access_log(options: Any, server: RpcServer) -> Callable[[], None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line with `argv` (`sys.argv[1:]` by default) and return the exit status."""
+    options: Any = None
     try:
         options = _cli_parse(sys.argv[1:] if argv is None else list(argv))
         with _cli_logging(options):
@@ -11084,7 +11286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as exc:  # argparse, and the flags of a worker
         return _cli_complain(exc.code, 1) if isinstance(exc.code, str) else int(exc.code or 0)
     except RpcError as exc:
-        return 130 if _cli_interrupted(exc) else _cli_complain(_cli_error_json(exc), 1)
+        return 130 if _cli_interrupted(exc) else _cli_complain(_cli_error(exc, options), 1)
     except BrokenPipeError:
         _cli_mute()
         return 0
@@ -11116,6 +11318,16 @@ def _cli_interrupted(exc: BaseException | None) -> bool:
 def _cli_complain(text: str, status: int) -> int:
     print(text, file=sys.stderr)
     return status
+
+
+def _cli_error(exc: RpcError, options: Any) -> str:
+    """An error of a call: text for a person at a terminal, else one JSON object (runtime.md section 11)."""
+    if options.format == "json" or not sys.stderr.isatty():
+        return _cli_error_json(exc)
+    text = f"Error: {exc}"
+    if exc.remote_traceback:
+        text += f"\n{exc.remote_traceback}" if options.verbose else "\n(--verbose shows the traceback of the server)"
+    return "\n".join(_cli_printable(line) for line in text.splitlines())
 
 
 def _cli_error_json(exc: RpcError) -> str:
@@ -11182,7 +11394,7 @@ def _cli_parser() -> Any:
     command("describe", _cli_describe, "show what a server offers")
     call = command("call", _cli_call, "call a method")
     call.add_argument("method", metavar="METHOD")
-    call.add_argument("arguments", metavar="KEY=VALUE", nargs="*")
+    call.add_argument("arguments", metavar="KEY=VALUE", nargs="*", default=[])
     call.add_argument("--json", "-j", metavar="OBJECT", help="all parameters as one JSON object")
     call.add_argument("--input", "-i", metavar="FILE", help="exchange: Arrow file with the input batches")
     call.add_argument("--no-stdin", action="store_true", help="exchange: no input")
@@ -11313,7 +11525,9 @@ def _cli_dial(options: Any) -> Any:
         return _door_dial_unix(options.unix, options.timeout)
     if options.tcp is not None:
         return _door_dial_tcp(*_door_host_port(options.tcp), options.timeout or 5.0)
-    raise _CliError("Either --url, --cmd, or --unix is required (or --tcp)")
+    raise _CliError(
+        'Either --url, --cmd, or --unix is required (or --tcp), such as --cmd "python worker.py --describe"'
+    )
 
 
 def _cli_client_options(options: Any) -> _ClientOptions:
@@ -11365,12 +11579,28 @@ def _cli_ask(transport: Any, options: Any) -> ServiceDescription:
     """The description of the named protocol, or of the server's first one."""
     client = _client_proxy(_describe_wire().Reflection, _ClientLink(transport), _cli_client_options(options))
     name = options.protocol
-    if name is None:
-        hosted = [p.name for p in list_protocols(client) if not p.name.startswith(RESERVED_PROTOCOL_PREFIX)]
-        if not hosted:
-            raise _CliError("the server hosts no application protocol")
-        name = hosted[0]
-    return describe_protocol(client, name)
+    with _cli_patience("the server has not answered yet; a worker calls run_server() (--timeout S limits the wait)"):
+        if name is None:
+            hosted = [p.name for p in list_protocols(client) if not p.name.startswith(RESERVED_PROTOCOL_PREFIX)]
+            if not hosted:
+                raise _CliError("the server hosts no application protocol")
+            name = hosted[0]
+        return describe_protocol(client, name)
+
+
+@contextlib.contextmanager
+def _cli_patience(text: str) -> Iterator[None]:
+    """Say it on a terminal when the block lasts longer than a worker's start: a program that is none says nothing."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    timer = threading.Timer(5.0, lambda: print(text, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _cli_describe(options: Any) -> int:
@@ -11424,20 +11654,41 @@ def _cli_call(options: Any) -> int:
         if method is None:
             raise _CliError(f"Unknown method '{options.method}'. Available: {', '.join(sorted(service.methods))}")
         values = _cli_arguments(options, method.params_schema)
-        client = _cli_client_options(options)
-        reply = _client_call_described(
-            transport, service.protocol_name, service.protocol_version, method, values, client
-        )
-        with _cli_output(options) as out:
-            printer = _CliPrinter(out, _cli_format(options, out))
-            if isinstance(reply, StreamSession):
-                _cli_stream(options, method, reply, printer)
-            elif method.has_return or printer.form == "arrow":
-                printer.batch(reply)
-                printer.close(reply.schema)
-            else:
-                out.write("null\n")
+        try:
+            _cli_call_method(options, transport, service, method, values)
+        except RpcError as exc:
+            if forgotten := _cli_forgotten(exc, method.params_schema, values):
+                raise _CliError(forgotten, 2) from exc
+            raise
     return 0
+
+
+def _cli_call_method(
+    options: Any, transport: Any, service: ServiceDescription, method: MethodDescription, values: list[Any]
+) -> None:
+    client = _cli_client_options(options)
+    reply = _client_call_described(transport, service.protocol_name, service.protocol_version, method, values, client)
+    with _cli_output(options) as out:
+        printer = _CliPrinter(out, _cli_format(options, out))
+        if isinstance(reply, StreamSession):
+            _cli_stream(options, method, reply, printer)
+        elif method.has_return or printer.form == "arrow":
+            printer.batch(reply)
+            printer.close(reply.schema)
+        else:
+            out.write("null\n")
+
+
+def _cli_forgotten(exc: RpcError, schema: pa.Schema, values: Sequence[Any]) -> str:
+    """What to say when the server refuses the null of a parameter that was not given; "" for other errors.
+
+    Which parameters have a default is not on the wire: only the server can say that one is missing.
+    """
+    refused = re.search(r"parameter '(.+?)' is not optional but got None", exc.error_message)
+    for field, value in zip(schema, values, strict=True):
+        if exc.error_type == "TypeError" and refused and refused[1] == field.name and value is None:
+            return f"Missing parameter '{field.name}' ({field.type}): give {field.name}=VALUE"
+    return ""
 
 
 def _cli_stream(options: Any, method: MethodDescription, session: StreamSession, printer: _CliPrinter) -> None:
@@ -11503,10 +11754,10 @@ def _cli_line(line: str, number: int, schema: pa.Schema | None) -> pa.RecordBatc
 
 def _cli_arguments(options: Any, schema: pa.Schema) -> list[Any]:
     """The values of all parameters; one that is not given is null, which the server reads as its default."""
-    given = _cli_given_json(options) if options.json is not None else _cli_given_pairs(options.arguments)
+    available = ", ".join(schema.names) or "(none)"
+    given = _cli_given_json(options) if options.json is not None else _cli_given_pairs(options.arguments, available)
     for name in given:
         if name not in schema.names:
-            available = ", ".join(schema.names) or "(none)"
             raise _CliError(f"Unknown parameter '{name}'. Available: {available}", 2)
     convert = _cli_from_json if options.json is not None else _cli_from_text
     values = []
@@ -11535,12 +11786,12 @@ def _cli_given_json(options: Any) -> dict[str, Any]:
     return given
 
 
-def _cli_given_pairs(arguments: Sequence[str]) -> dict[str, str]:
+def _cli_given_pairs(arguments: Sequence[str], available: str) -> dict[str, str]:
     given = {}
     for text in arguments:
         name, equals, value = text.partition("=")
         if not equals:
-            raise _CliError(f"Expected key=value, got: {text}", 2)
+            raise _CliError(f"Expected key=value, got: {text}. Parameters: {available}", 2)
         given[name] = value
     return given
 
@@ -11560,7 +11811,11 @@ def _cli_from_text(text: str, dtype: Any) -> Any:
         return text
     if of.is_temporal(dtype) or of.is_decimal(dtype) or _cli_is_binary(dtype):
         return _cli_from_json(text, dtype)
-    return _cli_from_json(json.loads(text), dtype)
+    try:
+        value = json.loads(text)
+    except ValueError:
+        raise ValueError('expected JSON, such as [1, 2] or {"a": 1}') from None
+    return _cli_from_json(value, dtype)
 
 
 def _cli_is_binary(dtype: Any) -> bool:
@@ -11865,6 +12120,8 @@ def _cli_make(maker: Any, text: str) -> Any:
     """Call a class or factory; what goes wrong inside it keeps its traceback."""
     import inspect
 
+    if _methods_is_protocol(maker):
+        raise _CliError(f"{text} is a Protocol; the implementation comes second: MODULE:PROTOCOL MODULE:IMPL", 2)
     try:
         inspect.signature(maker).bind()
     except (TypeError, ValueError) as exc:
@@ -11882,7 +12139,8 @@ def _cli_import(text: str) -> Any:
     except ModuleNotFoundError as exc:
         if exc.name is None or not f"{module_name}.".startswith(f"{exc.name}."):
             raise  # the module is there; what it imports is not
-        raise _CliError(f"{text}: no module named {exc.name!r}", 2) from None
+        hint = f"; it is imported, not run: {module_name[:-3]}:{path}" if module_name.endswith(".py") else ""
+        raise _CliError(f"{text}: no module named {exc.name!r}{hint}", 2) from None
     except TypeError as exc:  # a relative name
         raise _CliError(f"{text}: {exc}", 2) from None
     for name in path.split("."):

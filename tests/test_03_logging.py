@@ -352,7 +352,7 @@ def test_exception_from_the_wire() -> None:
     assert type(error) is core.RpcError
     assert error.error_type == "StatusError"
     assert error.error_message == "StatusError: m"
-    assert str(error) == "StatusError: StatusError: m"
+    assert str(error) == "StatusError: m"
     assert error.remote_traceback == sent.extra["traceback"]
     assert (error.request_id, error.error_code, error.error_kind, error.sent) == ("r", "ABORTED", "k", "answered")
     assert error.error_details == [core.RetryInfo(1).to_json()]
@@ -392,7 +392,7 @@ def test_deadline_of_the_far_side_has_its_class_and_all_fields() -> None:
     sent = core.Message.from_exception(raised(core.DeadlineExceededError("too late", sent="no")))
     error = core._log_from_wire(core._log_metadata_bytes(sent, "s", "r"))
     assert type(error) is core.DeadlineExceededError
-    assert str(error) == "DeadlineExceededError: " + error.error_message
+    assert str(error) == error.error_message
     assert (error.request_id, error.code, error.sent) == ("r", core.Code.DEADLINE_EXCEEDED, "answered")
     assert error.remote_traceback == sent.extra["traceback"]
     assert len(error.__notes__) == 1

@@ -404,10 +404,10 @@ def test_types_that_cannot_be_inferred(annotation: Any) -> None:
     m.__annotations__["a"] = annotation
     error = refusal(m)
     assert str(error).startswith("Cannot infer Arrow type for: ")
-    assert error.__notes__ == ["P.m() parameter 'a'"]
+    assert error.__notes__[-1] == "P.m() parameter 'a'"
     if annotation != core.Stream[Count]:
         n.__annotations__["return"] = annotation
-        assert refusal(n).__notes__ == ["P.m() result"]
+        assert refusal(n).__notes__[-1] == "P.m() result"
 
 
 def test_none_as_a_parameter_is_refused() -> None:
@@ -458,6 +458,7 @@ def test_method_info_defaults_equality_and_repr() -> None:
         "is_exchange",
         "protocol_name",
         "returns_ref",
+        "returns_undeclared",
     ]
 
 
@@ -868,7 +869,7 @@ def test_finish() -> None:
 def test_no_data_batch(use: Any) -> None:
     out = core.OutputCollector(NUMBERS)
     out.client_log(core.Level.INFO, "not data")
-    with pytest.raises(RuntimeError, match=r"^No data batch was emitted$"):
+    with pytest.raises(RuntimeError, match=r"^No data batch was emitted"):
         use(out)
 
 

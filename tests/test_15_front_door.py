@@ -337,7 +337,7 @@ def test_nobody_on_a_unix_socket(path: str) -> None:
         stale.bind(path)
     with pytest.raises(ConnectionRefusedError) as refused, core.unix_connect(Calc, path):
         pass
-    assert refused.value.__notes__ == [note]
+    assert refused.value.__notes__ == [f"{note} (the socket is there: its server is gone, or belongs to another user)"]
 
 
 # ---- TCP

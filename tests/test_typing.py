@@ -120,12 +120,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(out.glob("*.whl"))
 
 
-def test_typing_stub_is_a_copy_of_the_module(wheel: Path) -> None:
+def test_the_wheel_has_the_module_and_its_markers(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        source = (ROOT / "vgi_rpc.py").read_bytes()
-        assert archive.read("vgi_rpc.py") == source
-        assert archive.read("vgi_rpc-stubs/__init__.pyi") == source
-        assert "vgi_rpc_extras/__init__.py" in archive.namelist()
+        assert archive.read("vgi_rpc.py") == (ROOT / "vgi_rpc.py").read_bytes()
+        assert {"vgi_rpc/py.typed", "vgi_rpc_extras/py.typed", "vgi_rpc_extras/__init__.py"} <= set(archive.namelist())
         assert not [name for name in archive.namelist() if name.startswith(("tests/", ".ci/"))]
 
 

@@ -213,8 +213,10 @@ class PooledSender:
         try:
             connection = _Connection(self.origin, self._context, request.deadline)
         except (OSError, ValueError) as exc:
-            error = lost(exc, f"{request.doing}: connecting to {self.origin}", "no")
-            raise error from exc
+            doing = f"{request.doing}: connecting to {self.origin}"
+            if "WRONG_VERSION_NUMBER" in str(exc):
+                doing += " (it does not speak TLS: is it http://?)"
+            raise lost(exc, doing, "no") from exc
         with self._lock:
             if not self._closed:
                 self._live.add(connection)
@@ -342,7 +344,9 @@ class _Connection:
             if len(self._buf) > _MAX_HEAD:
                 raise _Malformed(f"the response's headers have more than {_MAX_HEAD} bytes")
             if not b"HTTP/1.".startswith(self._buf[:7]):
-                raise _Malformed(f"not an HTTP/1.1 response: {self._buf[:16]!r}")
+                arrow = self._buf.startswith(b"\xff\xff\xff\xff"[: len(self._buf)])
+                hint = " (bytes of a --tcp worker, whose client is tcp_connect)" * arrow
+                raise _Malformed(f"not an HTTP/1.1 response: {self._buf[:16]!r}{hint}")
             self._more()
         if end > _MAX_HEAD:
             raise _Malformed(f"the response's headers have more than {_MAX_HEAD} bytes")

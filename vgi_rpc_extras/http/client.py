@@ -644,6 +644,8 @@ def _refusal(response: Response, doing: str, error_type: str) -> core.RpcError:
         return HttpTransientError(status, preview, _retry_after(response.headers))
     sent: Sent = "maybe" if status >= 500 else "answered"
     kind = printable(response.headers.get("content-type", "no content type"), 80)
+    if "html" in kind:
+        preview = f"{preview[:40]} (a web page, not a service: check the URL and its prefix, prefix= or --prefix)"
     return core.RpcError(error_type, f"{doing}: HTTP {status} ({kind}): {preview or '(no text)'}", sent=sent)
 
 
