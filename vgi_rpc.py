@@ -11306,7 +11306,9 @@ class _CliError(Exception):
 
 def _cli_interrupted(exc: BaseException | None) -> bool:
     """Whether Ctrl-C is behind an error: a terminal interrupts the worker as well, and its death may come first."""
-    while exc is not None:
+    seen: set[int] = set()  # a chain may run in a circle
+    while exc is not None and id(exc) not in seen:
+        seen.add(id(exc))
         if isinstance(exc, KeyboardInterrupt):
             return True
         if isinstance(exc, WorkerDiedError) and exc.returncode == -signal.SIGINT:
