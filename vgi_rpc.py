@@ -10720,10 +10720,18 @@ def _door_run(
 
 def _door_check_options(options: Any) -> None:
     sockets = options.unix or options.tcp
-    if options.max_response_bytes is not None and sockets:
-        raise SystemExit("--max-response-bytes is about HTTP: give --http")
+    for name in ("max_response_bytes", "max_externalized_response_bytes"):
+        if getattr(options, name) is not None and sockets:
+            flag = f"--{name.replace('_', '-')}"
+            raise SystemExit(f"{flag} (VGI_RPC_{name.upper()}) is about HTTP: give --http")
     if sockets and options.idle_timeout and not options.threaded:
         raise SystemExit("idle_timeout requires threaded=True: give --idle-timeout 0 with --no-threaded")
+    if not 0 <= options.port <= 65_535:
+        raise SystemExit(f"--port must be within 0..65535, got {options.port}")
+    if not options.idle_timeout >= 0:  # nan as well
+        raise SystemExit(f"--idle-timeout must not be negative, got {options.idle_timeout}")
+    if options.max_connections < 0:
+        raise SystemExit(f"--max-connections must not be negative, got {options.max_connections}")
     if options.workers < 1:
         raise SystemExit(f"--workers must be at least 1, got {options.workers}")
     if options.workers > 1 and not sockets:
@@ -10837,6 +10845,7 @@ def _door_serve_http(server: RpcServer, options: Any) -> None:
             port=options.port,
             token_key=token_key,
             max_response_bytes=options.max_response_bytes,
+            max_externalized_response_bytes=options.max_externalized_response_bytes,
         )
     except ValueError as exc:
         raise SystemExit(str(exc)) from None
@@ -10875,6 +10884,13 @@ def _door_parser(prog: str | None = None) -> Any:
         metavar="N",
         default=env("MAX_RESPONSE_BYTES", None, int),
         help="HTTP: decoded bytes of a response",
+    )
+    parser.add_argument(
+        "--max-externalized-response-bytes",
+        type=int,
+        metavar="N",
+        default=env("MAX_EXTERNALIZED_RESPONSE_BYTES", None, int),
+        help="HTTP: bytes that a response may keep in the external store",
     )
     parser.add_argument("--describe", action="store_true", help="let clients ask what the service offers")
     parser.add_argument(
@@ -10930,20 +10946,23 @@ def _door_access_log(options: Any, server: RpcServer) -> Callable[[], None]:
     if not 0.0 <= options.access_log_sample <= 1.0:
         raise SystemExit(f"--access-log-sample must be within 0..1, got {options.access_log_sample}")
     configure = getattr(sys.modules[__name__], "configure_access_log")  # noqa: B009 (a lazy name, room 17)
-    return cast(
-        "Callable[[], None]",
-        configure(
-            options.access_log,
-            max_bytes=options.access_log_max_bytes,
-            backup_count=options.access_log_backup_count,
-            when=options.access_log_when,
-            max_record_bytes=options.access_log_max_record_bytes,
-            asynchronous=options.access_log_async,
-            queue_size=options.access_log_queue_size,
-            sample=options.access_log_sample,
-            server_id=server.server_id,
-        ),
-    )
+    try:
+        return cast(
+            "Callable[[], None]",
+            configure(
+                options.access_log,
+                max_bytes=options.access_log_max_bytes,
+                backup_count=options.access_log_backup_count,
+                when=options.access_log_when,
+                max_record_bytes=options.access_log_max_record_bytes,
+                asynchronous=options.access_log_async,
+                queue_size=options.access_log_queue_size,
+                sample=options.access_log_sample,
+                server_id=server.server_id,
+            ),
+        )
+    except (ValueError, OSError) as exc:
+        raise SystemExit(f"--access-log: {exc}") from None
 
 
 # ==== 16. COMMAND LINE ================================================================================================

@@ -123,6 +123,10 @@ def configure_access_log(
         raise ValueError("max_bytes and when exclude each other")
     if when is not None and not re.fullmatch("[SMHD]|MIDNIGHT|W[0-6]", when.upper()):
         raise ValueError(f"when must be S, M, H, D, MIDNIGHT or W0 to W6, got {when!r}")
+    if backup_count < 0 or (max_bytes is not None and max_bytes < 1):
+        raise ValueError(
+            f"max_bytes must be positive and backup_count not negative, got {max_bytes} and {backup_count}"
+        )
     if asynchronous and queue_size < 1:
         raise ValueError(f"queue_size must be at least 1, got {queue_size}")
     sampler = AccessLogSampler(sample)

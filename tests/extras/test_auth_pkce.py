@@ -202,7 +202,11 @@ def answering(**answer: str) -> Callable[[str], None]:
 def perform(on_prompt: Callable[[str], None], token: Any = None, *, seconds: float = 5.0, **server: str) -> Any:
     given = token or (200, {"access_token": "at"})
     answer = httpx.MockTransport(lambda _: httpx.Response(given[0], json=given[1]))
-    ends: dict[str, Any] = {"authorization_endpoint": "https://id.example/a", "token_endpoint": "https://id.example/t", **server}
+    ends: dict[str, Any] = {
+        "authorization_endpoint": "https://id.example/a",
+        "token_endpoint": "https://id.example/t",
+        **server,
+    }
     resource = OAuthResourceMetadataResponse("https://x", ("https://id.example",), ("calc",), client_id="cli")
     with httpx.Client(transport=answer) as http:
         return perform_pkce_flow(
