@@ -4062,7 +4062,7 @@ class DispatchHook(Protocol):
         """Before the method, in its thread; returns a token for the end. When it raises, the end is not called.
 
         `transport_metadata` also has the strings `traceparent` and `tracestate` if the request came with a W3C trace
-        context; that of its batch goes before that of an HTTP header.
+        context; that of its batch goes before that of an HTTP header. For a stream it has `stream_id`, 32 hex digits.
         """
         ...
 
@@ -7447,6 +7447,8 @@ class _ServerCall:
         if self.observed and self._hook is not None:
             connection = self.connection
             known = _server_traced(connection.transport_metadata, self.metadata)
+            if self.stream_id:
+                known = {**known, "stream_id": self.stream_id}
             self._token = self._hook.on_dispatch_start(self.plan.info, connection.auth, known, kwargs)
 
     def begin(self) -> None:
@@ -7454,6 +7456,10 @@ class _ServerCall:
         if self.observed and self.request is not None:
             self.started = time.monotonic()
             self.stats.record_input(self.request)
+            if self.plan.is_stream and not self.stream_id:
+                import uuid
+
+                self.stream_id = uuid.uuid4().hex
 
     def sent(self, batch: pa.RecordBatch) -> None:
         if self.observed:
@@ -7468,7 +7474,12 @@ class _ServerCall:
         data: pa.RecordBatch,
         items: Sequence[tuple[pa.RecordBatch, Mapping[bytes, bytes] | pa.KeyValueMetadata | None]],
     ) -> tuple[pa.RecordBatch, pa.KeyValueMetadata] | None:
-        """Keep a batch elsewhere if the server's store wants it; returns the pointer to it."""
+        """Keep a batch elsewhere if the server's store wants it; returns the pointer to it.
+
+        Never when the caller shares memory with us: that goes before the store (wire.md section 12).
+        """
+        if self.connection.shm is not None:
+            return None
         found = externalize(self.connection.server.external_location, data, items, self.externalized_room())
         if found is None:
             return None
@@ -7903,10 +7914,6 @@ class _ServerStream:
     __slots__ = ("_budget", "_call", "_channel", "_collector", "_connection", "_logs", "_out", "_stores", "_stream")
 
     def __init__(self, call: _ServerCall, budget: float | None) -> None:
-        import uuid
-
-        if call.observed and not call.stream_id:
-            call.stream_id = uuid.uuid4().hex
         self._call = call
         self._budget = budget
         self._connection = call.connection
@@ -10878,20 +10885,12 @@ def _door_parser(prog: str | None = None) -> Any:
     where.add_argument("--http", action="store_true", help="serve over HTTP (needs the http extra)")
     parser.add_argument("--host", default="127.0.0.1", help="HTTP: the address to listen on")
     parser.add_argument("--port", type=int, default=0, metavar="N", help="HTTP: the port, 0 for any")
-    parser.add_argument(
-        "--max-response-bytes",
-        type=int,
-        metavar="N",
-        default=env("MAX_RESPONSE_BYTES", None, int),
-        help="HTTP: decoded bytes of a response",
-    )
-    parser.add_argument(
-        "--max-externalized-response-bytes",
-        type=int,
-        metavar="N",
-        default=env("MAX_EXTERNALIZED_RESPONSE_BYTES", None, int),
-        help="HTTP: bytes that a response may keep in the external store",
-    )
+    for name, text in (
+        ("response", "decoded bytes of a response"),
+        ("externalized-response", "bytes that a response may keep in the external store"),
+    ):
+        cap = env(f"MAX_{name.upper().replace('-', '_')}_BYTES", None, int)
+        parser.add_argument(f"--max-{name}-bytes", type=int, metavar="N", default=cap, help=f"HTTP: {text}")
     parser.add_argument("--describe", action="store_true", help="let clients ask what the service offers")
     parser.add_argument(
         "--threaded", action=argparse.BooleanOptionalAction, default=True, help="sockets: a thread each"
@@ -11959,7 +11958,7 @@ _EXTRAS_NAMES: Final = {
     ),
     "storage.s3": ("s3", "S3Storage"),
     "storage.gcs": ("gcs", "GCSStorage"),
-    "otel": ("otel", "OtelConfig instrument_client instrument_server"),
+    "otel": ("otel", "OtelConfig instrument_client instrument_server instrument_store"),
     "sentry": ("sentry", "SentryConfig instrument_server_sentry"),
     "access_log": ("", "configure_access_log AccessLogSampler DroppingQueueHandler"),
 }

@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import json
 import logging
+import re
 import socket
 import subprocess
 import sys
@@ -153,6 +154,15 @@ def serving(server: core.RpcServer, auth: Any = None) -> Iterator[Any]:
         assert not thread.is_alive()
 
 
+def connected(kind: str, server: core.RpcServer) -> Any:
+    """A proxy of the server over a pipe or HTTP."""
+    door: Any = core
+    if kind == "pipe":
+        return serving(server)
+    testing = sys.modules[door.make_wsgi_app.__module__.rpartition(".")[0]]
+    return door.http_connect(Calc, client=testing.make_sync_client(server))
+
+
 def fail(proxy: Any, kind: str = "server") -> None:
     with pytest.raises(core.RpcError):
         proxy.fail(kind, "hunter2", [1, 2])
@@ -289,6 +299,15 @@ def test_performance(start: Start) -> None:
     assert event["contexts"]["trace"]["trace_id"] == traces[2]["trace_id"]
 
 
+@pytest.mark.parametrize("kind", ["pipe", "http"])
+def test_spans_of_a_stream_have_its_id(kind: str, start: Start) -> None:
+    inbox = start(traces_sample_rate=1.0)
+    with connected(kind, make(enable_performance=True)) as proxy, pytest.raises(core.RpcError, match="unlucky"):
+        proxy.count().read_all()
+    found = {span["contexts"]["trace"]["data"]["rpc.stream_id"] for span in inbox.found("transaction")}
+    assert len(found) == 1 and re.fullmatch("[0-9a-f]{32}", found.pop())
+
+
 def test_a_span_of_the_ambient_one(start: Start) -> None:
     inbox = start(traces_sample_rate=1.0)
     server = make(enable_performance=True, op_name="rpc")
@@ -371,10 +390,7 @@ def test_a_redactor_that_fails_costs_the_report_and_not_the_call(start: Start) -
 @pytest.mark.parametrize("kind", ["pipe", "http"])
 def test_an_error_inside_a_stream_is_reported(kind: str, start: Start) -> None:
     inbox = start()
-    server, door = make(), getattr(core, "http_connect")  # noqa: B009 (a lazy name)
-    testing = sys.modules[getattr(core, "make_wsgi_app").__module__.rpartition(".")[0]]  # noqa: B009
-    where = serving(server) if kind == "pipe" else door(Calc, client=testing.make_sync_client(server))
-    with where as proxy, pytest.raises(core.RpcError, match="unlucky"):
+    with connected(kind, make()) as proxy, pytest.raises(core.RpcError, match="unlucky"):
         proxy.count().read_all()
     (event,) = inbox.found()
     assert event["exception"]["values"][0]["value"] == "unlucky"
