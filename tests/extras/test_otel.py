@@ -31,6 +31,8 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
+from tests.extras.served import served_proxy
+
 if TYPE_CHECKING:
     import vgi_rpc as core
 else:
@@ -199,16 +201,8 @@ def serving(kind: str, server: core.RpcServer, **options: Any) -> Iterator[Any]:
         with http(server, **options) as url, door.http_connect(Calc, url, timeout=20) as proxy:
             yield proxy
         return
-    client, far = core.make_pipe_pair() if kind == "pipe" else core.make_unix_pair()
-    thread = threading.Thread(target=server.serve, args=(far,))
-    thread.start()
-    try:
-        with core.RpcConnection(Calc, client, timeout=20) as proxy:
-            yield proxy
-    finally:
-        thread.join(10)
-        far.close()
-        assert not thread.is_alive()
+    with served_proxy(Calc, server, over=kind) as proxy:
+        yield proxy
 
 
 def make(far: Telemetry, **options: Any) -> core.RpcServer:
@@ -623,7 +617,7 @@ class Memory:
         self.objects: list[bytes] = []
 
     def wants(self, batch: pa.RecordBatch) -> bool:
-        return batch.num_rows > 0
+        return bool(batch.num_rows)
 
     def save(self, schema: pa.Schema, data: bytes) -> tuple[str, str, int]:
         if self.fault is not None:
@@ -644,17 +638,9 @@ def of_storage(party: Telemetry) -> list[ReadableSpan]:
 def stored_add(near: Telemetry, far: Telemetry, store: Memory) -> None:
     server = core.RpcServer(Calc, Impl(), external_location=store)
     otel().instrument_server(server, far.config())
-    client, end = core.make_pipe_pair()
-    thread = threading.Thread(target=server.serve, args=(end,))
-    thread.start()
-    loaded: Any = core
-    try:
-        reads = loaded.instrument_store(store, near.config(custom_attributes={"team": "a"}))
-        with core.RpcConnection(Calc, client, timeout=20, external_location=reads) as proxy:
-            assert proxy.add(a=1, b=2) == 3
-    finally:
-        thread.join(10)
-        end.close()
+    reads = getattr(core, "instrument_store")(store, near.config(custom_attributes={"team": "a"}))  # noqa: B009
+    with served_proxy(Calc, server, external_location=reads) as proxy:
+        assert proxy.add(a=1, b=2) == 3
 
 
 def test_what_is_stored_elsewhere_has_spans() -> None:

@@ -24,6 +24,8 @@ sentry_sdk: Any = pytest.importorskip("sentry_sdk")
 pytest.importorskip("falcon")
 from sentry_sdk.integrations.logging import LoggingIntegration
 
+from tests.extras.served import served_proxy
+
 if TYPE_CHECKING:
     import vgi_rpc as core
 else:
@@ -135,23 +137,9 @@ def sentry() -> Any:
     return sys.modules[loaded.SentryConfig.__module__]
 
 
-@contextlib.contextmanager
-def serving(server: core.RpcServer, auth: Any = None) -> Iterator[Any]:
-    client, far = core.make_pipe_pair()
-
-    def serve() -> None:
-        with contextlib.suppress(SystemExit):
-            server.serve(far, auth=auth)
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        with core.RpcConnection(Calc, client, timeout=20) as proxy:
-            yield proxy
-    finally:
-        thread.join(10)
-        far.close()
-        assert not thread.is_alive()
+def serving(server: core.RpcServer, auth: Any = None) -> Any:
+    """A proxy of the server over a pipe."""
+    return served_proxy(Calc, server, auth=auth)
 
 
 def connected(kind: str, server: core.RpcServer) -> Any:
