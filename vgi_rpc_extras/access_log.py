@@ -36,7 +36,7 @@ class AccessLogSampler(logging.Filter):
     """Keeps a fixed fraction of the successful calls, and every failed one; belongs on a handler.
 
     The decision hangs on the stream or request id, so all records of one call share it, in every process. Kept
-    records carry `sample_rate`.
+    records carry `sample_rate`. ValueError for a rate outside 0..1.
     """
 
     def __init__(self, rate: float) -> None:
@@ -47,6 +47,7 @@ class AccessLogSampler(logging.Filter):
         self._limit = int(rate * 0xFFFFFFFF)
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is written."""
         if self.rate < 1.0 and getattr(record, "status", "ok") == "ok" and not self._keeps(record):
             return False
         record.sample_rate = self.rate
@@ -77,9 +78,11 @@ class DroppingQueueHandler(logging.handlers.QueueHandler):
         return self._dropped
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        return copy.copy(record)  # every other handler sees the record as it was
+        """Return a copy: every other handler sees the record as it was."""
+        return copy.copy(record)
 
     def enqueue(self, record: logging.LogRecord) -> None:
+        """Put the record on the queue, or count it as dropped."""
         if self._unreported:
             record.dropped_records = self._unreported
         try:

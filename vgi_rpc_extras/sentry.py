@@ -73,7 +73,10 @@ class SentryConfig:
 
 
 def instrument_server_sentry(server: core.RpcServer, config: SentryConfig | None = None) -> core.RpcServer:
-    """Report the failures of `server`, in place of what was configured before; returns it."""
+    """Report the failures of `server`, in place of what was configured before; returns it.
+
+    Raises TypeError for a config that is not a SentryConfig.
+    """
     if config is not None and not isinstance(config, SentryConfig):
         raise TypeError(f"expected a SentryConfig, got {type(config).__name__}")
     for old in server.dispatch_hooks:
@@ -92,14 +95,14 @@ def attach_by_default(server: core.RpcServer) -> None:
 
 
 def short_hash(value: bytes | str | None, *, length: int = 12) -> str | None:
-    """The first hex digits of a SHA-256: tells values apart without saying what they are."""
+    """Return the first hex digits of a SHA-256: tells values apart without saying what they are. None for None."""
     if value is None:
         return None
     return hashlib.sha256(value.encode() if isinstance(value, str) else value).hexdigest()[:length]
 
 
 def noop_redactor(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A `param_redactor` that drops nothing."""
+    """Return the arguments as they are: a `param_redactor` that drops nothing."""
     return kwargs
 
 

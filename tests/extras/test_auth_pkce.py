@@ -152,11 +152,13 @@ def test_without_a_display_the_url_is_shown_only(
 
 
 def test_auto(provider: Provider, url: str, desk: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    answer, _ = log_in(url, flow="auto")
+    answer, first = log_in(url, flow="auto")
     assert answer.status_code == 200 and len(desk.asked) == 1
     monkeypatch.setenv("SSH_CONNECTION", "somewhere")
-    with pytest.raises(OAuthTokenError, match="device-code"):
+    with pytest.raises(OAuthTokenError, match="no device-code login, and there is no browser here"):
         log_in(url, flow="auto")
+    assert first._tokens is not None  # a refresh needs no browser
+    assert log_in(url, flow="auto", refresh_token=first._tokens.refresh_token)[0].status_code == 200
     monkeypatch.setenv("SSH_CONNECTION", "")
     provider.extra = {}
     shown: list[str] = []

@@ -146,7 +146,7 @@ class VgiOAuthAuth(httpx.Auth):
 
     def _obtain(self, challenge: OAuthChallenge, url: str) -> OAuthTokenSet:
         resource, server = self._discover(challenge, url)
-        in_browser = self._in_browser(server)
+        in_browser = self._flow == "pkce" or (self._flow == "auto" and not server.device_authorization_endpoint)
         if self._refresh_token:
             choose = pkce_context if in_browser else device_context
             context = self._context or choose(challenge, resource, server)
@@ -156,6 +156,10 @@ class VgiOAuthAuth(httpx.Auth):
             except OAuthTokenError as exc:
                 if exc.error_code == "invalid_grant":
                     self._refresh_token = None
+        if in_browser and self._flow == "auto" and (is_headless_environment() or is_colab_environment()):
+            raise OAuthTokenError(
+                "the provider has no device-code login, and there is no browser here: flow='pkce' shows the URL to open"
+            )
         self._interactive = True
         if in_browser:
             tokens, self._context = perform_pkce_flow(
@@ -177,11 +181,6 @@ class VgiOAuthAuth(httpx.Auth):
                 on_prompt=self._on_prompt,
             )
         return tokens
-
-    def _in_browser(self, server: OAuthServerMetadata) -> bool:
-        if self._flow == "auto" and not server.device_authorization_endpoint:
-            return not is_headless_environment() and not is_colab_environment()
-        return self._flow == "pkce"
 
     def _discover(
         self, challenge: OAuthChallenge, url: str
