@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import json
 import os
 import socket
 import subprocess
@@ -24,16 +25,20 @@ pytest.importorskip("httpx")
 pytest.importorskip("falcon")
 
 import httpx
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.extras.auth_app import make_app
 from tests.extras.auth_provider import SECRET, Provider, running, served_at
 from vgi_rpc_extras.auth import (
     OAuthChallenge,
+    OAuthRefreshContext,
     OAuthResourceMetadata,
     OAuthResourceMetadataResponse,
     OAuthServerMetadata,
     OAuthTokenError,
     VgiOAuthAuth,
+    attempt_token_refresh,
     jwt_authenticate,
     perform_pkce_flow,
     pkce_login,
@@ -263,6 +268,31 @@ def test_garbage_and_idle_connections(sent: bytes) -> None:
         threading.Thread(target=visit).start()
 
     assert perform(on_prompt)[0].access_token == "at"
+
+
+@given(st.binary(max_size=200) | st.text().map(lambda text: f"GET /callback?{text} HTTP/1.1\r\n\r\n".encode()))
+def test_no_request_without_the_state_is_an_answer(head: bytes) -> None:
+    with pkce_login._Callback("state of this login") as callback:
+        assert callback._answered(head) is None
+
+
+JSON = st.sampled_from(["", "token"]) | st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(), st.lists, max_leaves=5
+)
+NAMES = ("access_token", "refresh_token", "id_token", "expires_in", "scope", "error", "error_description", "token_type")
+
+
+@given(st.just(200) | st.integers(200, 599), st.binary(max_size=50) | st.dictionaries(st.sampled_from(NAMES), JSON))
+def test_any_answer_of_a_token_endpoint(status: int, body: Any) -> None:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    transport = httpx.MockTransport(lambda _: httpx.Response(status, content=content))
+    with httpx.Client(transport=transport) as http:
+        try:
+            tokens = attempt_token_refresh(OAuthRefreshContext("https://id.example/t", "cli"), "old", http_client=http)
+        except OAuthTokenError as exc:
+            assert str(exc).isprintable()
+        else:
+            assert status == 200 and tokens.bearer_token().isprintable() and tokens.refresh_token
 
 
 def test_another_provider_s_answer() -> None:

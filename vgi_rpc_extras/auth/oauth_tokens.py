@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -111,7 +111,8 @@ def attempt_token_refresh(ctx: OAuthRefreshContext, refresh_token: str, *, http_
     status, answer = post_form(http_client, ctx.token_endpoint, form)
     if status != 200:
         raise refusal("the login could not be renewed", status, answer)
-    return read_tokens({"refresh_token": refresh_token, **answer}, ctx)
+    tokens = read_tokens(answer, ctx)
+    return tokens if tokens.refresh_token else replace(tokens, refresh_token=refresh_token)
 
 
 def login_context(
