@@ -353,7 +353,7 @@ def test_with_the_browser_of_the_environment(url: str, desk: SimpleNamespace, tm
         "auth = VgiOAuthAuth(base_url=sys.argv[1], flow='pkce', timeout_seconds=20)\n"
         "print(httpx.get(sys.argv[1] + '/x', auth=auth).json()['principal'])"
     )
-    env = {**os.environ, "BROWSER": f"{browser} %s"}
+    env = {**os.environ, "BROWSER": f"{browser} %s", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run([sys.executable, "-c", client, url], env=env, capture_output=True, text=True, timeout=60)
     assert done.stdout == "alice\n", done.stderr
     assert done.stderr.startswith("To log in, open http://127.0.0.1:") and done.stderr.count("\n") == 1
