@@ -317,6 +317,16 @@ def test_bad_ends() -> None:
     assert time.monotonic() - began < 2.0
 
 
+@pytest.mark.parametrize(
+    "endpoint",
+    ["https://id.example:99999/t", "https://id.example:0/t", "https://xn--\u0300/t", "https://xn--a-ecp.ru/t"],
+)
+def test_a_token_endpoint_that_is_no_url(endpoint: str) -> None:
+    transport = httpx.MockTransport(lambda request: pytest.fail(f"{request.url} was called"))
+    with httpx.Client(transport=transport) as http, pytest.raises(OAuthTokenError):
+        attempt_token_refresh(OAuthRefreshContext(endpoint, "cli"), "old", http_client=http)
+
+
 def test_an_endpoint_with_a_query_keeps_it() -> None:
     shown: list[str] = []
     with pytest.raises(OAuthTokenError):
@@ -330,9 +340,10 @@ def test_an_id_token_of_another_login(provider: Provider, url: str, desk: Simple
         log_in(url)
 
 
-def test_a_token_endpoint_elsewhere() -> None:
+@pytest.mark.parametrize("endpoint", ["https://evil.example/t", "https://x:444/t", "http://x/t", "https://x:99999/t"])
+def test_a_token_endpoint_elsewhere(endpoint: str) -> None:
     resource = OAuthResourceMetadataResponse(
-        "https://x", ("https://id.example",), client_id="cli", token_endpoint="https://evil.example/t"
+        "https://x", ("https://id.example",), client_id="cli", token_endpoint=endpoint
     )
     server = OAuthServerMetadata("https://id.example/a", "https://id.example/t")
     with httpx.Client() as http, pytest.raises(OAuthTokenError, match="another origin"):

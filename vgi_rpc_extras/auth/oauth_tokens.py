@@ -144,7 +144,7 @@ def post_form(client: httpx.Client, url: str, form: Mapping[str, str]) -> tuple[
     """Return status and JSON object ({} for another body) of a form post. OAuthTokenError when it cannot be sent."""
     try:
         response = client.post(check_url(url), data=dict(form), headers={"Accept": "application/json"})
-    except (httpx.HTTPError, OSError) as exc:
+    except (httpx.HTTPError, httpx.InvalidURL, OSError) as exc:
         raise OAuthTokenError(f"{origin_of(url)} could not be reached: {type(exc).__name__}") from None
     except ValueError as exc:
         raise OAuthTokenError(str(exc)) from None

@@ -86,9 +86,15 @@ def pkce_context(
     endpoint = server.token_endpoint
     if resource.token_endpoint and not client[1]:
         endpoint = resource.token_endpoint
-        if origin_of(endpoint) != origin_of(resource.resource):
+        if not _same_origin(endpoint, resource.resource):
             raise OAuthTokenError("the service's token endpoint has another origin than the service")
     return login_context(challenge, resource, client, endpoint)
+
+
+def _same_origin(url: str, other: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return origin_of(url) == origin_of(other)
+    return False
 
 
 def perform_pkce_flow(
