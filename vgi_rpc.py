@@ -4055,7 +4055,7 @@ class DispatchHook(Protocol):
         """Before the method, in its thread; returns a token for the end. When it raises, the end is not called.
 
         `transport_metadata` also has the strings `traceparent` and `tracestate` if the request came with a W3C trace
-        context; that of its batch goes before that of an HTTP header.
+        context; that of its batch goes before that of an HTTP header. For a stream it has `stream_id`, 32 hex digits.
         """
         ...
 
@@ -7532,6 +7532,8 @@ class _ServerCall:
         if self.observed and self._hook is not None:
             connection = self.connection
             known = _server_traced(connection.transport_metadata, self.metadata)
+            if self.stream_id:
+                known = {**known, "stream_id": self.stream_id}
             self._token = self._hook.on_dispatch_start(self.plan.info, connection.auth, known, kwargs)
 
     def begin(self) -> None:
@@ -7539,6 +7541,10 @@ class _ServerCall:
         if self.observed and self.request is not None:
             self.started = time.monotonic()
             self.stats.record_input(self.request)
+            if self.plan.is_stream and not self.stream_id:
+                import uuid
+
+                self.stream_id = uuid.uuid4().hex
 
     def sent(self, batch: pa.RecordBatch) -> None:
         if self.observed:
@@ -7553,7 +7559,12 @@ class _ServerCall:
         data: pa.RecordBatch,
         items: Sequence[tuple[pa.RecordBatch, Mapping[bytes, bytes] | pa.KeyValueMetadata | None]],
     ) -> tuple[pa.RecordBatch, pa.KeyValueMetadata] | None:
-        """Keep a batch elsewhere if the server's store wants it; returns the pointer to it."""
+        """Keep a batch elsewhere if the server's store wants it; returns the pointer to it.
+
+        Never when the caller shares memory with us: that goes before the store (wire.md section 12).
+        """
+        if self.connection.shm is not None:
+            return None
         found = externalize(self.connection.server.external_location, data, items, self.externalized_room())
         if found is None:
             return None
@@ -8035,10 +8046,6 @@ class _ServerStream:
     __slots__ = ("_budget", "_call", "_channel", "_collector", "_connection", "_logs", "_out", "_stores", "_stream")
 
     def __init__(self, call: _ServerCall, budget: float | None) -> None:
-        import uuid
-
-        if call.observed and not call.stream_id:
-            call.stream_id = uuid.uuid4().hex
         self._call = call
         self._budget = budget
         self._connection = call.connection
@@ -11014,10 +11021,18 @@ def _door_run(
 
 def _door_check_options(options: Any) -> None:
     sockets = options.unix or options.tcp
-    if options.max_response_bytes is not None and sockets:
-        raise SystemExit("--max-response-bytes is about HTTP: give --http")
+    for name in ("max_response_bytes", "max_externalized_response_bytes"):
+        if getattr(options, name) is not None and sockets:
+            flag = f"--{name.replace('_', '-')}"
+            raise SystemExit(f"{flag} (VGI_RPC_{name.upper()}) is about HTTP: give --http")
     if sockets and options.idle_timeout and not options.threaded:
         raise SystemExit("idle_timeout requires threaded=True: give --idle-timeout 0 with --no-threaded")
+    if not 0 <= options.port <= 65_535:
+        raise SystemExit(f"--port must be within 0..65535, got {options.port}")
+    if not options.idle_timeout >= 0:  # nan as well
+        raise SystemExit(f"--idle-timeout must not be negative, got {options.idle_timeout}")
+    if options.max_connections < 0:
+        raise SystemExit(f"--max-connections must not be negative, got {options.max_connections}")
     if options.workers < 1:
         raise SystemExit(f"--workers must be at least 1, got {options.workers}")
     if options.workers > 1 and not sockets:
@@ -11139,6 +11154,7 @@ def _door_serve_http(server: RpcServer, options: Any) -> None:
             port=options.port,
             token_key=token_key,
             max_response_bytes=options.max_response_bytes,
+            max_externalized_response_bytes=options.max_externalized_response_bytes,
         )
     except ValueError as exc:
         raise SystemExit(str(exc)) from None
@@ -11174,13 +11190,12 @@ def _door_parser(prog: str | None = None) -> Any:
     where.add_argument("--http", action="store_true", help="serve over HTTP (needs the http extra)")
     parser.add_argument("--host", default="127.0.0.1", help="HTTP: the address to listen on")
     parser.add_argument("--port", type=int, default=0, metavar="N", help="HTTP: the port, 0 for any")
-    parser.add_argument(
-        "--max-response-bytes",
-        type=int,
-        metavar="N",
-        default=env("MAX_RESPONSE_BYTES", None, int),
-        help="HTTP: decoded bytes of a response",
-    )
+    for name, text in (
+        ("response", "decoded bytes of a response"),
+        ("externalized-response", "bytes that a response may keep in the external store"),
+    ):
+        cap = env(f"MAX_{name.upper().replace('-', '_')}_BYTES", None, int)
+        parser.add_argument(f"--max-{name}-bytes", type=int, metavar="N", default=cap, help=f"HTTP: {text}")
     parser.add_argument("--describe", action="store_true", help="let clients ask what the service offers")
     parser.add_argument(
         "--threaded", action=argparse.BooleanOptionalAction, default=True, help="sockets: a thread each"
@@ -11235,20 +11250,23 @@ def _door_access_log(options: Any, server: RpcServer) -> Callable[[], None]:
     if not 0.0 <= options.access_log_sample <= 1.0:
         raise SystemExit(f"--access-log-sample must be within 0..1, got {options.access_log_sample}")
     configure = _door_extra("configure_access_log", "--access-log")
-    return cast(
-        "Callable[[], None]",
-        configure(
-            options.access_log,
-            max_bytes=options.access_log_max_bytes,
-            backup_count=options.access_log_backup_count,
-            when=options.access_log_when,
-            max_record_bytes=options.access_log_max_record_bytes,
-            asynchronous=options.access_log_async,
-            queue_size=options.access_log_queue_size,
-            sample=options.access_log_sample,
-            server_id=server.server_id,
-        ),
-    )
+    try:
+        return cast(
+            "Callable[[], None]",
+            configure(
+                options.access_log,
+                max_bytes=options.access_log_max_bytes,
+                backup_count=options.access_log_backup_count,
+                when=options.access_log_when,
+                max_record_bytes=options.access_log_max_record_bytes,
+                asynchronous=options.access_log_async,
+                queue_size=options.access_log_queue_size,
+                sample=options.access_log_sample,
+                server_id=server.server_id,
+            ),
+        )
+    except (ValueError, OSError) as exc:
+        raise SystemExit(f"--access-log: {exc}") from None
 
 
 # ==== 16. COMMAND LINE ================================================================================================
@@ -12334,7 +12352,7 @@ _EXTRAS_NAMES: Final = {
     ),
     "storage.s3": ("s3", "S3Storage"),
     "storage.gcs": ("gcs", "GCSStorage"),
-    "otel": ("otel", "OtelConfig instrument_client instrument_server"),
+    "otel": ("otel", "OtelConfig instrument_client instrument_server instrument_store"),
     "sentry": ("sentry", "SentryConfig instrument_server_sentry"),
     "access_log": ("", "configure_access_log AccessLogSampler DroppingQueueHandler"),
     "tools.stub": ("", "generate_stub protocol_from_description"),

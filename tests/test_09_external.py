@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -90,6 +91,32 @@ def test_results_turns_and_headers() -> None:
         assert [message.message for message in logs] == ["before", "after"] * 2
         core.with_options(proxy, timeout=7).text(5000)
         assert store.waits[-1] == 7 and store.waits[0] is None
+
+
+def test_shared_memory_goes_before_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is uploaded for a call that has a segment, not even what finds no room in it (wire.md section 12)."""
+    monkeypatch.setenv("VGI_RPC_SHM_MIN_BATCH_BYTES", "1000")
+    store = Memory()
+    segment = core.ShmSegment.create(core.HEADER_SIZE + 64 * 1024)
+    client, far = core.make_pipe_pair()
+    server = core.RpcServer(Service, Impl(), external_location=store)
+    thread = threading.Thread(target=server.serve, args=(core.ShmPipeTransport(far, segment),))
+    thread.start()
+    shared = core.ShmPipeTransport(client, segment)
+    with core.RpcConnection(Service, shared, external_location=store) as proxy:
+        assert proxy.text(5000) == "x" * 5000
+        assert segment.batches_shared == 1
+        assert proxy.text(500_000) == "x" * 500_000
+        assert (segment.batches_shared, segment.batches_inline) == (1, 1)
+        with proxy.twice(2000) as session:
+            assert session.typed_header(Head).text == "h" * 2000
+            rows = pa.RecordBatch.from_pydict({"n": list(range(500))}, schema=ROWS)
+            assert session.exchange(core.AnnotatedBatch(rows)).batch.num_rows == 1000
+    thread.join(10)
+    far.close()
+    assert segment.batches_shared == 3 and not store.objects
+    segment.close()
+    segment.unlink()
 
 
 def test_references() -> None:

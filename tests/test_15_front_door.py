@@ -577,6 +577,43 @@ def test_flags_and_the_environment(monkeypatch: pytest.MonkeyPatch, flags: str, 
 
 
 @pytest.mark.parametrize(
+    ("flags", "env", "text"),
+    [
+        ("--tcp 0 --idle-timeout -1", {}, "--idle-timeout must not be negative, got -1.0"),
+        ("--tcp 0 --idle-timeout nan", {}, "--idle-timeout must not be negative, got nan"),
+        ("--tcp 0 --max-connections -1", {}, "--max-connections must not be negative, got -1"),
+        (
+            "--unix s --max-response-bytes 70000",
+            {},
+            "--max-response-bytes (VGI_RPC_MAX_RESPONSE_BYTES) is about HTTP",
+        ),
+        ("--tcp 0 --max-externalized-response-bytes 7", {}, "--max-externalized-response-bytes (VGI_RPC_MAX_EXT"),
+        (
+            "--tcp 0",
+            {"VGI_RPC_MAX_EXTERNALIZED_RESPONSE_BYTES": "7"},
+            "--max-externalized-response-bytes (VGI_RPC_MAX_EXTERNALIZED_RESPONSE_BYTES) is about HTTP",
+        ),
+        ("--access-log a --access-log-when X", {}, "--access-log: when must be S, M, H, D"),
+        ("--access-log a --access-log-max-record-bytes 0", {}, "--access-log: max_record_bytes must be positive"),
+        ("--access-log a --access-log-async --access-log-queue-size 0", {}, "--access-log: queue_size must be"),
+        ("--access-log /dev/null/a", {}, "--access-log: [Errno 17] File exists: '/dev/null'"),
+        (
+            "",
+            {"VGI_RPC_ACCESS_LOG": "a", "VGI_RPC_ACCESS_LOG_SAMPLE": "2"},
+            "--access-log-sample must be within 0..1",
+        ),
+        ("--access-log a --access-log-max-bytes 0", {}, "--access-log: max_bytes must be positive"),
+        ("--http --port 99999", {}, "--port must be within 0..65535, got 99999"),
+    ],
+)
+def test_flags_that_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str, env, text: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        run_server_flags(monkeypatch, *flags.split(), **env)
+    assert str(caught.value).startswith(text)  # a text is exit status 1
+
+
+@pytest.mark.parametrize(
     ("text", "at"),
     [
         ("80", ("127.0.0.1", 80)),

@@ -36,7 +36,7 @@ class AccessLogSampler(logging.Filter):
     """Keeps a fixed fraction of the successful calls, and every failed one; belongs on a handler.
 
     The decision hangs on the stream or request id, so all records of one call share it, in every process. Kept
-    records carry `sample_rate`.
+    records carry `sample_rate`. ValueError for a rate outside 0..1.
     """
 
     def __init__(self, rate: float) -> None:
@@ -47,6 +47,7 @@ class AccessLogSampler(logging.Filter):
         self._limit = int(rate * 0xFFFFFFFF)
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is written."""
         if self.rate < 1.0 and getattr(record, "status", "ok") == "ok" and not self._keeps(record):
             return False
         record.sample_rate = self.rate
@@ -77,9 +78,11 @@ class DroppingQueueHandler(logging.handlers.QueueHandler):
         return self._dropped
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        return copy.copy(record)  # every other handler sees the record as it was
+        """Return a copy: every other handler sees the record as it was."""
+        return copy.copy(record)
 
     def enqueue(self, record: logging.LogRecord) -> None:
+        """Put the record on the queue, or count it as dropped."""
         if self._unreported:
             record.dropped_records = self._unreported
         try:
@@ -123,6 +126,10 @@ def configure_access_log(
         raise ValueError("max_bytes and when exclude each other")
     if when is not None and not re.fullmatch("[SMHD]|MIDNIGHT|W[0-6]", when.upper()):
         raise ValueError(f"when must be S, M, H, D, MIDNIGHT or W0 to W6, got {when!r}")
+    if backup_count < 0 or (max_bytes is not None and max_bytes < 1):
+        raise ValueError(
+            f"max_bytes must be positive and backup_count not negative, got {max_bytes} and {backup_count}"
+        )
     if asynchronous and queue_size < 1:
         raise ValueError(f"queue_size must be at least 1, got {queue_size}")
     sampler = AccessLogSampler(sample)

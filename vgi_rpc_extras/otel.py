@@ -1,8 +1,9 @@
-# Needs: opentelemetry-api. Install: pip install 'vgi-rpc-onefile[otel]'. Seams: DispatchHook, CallHook.
+# Needs: opentelemetry-api. Install: pip install 'vgi-rpc-onefile[otel]'. Seams: DispatchHook, CallHook, BatchStore.
 """Traces and metrics of calls (observability.md section 2).
 
     instrument_server(server)              a span and two measurements for every dispatched call
     calc = instrument_client(calc)         a span for every call of this proxy, which the server's span is a child of
+    store = instrument_store(store)        a span for every object that is uploaded or fetched; a server's has them
 
 The application chooses providers, samplers and exporters, and needs the SDK for that; without one, contexts are passed
 on and nothing is recorded. The parent of a server's span is, in this order: the trace context of the request's batch;
@@ -17,22 +18,31 @@ import contextvars
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from opentelemetry import context, metrics, trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from . import core as _bound_core
+from .storage.policy import redact_url
 
 if TYPE_CHECKING:
     import falcon
+    import pyarrow as pa
 
     import vgi_rpc as core
 else:
     core = _bound_core()
 
-__all__ = ["OtelConfig", "TraceMiddleware", "instrument_client", "instrument_server", "make_auth_failure_counter"]
+__all__ = [
+    "OtelConfig",
+    "TraceMiddleware",
+    "instrument_client",
+    "instrument_server",
+    "instrument_store",
+    "make_auth_failure_counter",
+]
 
 _P = TypeVar("_P")
 _LOG = logging.getLogger("vgi_rpc.otel")
@@ -70,6 +80,7 @@ class OtelConfig:
 def instrument_server(server: core.RpcServer, config: OtelConfig | None = None) -> core.RpcServer:
     """Record every call that `server` dispatches; returns it. Do it before serving; a second time replaces the first.
 
+    Its `external_location` is instrumented, too (`instrument_store`).
     Records of the access log get `trace_id` and `span_id`: those of the call's span, else of the current one.
     """
     hook = _ServerHook(server, _checked(config))
@@ -77,6 +88,8 @@ def instrument_server(server: core.RpcServer, config: OtelConfig | None = None) 
         if isinstance(old, _ServerHook):
             server.remove_dispatch_hook(old)
     server.add_dispatch_hook(hook)
+    if server.external_location is not None:
+        server.external_location = instrument_store(server.external_location, config)
     logging.getLogger("vgi_rpc.access").addFilter(_correlate)  # which a logger holds at most once
     return server
 
@@ -89,6 +102,18 @@ def instrument_client(proxy: _P, config: OtelConfig | None = None) -> _P:
     the stream.
     """
     return core.with_options(proxy, call_hook=_ClientHook(_checked(config)))
+
+
+def instrument_store(store: core.BatchStore, config: OtelConfig | None = None) -> core.BatchStore:
+    """Return a store that does the same with spans (observability.md section 2); one that has spans gets other ones.
+
+    `vgi_rpc.external/upload` has `url`, `upload_bytes` and `original_bytes`, and `compression` if the store compresses;
+    `vgi_rpc.external/fetch` has `url` and `fetch_duration_ms`. URLs are without query. Requests that an HTTP client
+    uploads because they are too large have none.
+    """
+    inner = store._inner if isinstance(store, _TracedStore) else store
+    config = _checked(config)
+    return _TracedStore(inner, config) if config.enable_tracing else inner
 
 
 def make_auth_failure_counter(config: OtelConfig, protocol_name: str) -> Callable[[str | None, str], None]:
@@ -253,6 +278,49 @@ class _ClientHook:
 
 
 # ---- both
+
+
+class _TracedStore:
+    """A core.BatchStore; whatever else it is asked for is the inner one's."""
+
+    def __init__(self, inner: core.BatchStore, config: OtelConfig) -> None:
+        self._inner = inner
+        self._config = config
+        self._tracer = _tracer(config)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def wants(self, batch: pa.RecordBatch) -> bool:
+        return self._inner.wants(batch)
+
+    def save(self, schema: pa.Schema, data: bytes) -> tuple[str, str, int]:
+        with self._span("upload", {"original_bytes": len(data)}) as span:
+            url, sha256, stored = self._inner.save(schema, data)
+            span.set_attributes({"url": redact_url(url), "upload_bytes": stored})
+            compression = getattr(self._inner, "compression", None)
+            if compression is not None:
+                span.set_attribute("compression", str(compression.algorithm))
+            return url, sha256, stored
+
+    def load(self, url: str, sha256: str | None, timeout: float | None) -> tuple[bytes, float]:
+        with self._span("fetch", {"url": redact_url(url)}) as span:
+            data, seconds = self._inner.load(url, sha256, timeout)
+            span.set_attribute("fetch_duration_ms", seconds * 1000)
+            return data, seconds
+
+    @contextlib.contextmanager
+    def _span(self, what: str, attributes: Mapping[str, str | int]) -> Iterator[trace.Span]:
+        """Ends on every path. Of foreign errors only the class is shown: their texts may hold a signed URL."""
+        given = {**self._config.custom_attributes, **attributes}
+        span = self._tracer.start_span(f"vgi_rpc.external/{what}", None, trace.SpanKind.CLIENT, given)
+        try:
+            yield span
+        except BaseException as exc:
+            _fail(span, exc, self._config, blames=True, may_quote=isinstance(exc, core.ExternalLocationError))
+            raise
+        finally:
+            span.end()
 
 
 def _checked(config: OtelConfig | None) -> OtelConfig:

@@ -73,7 +73,10 @@ class SentryConfig:
 
 
 def instrument_server_sentry(server: core.RpcServer, config: SentryConfig | None = None) -> core.RpcServer:
-    """Report the failures of `server`, in place of what was configured before; returns it."""
+    """Report the failures of `server`, in place of what was configured before; returns it.
+
+    Raises TypeError for a config that is not a SentryConfig.
+    """
     if config is not None and not isinstance(config, SentryConfig):
         raise TypeError(f"expected a SentryConfig, got {type(config).__name__}")
     for old in server.dispatch_hooks:
@@ -92,14 +95,14 @@ def attach_by_default(server: core.RpcServer) -> None:
 
 
 def short_hash(value: bytes | str | None, *, length: int = 12) -> str | None:
-    """The first hex digits of a SHA-256: tells values apart without saying what they are."""
+    """Return the first hex digits of a SHA-256: tells values apart without saying what they are. None for None."""
     if value is None:
         return None
     return hashlib.sha256(value.encode() if isinstance(value, str) else value).hexdigest()[:length]
 
 
 def noop_redactor(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A `param_redactor` that drops nothing."""
+    """Return the arguments as they are: a `param_redactor` that drops nothing."""
     return kwargs
 
 
@@ -139,7 +142,7 @@ class _SentryHook:
             span = self._span(scopes, ambient, info)
             if self._config.set_transaction_name and (ambient is not None or span is None):
                 sentry_sdk.get_current_scope().set_transaction_name(f"rpc {info.name}", source="custom")
-            self._describe(span, info, auth, kwargs)
+            self._describe(span, info, auth, str(transport_metadata.get("stream_id", "")), kwargs)
             return _Call(scopes.pop_all(), span)
 
     def on_dispatch_end(
@@ -168,13 +171,17 @@ class _SentryHook:
             return scopes.enter_context(sentry_sdk.start_transaction(op=config.op_name, name=name, source="custom"))
         return scopes.enter_context(sentry_sdk.start_span(op=config.op_name, name=name))
 
-    def _describe(self, span: Any, info: core.RpcMethodInfo, auth: core.AuthContext, kwargs: Mapping[str, Any]) -> None:
+    def _describe(
+        self, span: Any, info: core.RpcMethodInfo, auth: core.AuthContext, stream_id: str, kwargs: Mapping[str, Any]
+    ) -> None:
         config, scope = self._config, sentry_sdk.get_isolation_scope()
         service = info.protocol_name or self._server.protocol_name
         method = {"rpc.method": info.name, "rpc.method_type": info.method_type.value}
         given = self._params(kwargs)
         if span is not None:
             data = {"rpc.system": "vgi_rpc", "rpc.service": service, **method}
+            if stream_id:
+                data["rpc.stream_id"] = stream_id
             if config.record_params:
                 limit = config.max_param_value_bytes
                 data |= {f"rpc.param.{name}": _clip(value, limit) for name, value in given.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import secrets
 import threading
 import time
@@ -55,6 +56,15 @@ def served(app: Any) -> Iterator[str]:
         server.server_close()
 
 
+@contextlib.contextmanager
+def served_at(build: Callable[[str], Any]) -> Iterator[str]:
+    """Serve the WSGI app that `build` makes for the URL it will have; yields that URL."""
+    holder: list[Any] = []
+    with served(lambda environ, start: holder[0](environ, start)) as url:
+        holder.append(build(url))
+        yield url
+
+
 class _Request(OAuth2Request):  # type: ignore[misc]
     @property
     def form(self) -> Any:
@@ -75,7 +85,9 @@ class Client(ClientMixin):  # type: ignore[misc]
         return scope
 
     def check_redirect_uri(self, redirect_uri: str) -> bool:
-        return redirect_uri.endswith("/_oauth/callback")
+        """The service's own, and those of programs on any port of this machine (RFC 8252 section 7.3)."""
+        loopback = re.fullmatch(r"http://127\.0\.0\.1:[0-9]+/callback", redirect_uri)
+        return redirect_uri.endswith("/_oauth/callback") or loopback is not None
 
     def check_client_secret(self, client_secret: str) -> bool:
         return secrets.compare_digest(client_secret, self.secret)

@@ -187,6 +187,8 @@ def test_a_full_disk_breaks_no_call(
     [
         ({"max_bytes": 1, "when": "D"}, "max_bytes"),
         ({"when": "never"}, "when"),
+        ({"max_bytes": 0}, "max_bytes"),
+        ({"max_bytes": 1, "backup_count": -1}, "backup_count"),
         ({"sample": 1.5}, "rate"),
         ({"sample": -0.1}, "rate"),
         ({"max_record_bytes": 0}, "max_record_bytes"),

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from tests.core import core
 from tests.extras.auth_app import make_app, refused, request
-from tests.extras.auth_provider import SECRET, Provider, running, served
+from tests.extras.auth_provider import SECRET, Provider, running, served_at
 from vgi_rpc_extras.auth import (
     BrowserLogin,
     OAuthResourceMetadata,
@@ -50,23 +50,21 @@ FLAGS = [
 @contextlib.contextmanager
 def service(provider: Provider, *, prefix: str = "/vgi", **options: Any) -> Iterator[Any]:
     """A service with a login; `metadata` fields and BrowserLogin options by name."""
-    holder: list[Any] = []
-
-    def late(environ: Any, start: Any) -> Any:
-        return holder[0](environ, start)
-
     known = OAuthResourceMetadata.__dataclass_fields__
     fields: dict[str, Any] = {"client_id": "browser", "client_secret": SECRET, "scopes_supported": ("openid", "email")}
     fields |= {name: options.pop(name) for name in list(options) if name in known}
     audience = fields["client_id"] if fields.get("use_id_token_as_bearer") else "calc"
-    with served(late) as url:
+    found = SimpleNamespace(provider=provider)
+
+    def build(url: str) -> Any:
         resource = str(fields.pop("resource", url + prefix))
-        metadata = OAuthResourceMetadata(resource, (provider.url,), **fields)
-        login = BrowserLogin(metadata, prefix=prefix, token_key=KEY, **options)
+        found.metadata = OAuthResourceMetadata(resource, (provider.url,), **fields)
+        found.login = BrowserLogin(found.metadata, prefix=prefix, token_key=KEY, **options)
         accept = jwt_authenticate(issuer=provider.url, audience=audience)
-        holder.append(make_app(accept, prefix=prefix, oauth_resource_metadata=metadata, browser_login=login))
-        with httpx.Client(base_url=url, verify=False) as http:
-            yield SimpleNamespace(url=url, http=http, login=login, provider=provider, metadata=metadata)
+        return make_app(accept, prefix=prefix, oauth_resource_metadata=found.metadata, browser_login=found.login)
+
+    with served_at(build) as found.url, httpx.Client(base_url=found.url, verify=False) as found.http:
+        yield found
 
 
 @pytest.fixture(scope="module")

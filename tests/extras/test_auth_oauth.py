@@ -6,6 +6,7 @@ import base64
 import json
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,21 +23,23 @@ from hypothesis import strategies as st
 
 from tests.core import core
 from tests.extras.auth_app import make_app
-from tests.extras.auth_provider import Provider, running, served
+from tests.extras.auth_provider import Provider, running, served, served_at
 from vgi_rpc_extras.auth import (
+    OAuthChallenge,
     OAuthIdentity,
     OAuthResourceMetadata,
     OAuthResourceMetadataResponse,
+    OAuthServerMetadata,
     OAuthTokenError,
     OAuthTokenSet,
     VgiOAuthAuth,
     bearer_authenticate_static,
     build_www_authenticate,
-    device_login,
     fetch_auth_server_metadata,
     fetch_oauth_metadata,
     http_oauth_metadata,
     jwt_authenticate,
+    oauth_tokens,
     parse_client_id,
     parse_client_secret,
     parse_device_code_client_id,
@@ -45,6 +48,8 @@ from vgi_rpc_extras.auth import (
     parse_resource_metadata_url,
     parse_use_id_token_as_bearer,
     parse_www_authenticate_params,
+    perform_device_code_flow,
+    pkce_login,
     select_device_code_client,
 )
 
@@ -179,7 +184,7 @@ def test_challenge_is_read_token_by_token() -> None:
     assert parse_www_authenticate_params("Bearer a=1, A=2, b = c") == {"a": "2", "b": "c"}
     assert parse_use_id_token_as_bearer('Bearer use_id_token_as_bearer="true"')
     assert not parse_use_id_token_as_bearer('Bearer use_id_token_as_bearer="TRUE"')
-    assert parse_oauth_challenge(text) == device_login.OAuthChallenge("https://x/y")
+    assert parse_oauth_challenge(text) == OAuthChallenge("https://x/y")
     assert parse_oauth_challenge(text.replace("Bearer", "Basic")) is None
     assert parse_oauth_challenge("Bearer") is None
 
@@ -222,14 +227,12 @@ def provider() -> Iterator[Provider]:
 @pytest.fixture
 def service(provider: Provider) -> Iterator[str]:
     """A service whose logins are the provider's; yields its URL."""
-    holder: list[Any] = []
 
-    def late(environ: Any, start: Any) -> Any:
-        return holder[0](environ, start)
-
-    with served(late) as url:
+    def build(url: str) -> Any:
         metadata = OAuthResourceMetadata(url, (provider.url,), ("openid",), device_code_client_id="cli")
-        holder.append(app(metadata, jwt_authenticate(issuer=provider.url, audience="calc"), prefix=""))
+        return app(metadata, jwt_authenticate(issuer=provider.url, audience="calc"), prefix="")
+
+    with served_at(build) as url:
         yield url
 
 
@@ -316,7 +319,8 @@ def test_denied(provider: Provider, service: str, no_sleep: list[float]) -> None
     auth.close()
 
 
-def test_never_confirmed(provider: Provider, service: str) -> None:
+def test_never_confirmed(provider: Provider, service: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_login_module, "_sleep", lambda seconds: time.sleep(seconds / 20))
     auth = VgiOAuthAuth(base_url=service, on_prompt=lambda _: None, timeout_seconds=1.2)
     with httpx.Client(base_url=service, auth=auth) as http, pytest.raises(OAuthTokenError, match="in time"):
         http.get("/x")
@@ -333,11 +337,11 @@ def poll(no_sleep: list[float], answers: list[tuple[int, Any]], **code: Any) -> 
         status, body = next(left)
         return httpx.Response(status, json=body) if isinstance(body, dict) else httpx.Response(status, text=body)
 
-    server = device_login_module.OAuthServerMetadata("", "https://id.example/token", "https://id.example/device")
+    server = OAuthServerMetadata("", "https://id.example/token", "https://id.example/device")
     resource = OAuthResourceMetadataResponse("https://x", ("https://id.example",), device_code_client_id="cli")
     with httpx.Client(transport=httpx.MockTransport(handle)) as http:
-        return device_login_module.perform_device_code_flow(
-            device_login_module.OAuthChallenge("https://x"),
+        return perform_device_code_flow(
+            OAuthChallenge("https://x"),
             resource,
             server,
             http_client=http,
@@ -463,8 +467,6 @@ def test_tokens_stay_with_their_origin() -> None:
 
 
 def test_small_things() -> None:
-    with pytest.raises(NotImplementedError, match="device_code"):
-        VgiOAuthAuth(base_url="https://x", flow="pkce")
     ids = {"device_client_id": "", "device_client_secret": "ds", "client_id": "c", "client_secret": "cs"}
     assert select_device_code_client(**ids, challenge_client_id="h") == ("c", "cs")
     assert select_device_code_client(**{**ids, "device_client_id": "d"}, challenge_client_id="h") == ("d", "ds")
@@ -473,7 +475,7 @@ def test_small_things() -> None:
     assert not OAuthTokenSet("a", expires_at=100.0).is_valid(now=56.0)
     assert not OAuthTokenSet("a", use_id_token=True).is_valid()
     claims = base64.urlsafe_b64encode(b'{"sub":"s","iss":"i"}').decode().rstrip("=")
-    assert device_login_module._identity(f"h.{claims}.s").sub == "s"
-    assert device_login_module._identity("junk") == OAuthIdentity()
-    assert device_login.is_headless_environment() in (True, False)
-    assert not device_login.is_colab_environment()
+    assert oauth_tokens._identity(f"h.{claims}.s").sub == "s"
+    assert oauth_tokens._identity("junk") == OAuthIdentity()
+    assert pkce_login.is_headless_environment() in (True, False)
+    assert not pkce_login.is_colab_environment()

@@ -200,11 +200,13 @@ def test_clients_that_break_off_or_send_in_chunks() -> None:
 def test_run_server_http(tmp_path: Path) -> None:
     code = "from tests.core import core; from tests.extras.http_service import *; core.run_server(Second, SecondImpl())"
     key = "ab" * 16
-    argv = ("-c", code, "--http", "--port", "0", "--max-response-bytes", "70000", "--access-log", str(tmp_path / "log"))
+    caps = ("--max-response-bytes", "70000", "--max-externalized-response-bytes", "90000")
+    argv = ("-c", code, "--http", "--port", "0", *caps, "--access-log", str(tmp_path / "log"))
     with process(*argv, VGI_RPC_TOKEN_KEY=key) as (_, port), process(*argv, VGI_RPC_TOKEN_KEY=key) as (_, other):
         with Link(port) as link:
             answer = link.post("/Second/nope", b"")
             assert (answer.status_code, answer.headers["VGI-Max-Response-Bytes"]) == (404, "70000")
+            assert answer.headers["VGI-Max-Externalized-Response-Bytes"] == "90000"
         from tests.extras.http_service import stream
 
         batch = core.empty_batch(core.EMPTY_SCHEMA)
@@ -222,6 +224,11 @@ def test_run_server_http(tmp_path: Path) -> None:
     ("argv", "text"),
     [
         (["--http", "--max-response-bytes", "5"], "max_response_bytes must be an int within 65536"),
+        (
+            ["--http", "--max-externalized-response-bytes", "0"],
+            "max_externalized_response_bytes must be an int within 1",
+        ),
+        (["--http", "--port", "99999"], "--port must be within 0..65535, got 99999"),
         (["--tcp", "0", "--max-response-bytes", "70000"], "give --http"),
         (["--http", "--unix", "x"], "not allowed with"),
     ],

@@ -302,21 +302,22 @@ def within(seconds: float, config: Any, match: str) -> None:
 
 
 def test_silent_worker_does_not_outlast_the_deadline(box: Box) -> None:
-    within(10, box.code("time.sleep(60)", worker_startup_timeout=2), r"did not print UNIX:\S+ within 2 s")
+    within(10, box.code("time.sleep(60)", worker_startup_timeout=1), r"did not print UNIX:\S+ within 1 s")
     (pid,) = box.pids()
     assert not exists(pid)
 
 
 def test_babbling_worker_does_not_outlast_the_deadline(box: Box) -> None:
     code = "while True:\n    print('x' * 1000, end='')\n    time.sleep(0.001)"
-    within(10, box.code(code, worker_startup_timeout=2), "within 2 s")
+    within(10, box.code(code, worker_startup_timeout=1), "within 1 s")
     assert [exists(pid) for pid in box.pids()] == [False]
 
 
-def test_stubborn_worker_and_its_child_are_killed(box: Box) -> None:
+def test_stubborn_worker_and_its_child_are_killed(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tool, "_TERM_GRACE", 0.2)
     code = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nif (child := os.fork()):\n"
     code += f"    print(child, file=open({str(box.starts)!r}, 'a'), flush=True)\ntime.sleep(60)"
-    within(20, box.code(code, worker_startup_timeout=3), "within 3 s")
+    within(20, box.code(code, worker_startup_timeout=1.5), "within 1.5 s")
     pids = box.pids()
     assert len(pids) == 2
     for pid in pids:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
@@ -29,6 +30,8 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
+
+from tests.extras.served import served_proxy
 
 if TYPE_CHECKING:
     import vgi_rpc as core
@@ -198,16 +201,8 @@ def serving(kind: str, server: core.RpcServer, **options: Any) -> Iterator[Any]:
         with http(server, **options) as url, door.http_connect(Calc, url, timeout=20) as proxy:
             yield proxy
         return
-    client, far = core.make_pipe_pair() if kind == "pipe" else core.make_unix_pair()
-    thread = threading.Thread(target=server.serve, args=(far,))
-    thread.start()
-    try:
-        with core.RpcConnection(Calc, client, timeout=20) as proxy:
-            yield proxy
-    finally:
-        thread.join(10)
-        far.close()
-        assert not thread.is_alive()
+    with served_proxy(Calc, server, over=kind) as proxy:
+        yield proxy
 
 
 def make(far: Telemetry, **options: Any) -> core.RpcServer:
@@ -610,6 +605,97 @@ class Broken:
 
     def on_call_end(self, token: Any, info: Any, error: Any) -> None:
         raise AssertionError
+
+
+class Memory:
+    """A BatchStore that keeps every batch; it fails as it is told."""
+
+    compression: Any = None
+    fault: BaseException | None = None
+
+    def __init__(self) -> None:
+        self.objects: list[bytes] = []
+
+    def wants(self, batch: pa.RecordBatch) -> bool:
+        return bool(batch.num_rows)
+
+    def save(self, schema: pa.Schema, data: bytes) -> tuple[str, str, int]:
+        if self.fault is not None:
+            raise self.fault
+        self.objects.append(data)
+        return f"https://user:pass@store.example/{len(self.objects) - 1}?sig=hush", "", len(data) // 2
+
+    def load(self, url: str, sha256: str | None, timeout: float | None) -> tuple[bytes, float]:
+        if self.fault is not None:
+            raise self.fault
+        return self.objects[int(url.partition("?")[0].rpartition("/")[2])], 0.0123
+
+
+def of_storage(party: Telemetry) -> list[ReadableSpan]:
+    return [span for span in party.exporter.get_finished_spans() if span.name.startswith("vgi_rpc.external/")]
+
+
+def stored_add(near: Telemetry, far: Telemetry, store: Memory) -> None:
+    server = core.RpcServer(Calc, Impl(), external_location=store)
+    otel().instrument_server(server, far.config())
+    reads = getattr(core, "instrument_store")(store, near.config(custom_attributes={"team": "a"}))  # noqa: B009
+    with served_proxy(Calc, server, external_location=reads) as proxy:
+        assert proxy.add(a=1, b=2) == 3
+
+
+def test_what_is_stored_elsewhere_has_spans() -> None:
+    near, far, store = Telemetry(), Telemetry(), Memory()
+    store.compression = SimpleNamespace(algorithm="zstd")
+    stored_add(near, far, store)
+    (upload,), (fetch,) = of_storage(far), of_storage(near)
+    call = far.exporter.get_finished_spans()[-1]
+    assert call.name == "vgi_rpc/add" and parent(upload) == ids(call) and parent(fetch) == ("", "")
+    size = len(store.objects[0])
+    assert (upload.name, upload.kind) == ("vgi_rpc.external/upload", SpanKind.CLIENT)
+    assert attributes(upload) == {
+        "url": "https://store.example/0",
+        "upload_bytes": size // 2,
+        "original_bytes": size,
+        "compression": "zstd",
+    }
+    assert (fetch.name, fetch.kind) == ("vgi_rpc.external/fetch", SpanKind.CLIENT)
+    assert attributes(fetch) == {"url": "https://store.example/0", "fetch_duration_ms": 12.3, "team": "a"}
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_spans_of_storage_end_with_an_error_and_show_no_url(own: bool) -> None:
+    near, far, store = Telemetry(), Telemetry(), Memory()
+    text = "no room" if own else "https://store.example/0?sig=hush"
+    store.fault = core.ExternalLocationError(text) if own else ValueError(text)
+    with pytest.raises(core.RpcError):
+        stored_add(near, far, store)
+    (upload,) = of_storage(far)
+    assert upload.status.status_code is StatusCode.ERROR and len(upload.events) == 1
+    assert attributes(upload)["rpc.vgi_rpc.error_type"] == ("ExternalLocationError" if own else "ValueError")
+    assert "hush" not in upload.to_json() and ("no room" in upload.to_json()) is own
+    with pytest.raises(core.RpcError):  # the caller's side
+        store.fault = None
+        loaded: Any = core
+        config = near.config()
+        data = pa.RecordBatch.from_pydict({"n": [1]}, schema=NUMBERS)
+        found = core.externalize(store, data, [(data, None)])
+        assert found is not None
+        store.fault = core.ExternalLocationError(text) if own else ValueError(text)
+        core.resolve_external_location(found.batch, found.metadata, loaded.instrument_store(store, config))
+    (fetch,) = of_storage(near)
+    assert fetch.status.status_code is StatusCode.ERROR and "hush" not in fetch.to_json()
+
+
+def test_a_store_is_instrumented_once_or_not_at_all() -> None:
+    loaded: Any = core
+    store, config = Memory(), Telemetry().config()
+    once = loaded.instrument_store(store, config)
+    assert once.objects is store.objects and once.wants(pa.RecordBatch.from_pydict({"n": [1]}))
+    assert loaded.instrument_store(once, config)._inner is store
+    assert loaded.instrument_store(once, Telemetry().config(enable_tracing=False)) is store
+    server = core.RpcServer(Calc, Impl(), external_location=store)
+    otel().instrument_server(otel().instrument_server(server, config), config)
+    assert getattr(server.external_location, "_inner", None) is store
 
 
 def broken(at: str) -> Any:

@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import json
 import logging
+import re
 import socket
 import subprocess
 import sys
@@ -22,6 +23,8 @@ import pytest
 sentry_sdk: Any = pytest.importorskip("sentry_sdk")
 pytest.importorskip("falcon")
 from sentry_sdk.integrations.logging import LoggingIntegration
+
+from tests.extras.served import served_proxy
 
 if TYPE_CHECKING:
     import vgi_rpc as core
@@ -134,23 +137,18 @@ def sentry() -> Any:
     return sys.modules[loaded.SentryConfig.__module__]
 
 
-@contextlib.contextmanager
-def serving(server: core.RpcServer, auth: Any = None) -> Iterator[Any]:
-    client, far = core.make_pipe_pair()
+def serving(server: core.RpcServer, auth: Any = None) -> Any:
+    """A proxy of the server over a pipe."""
+    return served_proxy(Calc, server, auth=auth)
 
-    def serve() -> None:
-        with contextlib.suppress(SystemExit):
-            server.serve(far, auth=auth)
 
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        with core.RpcConnection(Calc, client, timeout=20) as proxy:
-            yield proxy
-    finally:
-        thread.join(10)
-        far.close()
-        assert not thread.is_alive()
+def connected(kind: str, server: core.RpcServer) -> Any:
+    """A proxy of the server over a pipe or HTTP."""
+    door: Any = core
+    if kind == "pipe":
+        return serving(server)
+    testing = sys.modules[door.make_wsgi_app.__module__.rpartition(".")[0]]
+    return door.http_connect(Calc, client=testing.make_sync_client(server))
 
 
 def fail(proxy: Any, kind: str = "server") -> None:
@@ -289,6 +287,15 @@ def test_performance(start: Start) -> None:
     assert event["contexts"]["trace"]["trace_id"] == traces[2]["trace_id"]
 
 
+@pytest.mark.parametrize("kind", ["pipe", "http"])
+def test_spans_of_a_stream_have_its_id(kind: str, start: Start) -> None:
+    inbox = start(traces_sample_rate=1.0)
+    with connected(kind, make(enable_performance=True)) as proxy, pytest.raises(core.RpcError, match="unlucky"):
+        proxy.count().read_all()
+    found = {span["contexts"]["trace"]["data"]["rpc.stream_id"] for span in inbox.found("transaction")}
+    assert len(found) == 1 and re.fullmatch("[0-9a-f]{32}", found.pop())
+
+
 def test_a_span_of_the_ambient_one(start: Start) -> None:
     inbox = start(traces_sample_rate=1.0)
     server = make(enable_performance=True, op_name="rpc")
@@ -371,10 +378,7 @@ def test_a_redactor_that_fails_costs_the_report_and_not_the_call(start: Start) -
 @pytest.mark.parametrize("kind", ["pipe", "http"])
 def test_an_error_inside_a_stream_is_reported(kind: str, start: Start) -> None:
     inbox = start()
-    server, door = make(), getattr(core, "http_connect")  # noqa: B009 (a lazy name)
-    testing = sys.modules[getattr(core, "make_wsgi_app").__module__.rpartition(".")[0]]  # noqa: B009
-    where = serving(server) if kind == "pipe" else door(Calc, client=testing.make_sync_client(server))
-    with where as proxy, pytest.raises(core.RpcError, match="unlucky"):
+    with connected(kind, make()) as proxy, pytest.raises(core.RpcError, match="unlucky"):
         proxy.count().read_all()
     (event,) = inbox.found()
     assert event["exception"]["values"][0]["value"] == "unlucky"

@@ -6,13 +6,12 @@ import gzip
 import os
 import threading
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pytest
 
-from tests.extras.storage_server import Store, Thing, anything, running_store
+from tests.extras.storage_server import Store, Thing, anything
 
 pytest.importorskip("httpx")
 
@@ -24,20 +23,6 @@ else:
     from tests.core import core
 
 DATA = os.urandom(300_000)
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[Store]:
-    with running_store() as store:
-        yield store
-
-
-@pytest.fixture
-def store(running: Store) -> Store:
-    running.asked.clear()
-    running.things.clear()
-    running.query = "?k=hunter2"
-    return running
 
 
 def ranged(**options: Any) -> FetchConfig:

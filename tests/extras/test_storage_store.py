@@ -10,14 +10,13 @@ import os
 import pickle
 import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 import pytest
 
-from tests.extras.storage_server import Store, Thing, anything, running_store, stream
+from tests.extras.storage_server import Store, Thing, anything, stream
 
 pytest.importorskip("httpx")
 
@@ -96,20 +95,6 @@ class Impl:
     def talk(self, size: int, ctx: Any) -> bytes:
         ctx.client_log(core.Level.INFO, "before")
         return b"x" * size
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[Store]:
-    with running_store() as store:
-        yield store
-
-
-@pytest.fixture
-def store(running: Store) -> Store:
-    running.asked.clear()
-    running.things.clear()
-    running.query = "?k=hunter2"
-    return running
 
 
 def config_of(store: Any, **options: Any) -> storage.ServerExternalConfig:

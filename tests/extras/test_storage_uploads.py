@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pytest
 
-from tests.extras.storage_server import Store, Thing, anything, running_store, stream
+from tests.extras.storage_server import Store, Thing, anything, stream
 from tests.extras.test_storage_store import ARGUMENT, ROWS, Impl, Service, config_of, pointer_request
 
 for package in ("httpx", "falcon", "waitress"):
@@ -38,20 +38,6 @@ else:
 
 ARROW = "application/vnd.apache.arrow.stream"
 CONTROL = "/__upload_url__/init"
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[Store]:
-    with running_store() as store:
-        yield store
-
-
-@pytest.fixture
-def store(running: Store) -> Store:
-    running.asked.clear()
-    running.things.clear()
-    running.query = "?k=hunter2"
-    return running
 
 
 @contextlib.contextmanager

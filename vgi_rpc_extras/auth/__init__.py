@@ -1,4 +1,4 @@
-# Needs: joserfc, authlib, httpx (jwt, oauth, login), cryptography (mtls); bearer, chains and proxy proof need nothing.
+# Needs: joserfc, authlib, httpx (jwt, oauth, logins), cryptography (mtls); bearer, chains and proxy proof need nothing.
 # Install: pip install 'vgi-rpc-onefile[oauth,mtls]'. Seam: `authenticate=` of the HTTP server.
 # ruff: noqa: F403 (the star imports are for type checkers; every module has __all__)
 """Authentication for services over HTTP (auth.md): who is calling, and how a refusal looks.
@@ -14,16 +14,19 @@ from .. import load
 
 if TYPE_CHECKING:
     from .bearer import *
+    from .client_login import *
     from .device_login import *
     from .jwt import *
     from .login import *
     from .mtls import *
     from .oauth import *
+    from .oauth_tokens import *
+    from .pkce_login import *
     from .proxy_proof import *
     from .unauthorized import *
     from .xfcc import *
 
-_EXTRA = {"jwt": "oauth", "oauth": "oauth", "login": "oauth", "device_login": "oauth", "mtls": "mtls"}
+_EXTRA = {"mtls": "mtls"}  # the others need [oauth]
 _NAMES = {
     "unauthorized": "AuthFailure AuthGuard AuthReason AuthenticationError"
     " build_proxy_hint classify_auth_failure declare_proxy_headers merge_proxy_headers proxy_headers_of"
@@ -38,9 +41,11 @@ _NAMES = {
     " parse_device_code_client_id parse_device_code_client_secret parse_resource_metadata_url"
     " parse_use_id_token_as_bearer parse_www_authenticate_params well_known_paths MetadataResource",
     "login": "BrowserLogin",
-    "device_login": "OAuthChallenge OAuthFlow OAuthIdentity OAuthPrompt OAuthRefreshContext OAuthTokenError"
-    " OAuthTokenSet VgiOAuthAuth attempt_token_refresh is_colab_environment is_headless_environment"
-    " parse_oauth_challenge perform_device_code_flow select_device_code_client",
+    "oauth_tokens": "OAuthChallenge OAuthIdentity OAuthRefreshContext OAuthTokenError OAuthTokenSet"
+    " attempt_token_refresh parse_oauth_challenge",
+    "device_login": "perform_device_code_flow select_device_code_client",
+    "pkce_login": "OAuthPrompt is_colab_environment is_headless_environment perform_pkce_flow",
+    "client_login": "OAuthFlow VgiOAuthAuth",
     "proxy_proof": "NonceCache ProofError ProxyProofConfig canonical_string"
     " derive_secret mint_proof parse_secrets proxy_proof_gate verify_proof",
 }

@@ -49,8 +49,8 @@ def check_url(url: object, *, configured: str | None = None) -> str:
     if not isinstance(url, str) or not url.isascii() or any(char <= " " or char in '"<>\\\x7f' for char in url):
         raise ValueError("not a URL")
     parts = urlsplit(url)
-    if not parts.hostname or parts.username is not None or parts.fragment:
-        raise ValueError("a URL needs a host, and neither user information nor a fragment")
+    if not parts.hostname or parts.port == 0 or parts.username is not None or parts.fragment:
+        raise ValueError("a URL needs a host and a good port, and neither user information nor a fragment")
     if parts.scheme == "https" and not (is_loopback_url(url) and not is_loopback_url(configured or url)):
         return url
     if parts.scheme == "http" and is_loopback_url(url) and is_loopback_url(configured or url):

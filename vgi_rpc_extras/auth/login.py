@@ -59,7 +59,7 @@ _SESSION_COOKIE = "_vgi_oauth_session"
 _AUTH_COOKIE = "_vgi_auth"
 _IDENTITY_COOKIE = "_vgi_identity"
 _SESSION_SECONDS = 600
-_SESSION_VERSION = 5  # 4 had no nonce
+_SESSION_VERSION = 5  # that of auth.md section 8 is 4, and has no nonce
 _DISCOVERY_PAUSE = 30.0
 _MAX_URL = 2048
 _MAX_FORM = 16384
@@ -102,6 +102,8 @@ class BrowserLogin:
         transport: for calls to the provider, when they need a proxy or a private CA.
 
     A login works once: its state is remembered in this process until its cookie would be too old.
+
+    Raises ValueError without a client_id, for a short key, and for return_origins that are no origins.
     """
 
     def __init__(

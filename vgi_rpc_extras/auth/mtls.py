@@ -59,6 +59,8 @@ def mtls_authenticate(
         header: holds the PEM, percent-encoded or with its line ends replaced by blanks; of a bundle the first counts.
         check_expiry: refuse a certificate outside its validity.
         trusted_proxies: addresses and networks of the proxy; requests of other peers are refused. None believes all.
+
+    Raises ValueError for an empty or ill-formed list of proxies.
     """
     source = ProxyHeader(header, trusted_proxies)
 

@@ -41,7 +41,15 @@ _SINGLE = frozenset({"hash", "cert", "subject", "uri", "by"})
 
 @dataclass(frozen=True)
 class XfccElement:
-    """What one hop said about the certificate of its caller."""
+    """What one hop said about the certificate of its caller; None and () for what it did not say.
+
+    Attributes:
+        hash: SHA-256 of the certificate, hex.
+        cert: the certificate, PEM.
+        subject: its distinguished name (RFC 4514).
+        uri, dns: its subject alternative names.
+        by: the hop's own URI.
+    """
 
     hash: str | None = None
     cert: str | None = None
@@ -67,6 +75,8 @@ def mtls_authenticate_xfcc(
         select_element: "first" is the original caller only when the proxy sanitises the header: with Envoy's
             APPEND_FORWARD the caller writes it. "last" is the caller of the nearest proxy.
         trusted_proxies: see `mtls_authenticate`. Without them a header of several elements is refused.
+
+    Raises ValueError for another `select_element`, and for an empty or ill-formed list of proxies.
     """
     if select_element not in ("first", "last"):
         raise ValueError(f"select_element must be first or last, got {select_element!r}")

@@ -12,8 +12,9 @@ Names are found at first use: a server that only stores does not load what fetch
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from .. import load
 
 if TYPE_CHECKING:
     from .fetch import *
@@ -36,29 +37,14 @@ _WHERE = {name: module for module, names in _NAMES.items() for name in names.spl
 __all__ = sorted(_WHERE)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-def _load(name: str) -> Any:
-    """The object behind a lazy name. ImportError says which package is missing and how to get it."""
-    module = _WHERE.get(name)
-    if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        found = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    except ModuleNotFoundError as exc:
-        if not exc.name or exc.name.startswith(__name__):
-            raise
-        extra = _EXTRA.get(module, module)
-        raise ImportError(
-            f"{name} needs the package {exc.name!r}, which is not installed: pip install 'vgi-rpc-onefile[{extra}]'",
-            name=exc.name,
-        ) from exc
-    globals()[name] = found
-    return found
-
-
 if not TYPE_CHECKING:  # a checker would take any name for existing
 
     def __getattr__(name: str) -> Any:
-        return _load(name)
+        module = _WHERE.get(name)
+        if module is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = globals()[name] = load(__name__, module, name, _EXTRA.get(module, module))
+        return found
 
 
 def __dir__() -> list[str]:

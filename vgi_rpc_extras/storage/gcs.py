@@ -50,8 +50,7 @@ class GCSStorage:
     def generate_upload_url(self, schema: pa.Schema) -> UploadUrl:
         """Return a signed URL to PUT an object, and one to GET it.
 
-        No content type is signed, so the client may send its own; the reference signs one that its own client does
-        not send, and a real bucket refuses that.
+        No content type is signed: a bucket refuses one that differs from what the client sends (storage.md section 8).
         """
         blob = self._blob(".arrow")
         expires_at = datetime.now(UTC) + timedelta(seconds=self.presign_expiry_seconds)

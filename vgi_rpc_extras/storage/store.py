@@ -85,7 +85,7 @@ class UploadUrlProvider(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Compression:
-    """How objects are compressed as a whole; `level` is that of the algorithm."""
+    """How objects are compressed as a whole; `level` is that of the algorithm. ValueError for what does not exist."""
 
     algorithm: Literal["zstd", "gzip"] = "zstd"
     level: int = 3
@@ -116,6 +116,8 @@ class FetchConfig:
         speculative_retry_multiplier: a range that takes so many times the median is asked for once more; 0: never.
         max_speculative_hedges: how many ranges of one object may be asked for twice; 0: any number.
         progress: called with the bytes fetched so far and, if known, their total.
+
+    Raises ValueError for numbers that make no sense.
     """
 
     parallel_threshold_bytes: int = 64 << 20
@@ -233,7 +235,10 @@ class ClientExternalConfig:
         raise core.ExternalLocationError("no storage is configured", error_code=core.Code.FAILED_PRECONDITION)
 
     def load(self, url: str, sha256: str | None, timeout: float | None) -> tuple[bytes, float]:
-        """Fetch an object and check its digest."""
+        """Fetch an object and check its digest; returns its decoded bytes and the seconds it took.
+
+        Raises ExternalLocationError, DeadlineExceededError when `timeout` seconds have passed.
+        """
         began = time.monotonic()
         if sha256 is not None:
             sha256 = _check_digest(sha256)
@@ -247,13 +252,19 @@ class ClientExternalConfig:
         return data, seconds
 
     def upload_request(self, transport: Any, body: bytes) -> bytes:
-        """Put a complete request where the server says, and return the small one that points to it (http.md 15.2)."""
+        """Put a complete request where the server says, and return the small one that points to it (http.md 15.2).
+
+        Raises ExternalLocationError, and what the HTTP client's requests raise.
+        """
         from ..http.uploads import vend_upload_urls
 
         return self.upload_to(vend_upload_urls(transport, 1)[0], body)
 
     def upload_to(self, place: UploadUrl, body: bytes) -> bytes:
-        """Put a complete request there; nothing of the caller's credentials goes with it."""
+        """Put a complete request there, and return the small one that points to it. ExternalLocationError.
+
+        Nothing of the caller's credentials goes with it.
+        """
         fetch = _fetching()
         fetch.check_url(place.download_url, self.url_validator)
         try:
@@ -309,6 +320,8 @@ class ServerExternalConfig(ClientExternalConfig):
         compression: of objects, None: none.
         private_addresses: whether to reach loopback, private and link-local addresses. None: only if a `url_validator`
             of your own decides what is fetched.
+
+    Raises ValueError for a negative threshold.
     """
 
     storage: ExternalStorage | None = None
@@ -345,7 +358,10 @@ class ServerExternalConfig(ClientExternalConfig):
         return self.storage is not None and batch.nbytes >= self.externalize_threshold_bytes
 
     def save(self, schema: pa.Schema, data: bytes) -> tuple[str, str, int]:
-        """Compress and upload an object; the digest is of what it is before compression."""
+        """Compress and upload an object; returns its URL, the digest of the raw bytes, and the bytes stored.
+
+        Raises ExternalLocationError.
+        """
         if self.storage is None:
             return super().save(schema, data)
         url, stored = _upload(self.storage, self.compression, schema, data)
