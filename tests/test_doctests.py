@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
+import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,27 +41,31 @@ class CalcImpl:
         return a + b
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]:
+    """A folder with a worker.py and a server at calc.sock, and the port of another server."""
+    folder = tmp_path_factory.mktemp("examples")
+    (folder / "worker.py").write_text(WORKER.format(root=str(Path(__file__).resolve().parents[1])))
+    with contextlib.ExitStack() as servers:
+        said = []
+        for flags in (["--unix", "calc.sock"], ["--tcp", "0"]):
+            command = [sys.executable, "worker.py", *flags]
+            served = servers.enter_context(
+                subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            )
+            servers.callback(served.terminate)
+            assert served.stdout is not None
+            said.append(served.stdout.readline())
+        yield folder, int(said[1].rpartition(":")[2])
+
+
 @pytest.fixture
-def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """What the examples may use: a worker.py, a server at calc.sock, another at `port`."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(core._TransportAcceptor, "FIRST_CLIENT", 2.0)  # what nobody visits ends
-    (tmp_path / "worker.py").write_text(WORKER.format(root=str(Path(__file__).resolve().parents[1])))
-    server, bound, ports = core.RpcServer(Calc, CalcImpl()), threading.Barrier(3), list[int]()
-    options = {"threaded": True, "idle_timeout": 5.0}
-
-    def at_path(path: str) -> None:
-        bound.wait(10)
-
-    def at_port(host: str, port: int) -> None:
-        ports.append(port)
-        bound.wait(10)
-
-    for target, args, on_bound in ((core.serve_unix, ("calc.sock",), at_path), (core.serve_tcp, (), at_port)):
-        kwargs = {**options, "on_bound": on_bound}
-        threading.Thread(target=target, args=(server, *args), kwargs=kwargs, daemon=True).start()
-    bound.wait(10)
-    yield {**vars(core), "Calc": Calc, "CalcImpl": CalcImpl, "sys": sys, "port": ports[0]}
+def names(place: tuple[Path, int], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the examples may use."""
+    folder, port = place
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(core._TransportAcceptor, "FIRST_CLIENT", 0.2)  # the servers of examples end unvisited
+    return {**vars(core), "Calc": Calc, "CalcImpl": CalcImpl, "sys": sys, "port": port}
 
 
 def examples(name: str) -> list[doctest.Example]:
