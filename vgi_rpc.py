@@ -7892,6 +7892,7 @@ class _ServerConnection:
         reply = _ServerReply(call)
         if call.plan.name in call.binding.ctx_methods:
             kwargs["ctx"] = self.context(call, reply.log, budget)
+        data = result = None
         try:
             value = method(**kwargs)
             data = None if call.observed else self._encoded(call.plan, value)
