@@ -190,7 +190,7 @@ _EOS: Final = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # ends every IPC stream
 
 
 # ==== 2. ERRORS =======================================================================================================
-# Uses: 1. What can go wrong, in three branches; a caller catches RpcError and looks at the class:
+# Uses: nothing. What can go wrong, in three branches; a caller catches RpcError and looks at the class:
 #
 #   RpcError                       the far side answered with an error; `error_type` is its exception class
 #   |-- RpcArgumentError           my call was wrong; nothing was sent                         (also a TypeError)
@@ -4194,7 +4194,7 @@ def is_external_location_batch(
 
 
 # ==== 8. METHODS ======================================================================================================
-# Uses: 1, 2, 3, 4, 7. A Protocol class becomes a table of methods; what a stream method returns and works with; the
+# Uses: 1, 3, 4, 7. A Protocol class becomes a table of methods; what a stream method returns and works with; the
 # hash that tells two contracts apart (types.md section 2, runtime.md section 3, wire.md sections 7.1 and 9.4).
 #
 # A stream method returns a Stream: an output schema and a state. Each input batch is one turn: the state's `process`
@@ -6850,7 +6850,7 @@ def _transport_unlink_unix(path: str, inode: int) -> None:
 
 
 # ==== 11. DESCRIBE ====================================================================================================
-# Uses: 1, 2, 3, 4, 5, 8. A service tells what it offers (wire.md section 9): the protocol `vgi_rpc.Reflection.v1`,
+# Uses: 1, 2, 4, 5, 8. A service tells what it offers (wire.md section 9): the protocol `vgi_rpc.Reflection.v1`,
 # hosted like any other, and the table of the older `__describe__` (appendix B). Types and nullability travel as
 # schemas; defaults, docstrings and Python types do not. The classes of the wire are dataclasses and made at first use,
 # because importing `dataclasses` would double the import time of this file.
@@ -10493,7 +10493,7 @@ class WorkerPool:
 
 
 # ==== 15. FRONT DOOR ==================================================================================================
-# Uses: 2, 3, 4, 7, 8, 10, 12, 13. Ways in: connect to a service, or serve one (API.md sections 2.2, 2.3, 8.2). The
+# Uses: 3, 4, 10, 12, 13. Ways in: connect to a service, or serve one (API.md sections 2.2, 2.3, 8.2). The
 # only room, with the command line, that knows every transport.
 #
 #   connect, unix_connect, tcp_connect                a client of a service elsewhere
@@ -11270,7 +11270,7 @@ def _door_access_log(options: Any, server: RpcServer) -> Callable[[], None]:
 
 
 # ==== 16. COMMAND LINE ================================================================================================
-# Uses: 1, 2, 3, 4, 7, 8, 10, 11, 12, 13, 15. A service seen from a shell (runtime.md section 11, API.md section 8.1).
+# Uses: 2, 3, 4, 8, 10, 11, 12, 13, 15. A service seen from a shell (runtime.md section 11, API.md section 8.1).
 #
 #   main            arguments -> exit status: 0 done, 1 failed, 2 misused, 130 interrupted
 #   describe, call  ask the server what it offers, then act on that description; no Protocol class is needed
@@ -12268,7 +12268,7 @@ def _cli_demo_service() -> tuple[Any, Any]:
 
 
 # ==== 17. EXTRAS ======================================================================================================
-# Uses: 11, 16. The way to vgi_rpc_extras: names whose module needs a third-party package are found at first use.
+# Uses: 3, 11, 12, 16. The way to vgi_rpc_extras: names whose module needs a third-party package are found at first use.
 #
 #   vgi_rpc.http_connect       __getattr__ -> _extras_load("http") -> vgi_rpc_extras.http, bound to this module
 #   which folder               the one beside this file (`<own package>.vgi_rpc_extras`), else the installed one
