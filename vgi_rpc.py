@@ -120,6 +120,38 @@ else:
         """A tuple with named fields."""
 
 
+class _Record:
+    """Base of immutable records: equal by value, picklable. `__match_args__` names the constructor's arguments."""
+
+    __slots__ = ()
+    __match_args__: ClassVar[tuple[str, ...]] = ()
+
+    def _set(self, **values: object) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{type(self).__name__} is frozen")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"{type(self).__name__} is frozen")
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return self.__reduce__() == other.__reduce__()
+
+    def __hash__(self) -> int:
+        return hash(self.__reduce__())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(getattr(self, name) for name in self.__match_args__)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.__match_args__)
+        return f"{type(self).__name__}({shown})"
+
+
 __version__ = "0.1.0"
 
 _P = TypeVar("_P")  # a user's Protocol
@@ -255,53 +287,27 @@ OTEL_SERVER_ERROR_CODES: Final = frozenset(
 )
 
 
-class _ErrorsRecord:
-    """Base of the frozen detail records: fields by annotation order, equality, repr, JSON."""
+class _ErrorsRecord(_Record):
+    """Base of the detail records, which travel as JSON objects."""
 
     __slots__ = ()
-    FIELDS: ClassVar[tuple[str, ...]] = ()
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"{type(self).__name__} is frozen")
-
-    def __eq__(self, other: object) -> bool:
-        if type(other) is not type(self):
-            return NotImplemented
-        return self.to_json() == other.to_json()
-
-    def __hash__(self) -> int:
-        return hash((type(self), *map(_errors_hashable, (getattr(self, name) for name in self.FIELDS))))
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self.FIELDS)})"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), tuple(getattr(self, name) for name in self.FIELDS)
-
-    def _set(self, **values: object) -> None:
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
 
     @classmethod
     def _build(cls, obj: Any) -> Self:
         try:
-            return cls(**{name: obj[name] for name in cls.FIELDS if name in obj})
+            return cls(**{name: obj[name] for name in cls.__match_args__ if name in obj})
         except (TypeError, KeyError) as exc:
             raise ValueError(f"malformed {cls.__name__}: {exc}") from exc
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object that travels; a detail carries its `@type`."""
         found: dict[str, Any] = {"@type": self.TYPE} if isinstance(self, _ErrorsDetail) else {}
-        for name in self.FIELDS:
+        for name in self.__match_args__:
             value = getattr(self, name)
             if isinstance(value, tuple):
                 value = [item.to_json() for item in value]
             found[name] = dict(value) if isinstance(value, Mapping) else value
         return found
-
-
-def _errors_hashable(value: Any) -> Any:
-    return frozenset(value.items()) if isinstance(value, Mapping) else value
 
 
 class _ErrorsDetail(_ErrorsRecord):
@@ -333,7 +339,7 @@ def _errors_parts(kind: type[Any], values: Iterable[Any]) -> tuple[Any, ...]:
 class FieldViolation(_ErrorsRecord):
     """One bad field of a request."""
 
-    __slots__ = FIELDS = ("field", "description")
+    __slots__ = __match_args__ = ("field", "description")
     field: str
     description: str
 
@@ -345,7 +351,7 @@ class FieldViolation(_ErrorsRecord):
 class PreconditionViolation(_ErrorsRecord):
     """One precondition that does not hold."""
 
-    __slots__ = FIELDS = ("type", "subject", "description")
+    __slots__ = __match_args__ = ("type", "subject", "description")
     type: str
     subject: str
     description: str
@@ -358,7 +364,7 @@ class PreconditionViolation(_ErrorsRecord):
 class QuotaViolation(_ErrorsRecord):
     """One quota that is used up."""
 
-    __slots__ = FIELDS = ("subject", "description")
+    __slots__ = __match_args__ = ("subject", "description")
     subject: str
     description: str
 
@@ -370,7 +376,7 @@ class QuotaViolation(_ErrorsRecord):
 class HelpLink(_ErrorsRecord):
     """Where to read on."""
 
-    __slots__ = FIELDS = ("description", "url")
+    __slots__ = __match_args__ = ("description", "url")
     description: str
     url: str
 
@@ -382,7 +388,7 @@ class HelpLink(_ErrorsRecord):
 class ErrorInfo(_ErrorsDetail):
     """Free key/value context."""
 
-    __slots__ = FIELDS = ("metadata",)
+    __slots__ = __match_args__ = ("metadata",)
     TYPE = "vgi_rpc.ErrorInfo"
     metadata: Mapping[str, str]
 
@@ -393,6 +399,9 @@ class ErrorInfo(_ErrorsDetail):
             _errors_texts(**{f"key {key!r} of metadata": key, f"metadata[{key!r}]": value})
         self._set(metadata=types.MappingProxyType(dict(metadata)))
 
+    def __hash__(self) -> int:
+        return hash(frozenset(self.metadata.items()))
+
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (dict(self.metadata),)
 
@@ -400,7 +409,7 @@ class ErrorInfo(_ErrorsDetail):
 class RetryInfo(_ErrorsDetail):
     """When to try again; a whole number of seconds travels as an integer."""
 
-    __slots__ = FIELDS = ("retry_delay_seconds",)
+    __slots__ = __match_args__ = ("retry_delay_seconds",)
     TYPE = "vgi_rpc.RetryInfo"
     retry_delay_seconds: float
 
@@ -420,7 +429,7 @@ class RetryInfo(_ErrorsDetail):
 class BadRequest(_ErrorsDetail):
     """Which fields of the request are bad."""
 
-    __slots__ = FIELDS = ("field_violations",)
+    __slots__ = __match_args__ = ("field_violations",)
     TYPE = "vgi_rpc.BadRequest"
     field_violations: tuple[FieldViolation, ...]
 
@@ -431,7 +440,7 @@ class BadRequest(_ErrorsDetail):
 class PreconditionFailure(_ErrorsDetail):
     """Which preconditions do not hold."""
 
-    __slots__ = FIELDS = ("violations",)
+    __slots__ = __match_args__ = ("violations",)
     TYPE = "vgi_rpc.PreconditionFailure"
     violations: tuple[PreconditionViolation, ...]
 
@@ -442,7 +451,7 @@ class PreconditionFailure(_ErrorsDetail):
 class QuotaFailure(_ErrorsDetail):
     """Which quotas are used up."""
 
-    __slots__ = FIELDS = ("violations",)
+    __slots__ = __match_args__ = ("violations",)
     TYPE = "vgi_rpc.QuotaFailure"
     violations: tuple[QuotaViolation, ...]
 
@@ -453,7 +462,7 @@ class QuotaFailure(_ErrorsDetail):
 class ResourceInfo(_ErrorsDetail):
     """Which resource the error is about."""
 
-    __slots__ = FIELDS = ("resource_type", "resource_name", "owner", "description")
+    __slots__ = __match_args__ = ("resource_type", "resource_name", "owner", "description")
     TYPE = "vgi_rpc.ResourceInfo"
     resource_type: str
     resource_name: str
@@ -476,7 +485,7 @@ class ResourceInfo(_ErrorsDetail):
 class Help(_ErrorsDetail):
     """Where to read on."""
 
-    __slots__ = FIELDS = ("links",)
+    __slots__ = __match_args__ = ("links",)
     TYPE = "vgi_rpc.Help"
     links: tuple[HelpLink, ...]
 
@@ -487,7 +496,7 @@ class Help(_ErrorsDetail):
 class LocalizedMessage(_ErrorsDetail):
     """A text for the user, in one language."""
 
-    __slots__ = FIELDS = ("locale", "message")
+    __slots__ = __match_args__ = ("locale", "message")
     TYPE = "vgi_rpc.LocalizedMessage"
     locale: str
     message: str
@@ -1288,43 +1297,24 @@ def _log_kwargs(kwargs: Mapping[str, Any]) -> str:
 # Stricter than the reference: a float with a fraction is refused for int instead of truncated.
 
 
-class ArrowType:
+class ArrowType(_Record):
     """Annotated marker: use this Arrow type; `nullable` overrides what the annotation says."""
 
-    __slots__ = ("arrow_type", "nullable")
-
-    def __init__(self, arrow_type: pa.DataType, nullable: bool | None = None) -> None:
-        object.__setattr__(self, "arrow_type", arrow_type)
-        object.__setattr__(self, "nullable", nullable)
-
+    __slots__ = __match_args__ = ("arrow_type", "nullable")
     arrow_type: pa.DataType
     nullable: bool | None
 
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError("ArrowType is frozen")
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, ArrowType):
-            return NotImplemented
-        return (self.arrow_type, self.nullable) == (other.arrow_type, other.nullable)
-
-    def __hash__(self) -> int:
-        return hash((self.arrow_type, self.nullable))
+    def __init__(self, arrow_type: pa.DataType, nullable: bool | None = None) -> None:
+        self._set(arrow_type=arrow_type, nullable=nullable)
 
     def __repr__(self) -> str:
         return f"ArrowType({self.arrow_type!r}, nullable={self.nullable})"
 
 
-class Transient:
+class Transient(_Record):
     """Annotated marker: this field is not serialised and takes its default when read."""
 
     __slots__ = ()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Transient)
-
-    def __hash__(self) -> int:
-        return hash(Transient)
 
 
 class IpcValidation(enum.Enum):
@@ -3774,31 +3764,7 @@ class TransportKind(enum.StrEnum):
     TCP = "tcp"
 
 
-class _CtxRecord:
-    """Base of immutable records: equal by value, picklable. `__match_args__` names the constructor's arguments."""
-
-    __slots__ = ()
-    __match_args__: tuple[str, ...] = ()
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"{type(self).__name__} is frozen")
-
-    def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"{type(self).__name__} is frozen")
-
-    def __eq__(self, other: object) -> bool:
-        if type(other) is not type(self):
-            return NotImplemented
-        return self.__reduce__() == other.__reduce__()
-
-    def __hash__(self) -> int:
-        return hash(self.__reduce__())
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), tuple(getattr(self, name) for name in self.__match_args__)
-
-
-class AuthContext(_CtxRecord):
+class AuthContext(_Record):
     """Who calls; immutable. Claims never show in the repr."""
 
     __slots__ = ("authenticated", "claims", "domain", "principal")
@@ -3815,11 +3781,8 @@ class AuthContext(_CtxRecord):
         principal: str | None = None,
         claims: Mapping[str, Any] = types.MappingProxyType({}),
     ) -> None:
-        object.__setattr__(self, "domain", domain)
-        object.__setattr__(self, "authenticated", authenticated)
-        object.__setattr__(self, "principal", principal)
-        # A copy, read-only: `anonymous()` is shared, and nobody may give it claims.
-        object.__setattr__(self, "claims", types.MappingProxyType(dict(claims)))
+        own = types.MappingProxyType(dict(claims))  # `anonymous()` is shared, and nobody may give it claims
+        self._set(domain=domain, authenticated=authenticated, principal=principal, claims=own)
 
     @classmethod
     def anonymous(cls) -> AuthContext:
@@ -4146,7 +4109,7 @@ class BatchStore(Protocol):
         ...
 
 
-class ExternalRef(_CtxRecord):
+class ExternalRef(_Record):
     """A result that has been published already; a unary method declared `-> T | ExternalRef` may return it.
 
     ValueError for an empty URL, or a digest that is not 64 hex digits. The URL may be a credential: it is not in the
@@ -4163,8 +4126,7 @@ class ExternalRef(_CtxRecord):
             raise ValueError("an ExternalRef needs a URL")
         if sha256 is not None and not re.fullmatch("[0-9A-Fa-f]{64}", sha256):
             raise ValueError("sha256 must be 64 hex digits")
-        object.__setattr__(self, "url", url)
-        object.__setattr__(self, "sha256", None if sha256 is None else sha256.lower())
+        self._set(url=url, sha256=None if sha256 is None else sha256.lower())
 
     def pointer_batch(self, schema: pa.Schema) -> tuple[pa.RecordBatch, pa.KeyValueMetadata]:
         """Return what travels in place of the result."""
@@ -4511,7 +4473,7 @@ def _methods_is_exchange(state: Any) -> bool | None:
 # ---- streams
 
 
-class AnnotatedBatch(_CtxRecord):
+class AnnotatedBatch(_Record):
     """A batch with its custom metadata; immutable. Speaks the Arrow PyCapsule interface."""
 
     __slots__ = ("_shared", "batch", "custom_metadata")
@@ -4630,7 +4592,7 @@ else:
     _H = TypeVar("_H", covariant=True)
 
 
-class Stream(_CtxRecord, Generic[_S, _H]):
+class Stream(_Record, Generic[_S, _H]):
     """What a stream method returns: `Stream[State]`, or `Stream[State, Header]`; immutable (API.md section 2.5).
 
     Args:
@@ -4657,11 +4619,9 @@ class Stream(_CtxRecord, Generic[_S, _H]):
         header: _H | None = None,
         call_state: ArrowSerializableDataclass | None = None,
     ) -> None:
-        object.__setattr__(self, "output_schema", output_schema)
-        object.__setattr__(self, "state", state)
-        object.__setattr__(self, "input_schema", input_schema)
-        object.__setattr__(self, "header", header)
-        object.__setattr__(self, "call_state", call_state)
+        self._set(
+            output_schema=output_schema, state=state, input_schema=input_schema, header=header, call_state=call_state
+        )
 
     @classmethod
     def from_arrow(cls, obj: Any, *, header: Any = None) -> Stream[Any, Any]:
