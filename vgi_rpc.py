@@ -292,6 +292,10 @@ class _ErrorsRecord(_Record):
 
     __slots__ = ()
 
+    def _set_texts(self, **values: object) -> None:
+        _errors_texts(**values)
+        self._set(**values)
+
     @classmethod
     def _build(cls, obj: Any) -> Self:
         try:
@@ -344,8 +348,7 @@ class FieldViolation(_ErrorsRecord):
     description: str
 
     def __init__(self, field: str, description: str = "") -> None:
-        _errors_texts(field=field, description=description)
-        self._set(field=field, description=description)
+        self._set_texts(field=field, description=description)
 
 
 class PreconditionViolation(_ErrorsRecord):
@@ -357,8 +360,7 @@ class PreconditionViolation(_ErrorsRecord):
     description: str
 
     def __init__(self, type: str, subject: str = "", description: str = "") -> None:
-        _errors_texts(type=type, subject=subject, description=description)
-        self._set(type=type, subject=subject, description=description)
+        self._set_texts(type=type, subject=subject, description=description)
 
 
 class QuotaViolation(_ErrorsRecord):
@@ -369,8 +371,7 @@ class QuotaViolation(_ErrorsRecord):
     description: str
 
     def __init__(self, subject: str, description: str = "") -> None:
-        _errors_texts(subject=subject, description=description)
-        self._set(subject=subject, description=description)
+        self._set_texts(subject=subject, description=description)
 
 
 class HelpLink(_ErrorsRecord):
@@ -381,8 +382,7 @@ class HelpLink(_ErrorsRecord):
     url: str
 
     def __init__(self, description: str, url: str) -> None:
-        _errors_texts(description=description, url=url)
-        self._set(description=description, url=url)
+        self._set_texts(description=description, url=url)
 
 
 class ErrorInfo(_ErrorsDetail):
@@ -472,14 +472,7 @@ class ResourceInfo(_ErrorsDetail):
     def __init__(
         self, resource_type: str = "", resource_name: str = "", owner: str = "", description: str = ""
     ) -> None:
-        values = {
-            "resource_type": resource_type,
-            "resource_name": resource_name,
-            "owner": owner,
-            "description": description,
-        }
-        _errors_texts(**values)
-        self._set(**values)
+        self._set_texts(resource_type=resource_type, resource_name=resource_name, owner=owner, description=description)
 
 
 class Help(_ErrorsDetail):
@@ -502,8 +495,7 @@ class LocalizedMessage(_ErrorsDetail):
     message: str
 
     def __init__(self, locale: str, message: str) -> None:
-        _errors_texts(locale=locale, message=message)
-        self._set(locale=locale, message=message)
+        self._set_texts(locale=locale, message=message)
 
 
 ErrorDetail = (
@@ -565,6 +557,10 @@ def decode_error_details(raw: str | bytes | None) -> list[dict[str, Any]]:
         found = json.loads(raw if isinstance(raw, str) else raw.decode())  # bytes alone would be guessed as UTF-16
     except (ValueError, RecursionError):
         return []
+    return _errors_with_type(found)
+
+
+def _errors_with_type(found: Any) -> list[dict[str, Any]]:
     if not isinstance(found, list):
         return []
     return [obj for obj in found if isinstance(obj, dict) and isinstance(obj.get("@type"), str)]
@@ -1085,32 +1081,34 @@ def _log_shortened(message: Message) -> Message:
 
 def _log_from_wire(metadata: Mapping[bytes, bytes]) -> Message | RpcError:
     """What a log batch says: a Message, or for EXCEPTION the error to raise. Any bytes are read (wire.md section 5)."""
+    level, extra = _log_text(metadata, LOG_LEVEL_KEY), _log_extra(metadata.get(LOG_EXTRA_KEY))
+    if level == Level.EXCEPTION.value:
+        return _log_error(metadata, extra)
+    found = Message(Level.__members__.get(level, Level.INFO), _log_text(metadata, LOG_MESSAGE_KEY))
+    shown = {str(key): str(value) for key, value in extra.items()}
+    for name, key in (("server_id", SERVER_ID_KEY), ("request_id", REQUEST_ID_KEY)):
+        if key in metadata:
+            shown[name] = _log_text(metadata, key)
+    found.extra = shown or None
+    return found
 
-    def text(key: bytes) -> str:
-        return metadata.get(key, b"").decode(errors="replace")
 
-    extra = _log_extra(metadata.get(LOG_EXTRA_KEY))
-    level, message = text(LOG_LEVEL_KEY), text(LOG_MESSAGE_KEY)
-    if level != Level.EXCEPTION.value:
-        shown = {str(key): str(value) for key, value in extra.items()}
-        for name, key in (("server_id", SERVER_ID_KEY), ("request_id", REQUEST_ID_KEY)):
-            if key in metadata:
-                shown[name] = text(key)
-        found = Message(Level.__members__.get(level, Level.INFO), message)
-        found.extra = shown or None
-        return found
-    details = decode_error_details(metadata.get(ERROR_DETAILS_KEY))
-    mirrored = extra.get("error_details")
-    if not details and isinstance(mirrored, list):
-        details = [obj for obj in mirrored if isinstance(obj, dict) and isinstance(obj.get("@type"), str)]
+def _log_text(metadata: Mapping[bytes, bytes], key: bytes) -> str:
+    return metadata.get(key, b"").decode(errors="replace")
+
+
+def _log_error(metadata: Mapping[bytes, bytes], extra: dict[str, Any]) -> RpcError:
+    """The error of an EXCEPTION batch; a key of its own goes before its mirror in the extras."""
+    message = _log_text(metadata, LOG_MESSAGE_KEY)
     error = RpcError(
-        str(extra.get("exception_type") or level),
+        str(extra.get("exception_type") or Level.EXCEPTION.value),
         message,
         str(extra.get("traceback") or ""),
-        request_id=text(REQUEST_ID_KEY),
-        error_code=text(ERROR_CODE_KEY) or str(extra.get("error_code") or ""),
-        error_kind=text(ERROR_KIND_KEY) or str(extra.get("error_kind") or ""),
-        error_details=details,
+        request_id=_log_text(metadata, REQUEST_ID_KEY),
+        error_code=_log_text(metadata, ERROR_CODE_KEY) or str(extra.get("error_code") or ""),
+        error_kind=_log_text(metadata, ERROR_KIND_KEY) or str(extra.get("error_kind") or ""),
+        error_details=decode_error_details(metadata.get(ERROR_DETAILS_KEY))
+        or _errors_with_type(extra.get("error_details")),
     )
     if error.error_type != DeadlineExceededError.__name__:
         return error
@@ -1197,12 +1195,10 @@ class VgiAccessLogFormatter(VgiJsonFormatter):
 
         found = self.fields(record)
         line = json.dumps(found, default=str)
-        if len(line) <= self._max_record_bytes:  # json.dumps escapes: one character, one byte
-            return line
-        if found.get("claims"):
+        if len(line) > self._max_record_bytes and found.get("claims"):  # json.dumps escapes: one character, one byte
             line = json.dumps({**found, "claims": {}, "truncated": True}, default=str)
-            if len(line) <= self._max_record_bytes:
-                return line
+        if len(line) <= self._max_record_bytes:
+            return line
         kept = {key: found[key] for key in _LOG_ACCESS_ALWAYS if key in found}
         return json.dumps({**kept, "truncated": "record_too_large"}, default=str)
 
