@@ -6819,67 +6819,36 @@ STREAM_KINDS: Final = ("unknown", "producer", "exchange")
 @functools.cache
 def _describe_wire() -> types.SimpleNamespace:
     """Make the Reflection Protocol and its dataclasses (wire.md section 9.2)."""
-    summary = _describe_record(
-        "ProtocolSummary",
-        [
-            ("protocol", str),
-            ("protocol_version", str),
-            ("protocol_hash", str),
-            ("deprecated", bool),
-            ("deprecation_message", str),
-            ("features", list[str]),
-        ],
-    )
-    hosted = _describe_record(
-        "ProtocolList",
-        [
-            ("server_id", str),
-            ("server_version", str),
-            ("request_version", str),
-            ("protocols", list[summary]),  # type: ignore[valid-type]
-        ],
-    )
-    method = _describe_record(
-        "MethodInfo",
-        [
-            ("name", str),
-            ("method_type", str),
-            ("has_return", bool),
-            ("has_header", bool),
-            ("stream_kind", str),
-            ("params_schema_ipc", bytes),
-            ("result_schema_ipc", bytes),
-            ("header_schema_ipc", bytes),
-            ("idempotency", str, "unknown"),
-            ("deprecated", bool, False),
-            ("deprecation_message", str, ""),
-        ],
-    )
-    service = _describe_record(
-        "WireServiceDescription",
-        [
-            ("protocol", str),
-            ("protocol_version", str),
-            ("protocol_hash", str),
-            ("deprecated", bool),
-            ("deprecation_message", str),
-            ("features", list[str]),
-            ("methods", list[method]),  # type: ignore[valid-type]
-        ],
-    )
+    common = {
+        "protocol": str,
+        "protocol_version": str,
+        "protocol_hash": str,
+        "deprecated": bool,
+        "deprecation_message": str,
+        "features": list[str],
+    }
+    summary = _describe_record("ProtocolSummary", common)
+    server = {"server_id": str, "server_version": str, "request_version": str}
+    hosted = _describe_record("ProtocolList", {**server, "protocols": list[summary]})  # type: ignore[valid-type]
+    method = {"name": str, "method_type": str, "has_return": bool, "has_header": bool, "stream_kind": str}
+    method |= {"params_schema_ipc": bytes, "result_schema_ipc": bytes, "header_schema_ipc": bytes}
+    info = _describe_record("MethodInfo", method, idempotency="unknown", deprecated=False, deprecation_message="")
+    service = _describe_record("WireServiceDescription", {**common, "methods": list[info]})  # type: ignore[valid-type]
     return types.SimpleNamespace(
         ProtocolSummary=summary,
         ProtocolList=hosted,
-        MethodInfo=method,
+        MethodInfo=info,
         WireServiceDescription=service,
         Reflection=_describe_protocol_class(hosted, service),
     )
 
 
-def _describe_record(name: str, fields: list[tuple[Any, ...]]) -> Any:
+def _describe_record(name: str, fields: Mapping[str, Any], **optional: object) -> Any:
+    """A dataclass of the wire: fields with their types, then those that have a default."""
     import dataclasses
 
-    made = dataclasses.make_dataclass(name, fields, bases=(ArrowSerializableDataclass,), frozen=True)
+    every: list[Any] = [*fields.items(), *((field, type(value), value) for field, value in optional.items())]
+    made = dataclasses.make_dataclass(name, every, bases=(ArrowSerializableDataclass,), frozen=True)
     made.__module__ = __name__
     return made
 
@@ -7053,7 +7022,7 @@ class ReflectionNotSupportedError(RpcError):
     @classmethod
     def from_rpc_error(cls, error: RpcError) -> ReflectionNotSupportedError:
         """Return the error with all its fields kept."""
-        found = cls(
+        return cls(
             error.error_type,
             error.error_message if "enable_describe" in error.error_message else error.error_message + _DESCRIBE_HINT,
             error.remote_traceback,
@@ -7062,7 +7031,6 @@ class ReflectionNotSupportedError(RpcError):
             error_kind=error.error_kind,
             error_details=error.error_details,
         )
-        return found
 
 
 def _describe_hosted(hosted: Any) -> list[HostedProtocol]:
@@ -12226,7 +12194,7 @@ def _cli_demo_service() -> tuple[Any, Any]:
 # ==== 17. EXTRAS ======================================================================================================
 # Uses: 3, 11, 12, 16. The way to vgi_rpc_extras: names whose module needs a third-party package are found at first use.
 #
-#   vgi_rpc.http_connect       __getattr__ -> _extras_load("http") -> vgi_rpc_extras.http, bound to this module
+#   vgi_rpc.http_connect       _extras_get -> _extras_load("http") -> vgi_rpc_extras.http, bound to this module
 #   which folder               the one beside this file (`<own package>.vgi_rpc_extras`), else the installed one
 #   something is missing       ImportError: the name, the missing package, what to install
 #   a broken extra             its own error; never "not installed"
@@ -12282,55 +12250,43 @@ if TYPE_CHECKING:  # what __getattr__ gives
     from typing import Any as Reflection
     from typing import Any as WireServiceDescription
 
+# Module of vgi_rpc_extras: the pip extra, the third-party modules it imports, the names it gives.
 _EXTRAS_NAMES: Final = {
     "http": (
         "http",
+        "",
         "http_connect http_introspect http_capabilities AuthenticationError HttpRetryConfig HttpServerCapabilities"
         " HttpStreamSession HttpTransientError MAX_REQUEST_BYTES_HEADER MAX_UPLOAD_BYTES_HEADER UPLOAD_URL_HEADER"
         " request_upload_urls",
     ),
-    "http.server": ("http", "make_wsgi_app"),
-    "http.serve": ("http", "serve_http"),
-    "http.testing": ("http", "make_sync_client"),
-    "auth.bearer": ("http", "bearer_authenticate bearer_authenticate_static chain_authenticate"),
-    "auth.jwt": ("oauth", "jwt_authenticate"),
+    "http.server": ("http", "falcon cryptography", "make_wsgi_app"),
+    "http.serve": ("http", "falcon cryptography waitress", "serve_http"),
+    "http.testing": ("http", "falcon cryptography", "make_sync_client"),
+    "auth.bearer": ("http", "", "bearer_authenticate bearer_authenticate_static chain_authenticate"),
+    "auth.jwt": ("oauth", "joserfc httpx", "jwt_authenticate"),
     "auth.oauth": (
         "oauth",
+        "httpx",
         "OAuthResourceMetadata OAuthResourceMetadataResponse fetch_oauth_metadata http_oauth_metadata"
         " parse_resource_metadata_url",
     ),
     "storage": (
         "external",
+        "httpx",
         "ClientExternalConfig Compression ExternalLocationConfig ExternalStorage FetchConfig ServerExternalConfig"
         " UploadUrl UploadUrlProvider fetch_url https_only_validator maybe_externalize_batch"
         " maybe_externalize_collector predict_externalize_bytes_for_batch predict_externalize_bytes_for_collector"
         " publish_external redact_url",
     ),
-    "storage.s3": ("s3", "S3Storage"),
-    "storage.gcs": ("gcs", "GCSStorage"),
-    "otel": ("otel", "OtelConfig instrument_client instrument_server instrument_store"),
-    "sentry": ("sentry", "SentryConfig instrument_server_sentry"),
-    "access_log": ("", "configure_access_log AccessLogSampler DroppingQueueHandler"),
-    "tools.stub": ("", "generate_stub protocol_from_description"),
+    "storage.s3": ("s3", "boto3", "S3Storage"),
+    "storage.gcs": ("gcs", "google.cloud.storage", "GCSStorage"),
+    "otel": ("otel", "opentelemetry.trace", "OtelConfig instrument_client instrument_server instrument_store"),
+    "sentry": ("sentry", "sentry_sdk", "SentryConfig instrument_server_sentry"),
+    "access_log": ("", "", "configure_access_log AccessLogSampler DroppingQueueHandler"),
+    "tools.stub": ("", "", "generate_stub protocol_from_description"),
 }
 _EXTRAS_WHERE: Final = {
-    name: (module, extra) for module, (extra, names) in _EXTRAS_NAMES.items() for name in names.split()
-}
-_EXTRAS_NEEDS: Final = {
-    "http": "",
-    "http.server": "falcon cryptography",
-    "http.serve": "falcon cryptography waitress",
-    "http.testing": "falcon cryptography",
-    "auth.bearer": "",
-    "auth.jwt": "joserfc httpx",
-    "auth.oauth": "httpx",
-    "storage": "httpx",
-    "storage.s3": "boto3",
-    "storage.gcs": "google.cloud.storage",
-    "otel": "opentelemetry.trace",
-    "sentry": "sentry_sdk",
-    "access_log": "",
-    "tools.stub": "",
+    name: (module, extra) for module, (extra, _, names) in _EXTRAS_NAMES.items() for name in names.split()
 }
 # The reflection messages of room 11: dataclasses, which are made when first asked for.
 _EXTRAS_LAZY_CORE: Final = frozenset(
@@ -12339,7 +12295,7 @@ _EXTRAS_LAZY_CORE: Final = frozenset(
 
 
 def _extras_get(name: str) -> Any:
-    """The object behind a lazy name; that of an extra is an ordinary name of this module from then on."""
+    """The module's `__getattr__`; the object of an extra is an ordinary name of this module from then on."""
     if name in _EXTRAS_LAZY_CORE:
         return getattr(_describe_wire(), name)
     if name not in _EXTRAS_WHERE:
@@ -12357,10 +12313,9 @@ def _extras_load(module: str, wanted: str, extra: str = "") -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as exc:
         missing = exc.name or ""
-        if missing.startswith(f"{package.__name__}.") and not f"{name}.".startswith(f"{missing}."):
+        inside = missing.startswith(f"{package.__name__}.") and not f"{name}.".startswith(f"{missing}.")
+        if inside or not missing:
             raise  # a fault of the extra itself
-        if not missing:
-            raise
         raise _extras_missing(wanted, missing, extra) from exc
 
 
@@ -12378,9 +12333,14 @@ def _extras_sentry(server: RpcServer) -> None:
 _server_created.append(_extras_sentry)
 
 
-def _extras_package(wanted: str, extra: str) -> Any:
+def _extras_places() -> list[str]:
+    """Where the folder may be: beside this file first."""
     own = __name__.rpartition(".")[0]
-    for name in ([f"{own}.vgi_rpc_extras"] if own else []) + ["vgi_rpc_extras"]:
+    return [f"{own}.vgi_rpc_extras", "vgi_rpc_extras"] if own else ["vgi_rpc_extras"]
+
+
+def _extras_package(wanted: str, extra: str) -> Any:
+    for name in _extras_places():
         try:
             package: Any = importlib.import_module(name)
         except ModuleNotFoundError as exc:
@@ -12394,9 +12354,8 @@ def _extras_package(wanted: str, extra: str) -> Any:
 
 def _extras_missing(wanted: str, package: str, extra: str) -> ImportError:
     distribution = f"vgi-rpc-onefile[{extra}]" if extra else "vgi-rpc-onefile"
-    alone = ""
-    if package == "vgi_rpc_extras":
-        alone = " (a lone copied file has no HTTP and no other extras: copy the folder too)"
+    hint = " (a lone copied file has no HTTP and no other extras: copy the folder too)"
+    alone = hint if package == "vgi_rpc_extras" else ""
     return ImportError(
         f"{wanted} needs the package {package!r}, which is not installed{alone}: pip install '{distribution}'",
         name=package,
@@ -12404,13 +12363,11 @@ def _extras_missing(wanted: str, package: str, extra: str) -> ImportError:
 
 
 if not TYPE_CHECKING:  # a checker would take any name for existing
-
-    def __getattr__(name: str) -> Any:
-        return _extras_get(name)
+    __getattr__ = _extras_get
 
 
 def __dir__() -> list[str]:
-    found = {module for module, needs in _EXTRAS_NEEDS.items() if _extras_can_import(module, needs)}
+    found = {module for module, (_, needs, _) in _EXTRAS_NAMES.items() if _extras_can_import(module, needs)}
     lazy = (name for name, (module, _) in _EXTRAS_WHERE.items() if module in found)
     return sorted({*globals(), *_EXTRAS_LAZY_CORE, *lazy})
 
@@ -12419,8 +12376,7 @@ def _extras_can_import(module: str, needs: str) -> bool:
     """Whether the folder has the module and its third-party packages are installed; imports none of them."""
     import importlib.util
 
-    own = __name__.rpartition(".")[0]
-    for package in ([f"{own}.vgi_rpc_extras"] if own else []) + ["vgi_rpc_extras"]:
+    for package in _extras_places():
         try:
             if importlib.util.find_spec(package) is not None:
                 names = [f"{package}.{module}", *needs.split()]
