@@ -10458,13 +10458,9 @@ def connect(
     ...     calc.add(1.0, 2.0)
     3.0
     """
-
-    def spawn() -> SubprocessTransport:
-        return SubprocessTransport(cmd, stderr=stderr, stderr_logger=stderr_logger)
-
+    spawn = functools.partial(SubprocessTransport, cmd, stderr=stderr, stderr_logger=stderr_logger)
     options = _ClientOptions(on_log, ipc_validation, timeout, store=external_location)
-    with _door_client(protocol, spawn, options, reconnect, limits, shm_size) as proxy:
-        yield proxy
+    yield from _door_client(protocol, spawn, options, reconnect, limits, shm_size)
 
 
 @_client_door
@@ -10488,13 +10484,9 @@ def unix_connect(
     ...     calc.add(1.0, 2.0)
     3.0
     """
-
-    def dial() -> UnixTransport:
-        return _door_dial_unix(path, timeout)
-
+    dial = functools.partial(_door_dial_unix, path, timeout)
     options = _ClientOptions(on_log, ipc_validation, timeout, store=external_location)
-    with _door_client(protocol, dial, options, reconnect, limits, shm_size) as proxy:
-        yield proxy
+    yield from _door_client(protocol, dial, options, reconnect, limits, shm_size)
 
 
 @_client_door
@@ -10526,15 +10518,11 @@ def tcp_connect(
     if connect_timeout is not None and connect_timeout <= 0:
         raise ValueError(f"connect_timeout must be positive or None, got {connect_timeout}")
 
-    def dial() -> TcpTransport:
-        return _door_dial_tcp(host, port, connect_timeout, tls_context, server_hostname)
-
+    dial = functools.partial(_door_dial_tcp, host, port, connect_timeout, tls_context, server_hostname)
     options = _ClientOptions(on_log, ipc_validation, timeout, store=external_location)
-    with _door_client(protocol, dial, options, reconnect, limits) as proxy:
-        yield proxy
+    yield from _door_client(protocol, dial, options, reconnect, limits)
 
 
-@contextlib.contextmanager
 def _door_client(
     protocol: Any,
     dial: Callable[[], Any],
@@ -10637,8 +10625,7 @@ def serve_pipe(
     3.0
     """
     options = _ClientOptions(on_log, timeout=timeout, store=external_location)
-    with _door_in_process(protocol, implementation, make_pipe_pair(), options, ipc_validation) as proxy:
-        yield proxy
+    yield from _door_in_process(protocol, implementation, make_pipe_pair(), options, ipc_validation)
 
 
 @_client_door
@@ -10652,8 +10639,7 @@ def _door_serve_unix_pipe(
     external_location: BatchStore | None = None,
 ) -> Iterator[Any]:
     options = _ClientOptions(on_log, timeout=timeout, store=external_location)
-    with _door_in_process(protocol, implementation, make_unix_pair(), options, ipc_validation) as proxy:
-        yield proxy
+    yield from _door_in_process(protocol, implementation, make_unix_pair(), options, ipc_validation)
 
 
 @_client_door
@@ -10673,11 +10659,9 @@ def serve_tcp_pipe(
     3.0
     """
     options = _ClientOptions(on_log, timeout=timeout, store=external_location)
-    with _door_in_process(protocol, implementation, make_tcp_pair(), options, ipc_validation) as proxy:
-        yield proxy
+    yield from _door_in_process(protocol, implementation, make_tcp_pair(), options, ipc_validation)
 
 
-@contextlib.contextmanager
 def _door_in_process(
     protocol: Any,
     implementation: object,
@@ -10724,8 +10708,7 @@ def serve_stdio(server: RpcServer) -> None:
     becomes stderr and descriptor 0 the null device.
     """
     transport = _transport_stdio()
-    if _LOG_WIRE_TRANSPORT.isEnabledFor(logging.DEBUG):
-        _LOG_WIRE_TRANSPORT.debug("serve_stdio: server_id=%s", server.server_id)
+    _LOG_WIRE_TRANSPORT.debug("serve_stdio: server_id=%s", server.server_id)
     try:
         server.serve(transport)
     finally:
@@ -10784,8 +10767,7 @@ def serve_unix(
         exc.add_note(f"cannot listen on {path}; choose another path, of at most 107 bytes in a directory that exists")
         raise
     inode, owner = os.stat(path).st_ino, os.getpid()
-    if _LOG_WIRE_TRANSPORT.isEnabledFor(logging.DEBUG):
-        _LOG_WIRE_TRANSPORT.debug("serve_unix: server_id=%s, path=%s", server.server_id, path)
+    _LOG_WIRE_TRANSPORT.debug("serve_unix: server_id=%s, path=%s", server.server_id, path)
 
     def handle(sock: socket.socket) -> None:
         server.serve(UnixTransport(sock))
@@ -10867,8 +10849,7 @@ def serve_tcp(
         raise
     with listening as listener:
         bound = listener.getsockname()[1]
-        if _LOG_WIRE_TRANSPORT.isEnabledFor(logging.DEBUG):
-            _LOG_WIRE_TRANSPORT.debug("serve_tcp: server_id=%s, address=%s:%d", server.server_id, host, bound)
+        _LOG_WIRE_TRANSPORT.debug("serve_tcp: server_id=%s, address=%s:%d", server.server_id, host, bound)
 
         def handle(sock: socket.socket) -> None:
             if tls_context is not None:
@@ -11094,18 +11075,25 @@ def _door_host_port(text: str) -> tuple[str, int]:
     return host.strip("[]") or "127.0.0.1", int(port)
 
 
-def _door_parser(prog: str | None = None) -> Any:
-    """The flags of a worker (runtime.md section 10); the environment gives defaults."""
-    import argparse
+_DOOR_FLAGS: tuple[tuple[str, type, Any, str], ...] = (
+    ("max-response-bytes", int, None, "HTTP: decoded bytes of a response"),
+    ("max-externalized-response-bytes", int, None, "HTTP: bytes that a response may keep in the external store"),
+    ("workers", int, 1, "sockets: this many processes"),
+    ("idle-timeout", float, 300.0, "sockets: exit this long after the last client; 0 never"),
+    ("max-connections", int, 64, "sockets: at most this many at a time; 0 unlimited"),
+    ("access-log", str, None, "file of JSON lines; {pid} {server_id}"),
+    ("access-log-max-bytes", int, None, "rotate above this size"),
+    ("access-log-backup-count", int, 5, "rotated files to keep"),
+    ("access-log-when", str, None, "rotate by time: S M H D MIDNIGHT W0-W6"),
+    ("access-log-max-record-bytes", int, 1_048_576, "cut longer records"),
+    ("access-log-queue-size", int, 10_000, "records that may wait when asynchronous"),
+    ("access-log-sample", float, 1.0, "fraction of successful calls to record"),
+)
 
-    def env(name: str, default: Any, convert: Callable[[str], Any]) -> Any:
-        raw = os.environ.get(f"VGI_RPC_{name}")
-        if not raw:
-            return default
-        try:
-            return convert(raw)
-        except ValueError:
-            raise SystemExit(f"VGI_RPC_{name}={raw!r} is not a valid {convert.__name__}") from None
+
+def _door_parser(prog: str | None = None) -> Any:
+    """The flags of a worker (runtime.md section 10)."""
+    import argparse
 
     parser = argparse.ArgumentParser(prog=prog, description="Serve over stdio, a Unix socket or TCP.")
     where = parser.add_mutually_exclusive_group()
@@ -11114,51 +11102,28 @@ def _door_parser(prog: str | None = None) -> Any:
     where.add_argument("--http", action="store_true", help="serve over HTTP (needs the http extra)")
     parser.add_argument("--host", default="127.0.0.1", help="HTTP: the address to listen on")
     parser.add_argument("--port", type=int, default=0, metavar="N", help="HTTP: the port, 0 for any")
-    for name, text in (
-        ("response", "decoded bytes of a response"),
-        ("externalized-response", "bytes that a response may keep in the external store"),
-    ):
-        cap = env(f"MAX_{name.upper().replace('-', '_')}_BYTES", None, int)
-        parser.add_argument(f"--max-{name}-bytes", type=int, metavar="N", default=cap, help=f"HTTP: {text}")
     parser.add_argument("--describe", action="store_true", help="let clients ask what the service offers")
-    parser.add_argument(
-        "--threaded", action=argparse.BooleanOptionalAction, default=True, help="sockets: a thread each"
-    )
-    parser.add_argument(
-        "--workers", type=int, metavar="N", default=env("WORKERS", 1, int), help="sockets: this many processes"
-    )
-    parser.add_argument(
-        "--idle-timeout",
-        type=float,
-        metavar="S",
-        default=env("IDLE_TIMEOUT", 300.0, float),
-        help="sockets: exit this long after the last client; 0 never",
-    )
-    parser.add_argument(
-        "--max-connections",
-        type=int,
-        metavar="N",
-        default=env("MAX_CONNECTIONS", 64, int),
-        help="sockets: at most this many at a time; 0 unlimited",
-    )
-    parser.add_argument(
-        "--access-log", metavar="FILE", default=env("ACCESS_LOG", None, str), help="JSON lines; {pid} {server_id}"
-    )
-    for flag, kind, default, text in _DOOR_ACCESS_LOG_FLAGS:
-        name = f"ACCESS_LOG_{flag.upper().replace('-', '_')}"
-        parser.add_argument(f"--access-log-{flag}", type=kind, default=env(name, default, kind), help=text)
-    parser.add_argument("--access-log-async", action="store_true", default=env("ACCESS_LOG_ASYNC", False, _door_flag))
+    threaded = argparse.BooleanOptionalAction
+    parser.add_argument("--threaded", action=threaded, default=True, help="sockets: a thread each")
+    for flag, kind, default, text in _DOOR_FLAGS:
+        metavar = {int: "N", float: "X", str: "TEXT"}[kind]
+        default = _door_env(flag, default, kind)
+        parser.add_argument(f"--{flag}", type=kind, metavar=metavar, default=default, help=text)
+    in_thread = _door_env("access-log-async", False, _door_flag)
+    parser.add_argument("--access-log-async", action="store_true", default=in_thread, help="write from a thread")
     return parser
 
 
-_DOOR_ACCESS_LOG_FLAGS: tuple[tuple[str, type, Any, str], ...] = (
-    ("max-bytes", int, None, "rotate above this size"),
-    ("backup-count", int, 5, "rotated files to keep"),
-    ("when", str, None, "rotate by time: S M H D MIDNIGHT W0-W6"),
-    ("max-record-bytes", int, 1_048_576, "cut longer records"),
-    ("queue-size", int, 10_000, "records that may wait when asynchronous"),
-    ("sample", float, 1.0, "fraction of successful calls to record"),
-)
+def _door_env(flag: str, default: Any, convert: Callable[[str], Any]) -> Any:
+    """The default of a flag: `--max-connections` has the variable VGI_RPC_MAX_CONNECTIONS."""
+    name = f"VGI_RPC_{flag.upper().replace('-', '_')}"
+    raw = os.environ.get(name)
+    if not raw:
+        return default
+    try:
+        return convert(raw)
+    except ValueError:
+        raise SystemExit(f"{name}={raw!r} is not a valid {convert.__name__}") from None
 
 
 def _door_flag(text: str) -> bool:
