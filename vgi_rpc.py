@@ -120,6 +120,38 @@ else:
         """A tuple with named fields."""
 
 
+class _Record:
+    """Base of immutable records: equal by value, picklable. `__match_args__` names the constructor's arguments."""
+
+    __slots__ = ()
+    __match_args__: ClassVar[tuple[str, ...]] = ()
+
+    def _set(self, **values: object) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{type(self).__name__} is frozen")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"{type(self).__name__} is frozen")
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return self.__reduce__() == other.__reduce__()
+
+    def __hash__(self) -> int:
+        return hash(self.__reduce__())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(getattr(self, name) for name in self.__match_args__)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.__match_args__)
+        return f"{type(self).__name__}({shown})"
+
+
 __version__ = "0.1.0"
 
 _P = TypeVar("_P")  # a user's Protocol
@@ -190,7 +222,7 @@ _EOS: Final = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # ends every IPC stream
 
 
 # ==== 2. ERRORS =======================================================================================================
-# Uses: 1. What can go wrong, in three branches; a caller catches RpcError and looks at the class:
+# Uses: nothing. What can go wrong, in three branches; a caller catches RpcError and looks at the class:
 #
 #   RpcError                       the far side answered with an error; `error_type` is its exception class
 #   |-- RpcArgumentError           my call was wrong; nothing was sent                         (also a TypeError)
@@ -255,53 +287,31 @@ OTEL_SERVER_ERROR_CODES: Final = frozenset(
 )
 
 
-class _ErrorsRecord:
-    """Base of the frozen detail records: fields by annotation order, equality, repr, JSON."""
+class _ErrorsRecord(_Record):
+    """Base of the detail records, which travel as JSON objects."""
 
     __slots__ = ()
-    FIELDS: ClassVar[tuple[str, ...]] = ()
 
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"{type(self).__name__} is frozen")
-
-    def __eq__(self, other: object) -> bool:
-        if type(other) is not type(self):
-            return NotImplemented
-        return self.to_json() == other.to_json()
-
-    def __hash__(self) -> int:
-        return hash((type(self), *map(_errors_hashable, (getattr(self, name) for name in self.FIELDS))))
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self.FIELDS)})"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), tuple(getattr(self, name) for name in self.FIELDS)
-
-    def _set(self, **values: object) -> None:
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+    def _set_texts(self, **values: object) -> None:
+        _errors_texts(**values)
+        self._set(**values)
 
     @classmethod
     def _build(cls, obj: Any) -> Self:
         try:
-            return cls(**{name: obj[name] for name in cls.FIELDS if name in obj})
+            return cls(**{name: obj[name] for name in cls.__match_args__ if name in obj})
         except (TypeError, KeyError) as exc:
             raise ValueError(f"malformed {cls.__name__}: {exc}") from exc
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object that travels; a detail carries its `@type`."""
         found: dict[str, Any] = {"@type": self.TYPE} if isinstance(self, _ErrorsDetail) else {}
-        for name in self.FIELDS:
+        for name in self.__match_args__:
             value = getattr(self, name)
             if isinstance(value, tuple):
                 value = [item.to_json() for item in value]
             found[name] = dict(value) if isinstance(value, Mapping) else value
         return found
-
-
-def _errors_hashable(value: Any) -> Any:
-    return frozenset(value.items()) if isinstance(value, Mapping) else value
 
 
 class _ErrorsDetail(_ErrorsRecord):
@@ -333,56 +343,52 @@ def _errors_parts(kind: type[Any], values: Iterable[Any]) -> tuple[Any, ...]:
 class FieldViolation(_ErrorsRecord):
     """One bad field of a request."""
 
-    __slots__ = FIELDS = ("field", "description")
+    __slots__ = __match_args__ = ("field", "description")
     field: str
     description: str
 
     def __init__(self, field: str, description: str = "") -> None:
-        _errors_texts(field=field, description=description)
-        self._set(field=field, description=description)
+        self._set_texts(field=field, description=description)
 
 
 class PreconditionViolation(_ErrorsRecord):
     """One precondition that does not hold."""
 
-    __slots__ = FIELDS = ("type", "subject", "description")
+    __slots__ = __match_args__ = ("type", "subject", "description")
     type: str
     subject: str
     description: str
 
     def __init__(self, type: str, subject: str = "", description: str = "") -> None:
-        _errors_texts(type=type, subject=subject, description=description)
-        self._set(type=type, subject=subject, description=description)
+        self._set_texts(type=type, subject=subject, description=description)
 
 
 class QuotaViolation(_ErrorsRecord):
     """One quota that is used up."""
 
-    __slots__ = FIELDS = ("subject", "description")
+    __slots__ = __match_args__ = ("subject", "description")
     subject: str
     description: str
 
     def __init__(self, subject: str, description: str = "") -> None:
-        _errors_texts(subject=subject, description=description)
-        self._set(subject=subject, description=description)
+        self._set_texts(subject=subject, description=description)
 
 
 class HelpLink(_ErrorsRecord):
     """Where to read on."""
 
-    __slots__ = FIELDS = ("description", "url")
+    __slots__ = __match_args__ = ("description", "url")
     description: str
     url: str
 
     def __init__(self, description: str, url: str) -> None:
-        _errors_texts(description=description, url=url)
-        self._set(description=description, url=url)
+        self._set_texts(description=description, url=url)
 
 
 class ErrorInfo(_ErrorsDetail):
     """Free key/value context."""
 
-    __slots__ = FIELDS = ("metadata",)
+    __slots__ = __match_args__ = ("metadata",)
     TYPE = "vgi_rpc.ErrorInfo"
     metadata: Mapping[str, str]
 
@@ -393,6 +399,9 @@ class ErrorInfo(_ErrorsDetail):
             _errors_texts(**{f"key {key!r} of metadata": key, f"metadata[{key!r}]": value})
         self._set(metadata=types.MappingProxyType(dict(metadata)))
 
+    def __hash__(self) -> int:
+        return hash(frozenset(self.metadata.items()))
+
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (dict(self.metadata),)
 
@@ -400,7 +409,7 @@ class ErrorInfo(_ErrorsDetail):
 class RetryInfo(_ErrorsDetail):
     """When to try again; a whole number of seconds travels as an integer."""
 
-    __slots__ = FIELDS = ("retry_delay_seconds",)
+    __slots__ = __match_args__ = ("retry_delay_seconds",)
     TYPE = "vgi_rpc.RetryInfo"
     retry_delay_seconds: float
 
@@ -420,7 +429,7 @@ class RetryInfo(_ErrorsDetail):
 class BadRequest(_ErrorsDetail):
     """Which fields of the request are bad."""
 
-    __slots__ = FIELDS = ("field_violations",)
+    __slots__ = __match_args__ = ("field_violations",)
     TYPE = "vgi_rpc.BadRequest"
     field_violations: tuple[FieldViolation, ...]
 
@@ -431,7 +440,7 @@ class BadRequest(_ErrorsDetail):
 class PreconditionFailure(_ErrorsDetail):
     """Which preconditions do not hold."""
 
-    __slots__ = FIELDS = ("violations",)
+    __slots__ = __match_args__ = ("violations",)
     TYPE = "vgi_rpc.PreconditionFailure"
     violations: tuple[PreconditionViolation, ...]
 
@@ -442,7 +451,7 @@ class PreconditionFailure(_ErrorsDetail):
 class QuotaFailure(_ErrorsDetail):
     """Which quotas are used up."""
 
-    __slots__ = FIELDS = ("violations",)
+    __slots__ = __match_args__ = ("violations",)
     TYPE = "vgi_rpc.QuotaFailure"
     violations: tuple[QuotaViolation, ...]
 
@@ -453,7 +462,7 @@ class QuotaFailure(_ErrorsDetail):
 class ResourceInfo(_ErrorsDetail):
     """Which resource the error is about."""
 
-    __slots__ = FIELDS = ("resource_type", "resource_name", "owner", "description")
+    __slots__ = __match_args__ = ("resource_type", "resource_name", "owner", "description")
     TYPE = "vgi_rpc.ResourceInfo"
     resource_type: str
     resource_name: str
@@ -463,20 +472,13 @@ class ResourceInfo(_ErrorsDetail):
     def __init__(
         self, resource_type: str = "", resource_name: str = "", owner: str = "", description: str = ""
     ) -> None:
-        values = {
-            "resource_type": resource_type,
-            "resource_name": resource_name,
-            "owner": owner,
-            "description": description,
-        }
-        _errors_texts(**values)
-        self._set(**values)
+        self._set_texts(resource_type=resource_type, resource_name=resource_name, owner=owner, description=description)
 
 
 class Help(_ErrorsDetail):
     """Where to read on."""
 
-    __slots__ = FIELDS = ("links",)
+    __slots__ = __match_args__ = ("links",)
     TYPE = "vgi_rpc.Help"
     links: tuple[HelpLink, ...]
 
@@ -487,14 +489,13 @@ class Help(_ErrorsDetail):
 class LocalizedMessage(_ErrorsDetail):
     """A text for the user, in one language."""
 
-    __slots__ = FIELDS = ("locale", "message")
+    __slots__ = __match_args__ = ("locale", "message")
     TYPE = "vgi_rpc.LocalizedMessage"
     locale: str
     message: str
 
     def __init__(self, locale: str, message: str) -> None:
-        _errors_texts(locale=locale, message=message)
-        self._set(locale=locale, message=message)
+        self._set_texts(locale=locale, message=message)
 
 
 ErrorDetail = (
@@ -556,6 +557,10 @@ def decode_error_details(raw: str | bytes | None) -> list[dict[str, Any]]:
         found = json.loads(raw if isinstance(raw, str) else raw.decode())  # bytes alone would be guessed as UTF-16
     except (ValueError, RecursionError):
         return []
+    return _errors_with_type(found)
+
+
+def _errors_with_type(found: Any) -> list[dict[str, Any]]:
     if not isinstance(found, list):
         return []
     return [obj for obj in found if isinstance(obj, dict) and isinstance(obj.get("@type"), str)]
@@ -1076,32 +1081,34 @@ def _log_shortened(message: Message) -> Message:
 
 def _log_from_wire(metadata: Mapping[bytes, bytes]) -> Message | RpcError:
     """What a log batch says: a Message, or for EXCEPTION the error to raise. Any bytes are read (wire.md section 5)."""
+    level, extra = _log_text(metadata, LOG_LEVEL_KEY), _log_extra(metadata.get(LOG_EXTRA_KEY))
+    if level == Level.EXCEPTION.value:
+        return _log_error(metadata, extra)
+    found = Message(Level.__members__.get(level, Level.INFO), _log_text(metadata, LOG_MESSAGE_KEY))
+    shown = {str(key): str(value) for key, value in extra.items()}
+    for name, key in (("server_id", SERVER_ID_KEY), ("request_id", REQUEST_ID_KEY)):
+        if key in metadata:
+            shown[name] = _log_text(metadata, key)
+    found.extra = shown or None
+    return found
 
-    def text(key: bytes) -> str:
-        return metadata.get(key, b"").decode(errors="replace")
 
-    extra = _log_extra(metadata.get(LOG_EXTRA_KEY))
-    level, message = text(LOG_LEVEL_KEY), text(LOG_MESSAGE_KEY)
-    if level != Level.EXCEPTION.value:
-        shown = {str(key): str(value) for key, value in extra.items()}
-        for name, key in (("server_id", SERVER_ID_KEY), ("request_id", REQUEST_ID_KEY)):
-            if key in metadata:
-                shown[name] = text(key)
-        found = Message(Level.__members__.get(level, Level.INFO), message)
-        found.extra = shown or None
-        return found
-    details = decode_error_details(metadata.get(ERROR_DETAILS_KEY))
-    mirrored = extra.get("error_details")
-    if not details and isinstance(mirrored, list):
-        details = [obj for obj in mirrored if isinstance(obj, dict) and isinstance(obj.get("@type"), str)]
+def _log_text(metadata: Mapping[bytes, bytes], key: bytes) -> str:
+    return metadata.get(key, b"").decode(errors="replace")
+
+
+def _log_error(metadata: Mapping[bytes, bytes], extra: dict[str, Any]) -> RpcError:
+    """The error of an EXCEPTION batch; a key of its own goes before its mirror in the extras."""
+    message = _log_text(metadata, LOG_MESSAGE_KEY)
     error = RpcError(
-        str(extra.get("exception_type") or level),
+        str(extra.get("exception_type") or Level.EXCEPTION.value),
         message,
         str(extra.get("traceback") or ""),
-        request_id=text(REQUEST_ID_KEY),
-        error_code=text(ERROR_CODE_KEY) or str(extra.get("error_code") or ""),
-        error_kind=text(ERROR_KIND_KEY) or str(extra.get("error_kind") or ""),
-        error_details=details,
+        request_id=_log_text(metadata, REQUEST_ID_KEY),
+        error_code=_log_text(metadata, ERROR_CODE_KEY) or str(extra.get("error_code") or ""),
+        error_kind=_log_text(metadata, ERROR_KIND_KEY) or str(extra.get("error_kind") or ""),
+        error_details=decode_error_details(metadata.get(ERROR_DETAILS_KEY))
+        or _errors_with_type(extra.get("error_details")),
     )
     if error.error_type != DeadlineExceededError.__name__:
         return error
@@ -1188,12 +1195,10 @@ class VgiAccessLogFormatter(VgiJsonFormatter):
 
         found = self.fields(record)
         line = json.dumps(found, default=str)
-        if len(line) <= self._max_record_bytes:  # json.dumps escapes: one character, one byte
-            return line
-        if found.get("claims"):
+        if len(line) > self._max_record_bytes and found.get("claims"):  # json.dumps escapes: one character, one byte
             line = json.dumps({**found, "claims": {}, "truncated": True}, default=str)
-            if len(line) <= self._max_record_bytes:
-                return line
+        if len(line) <= self._max_record_bytes:
+            return line
         kept = {key: found[key] for key in _LOG_ACCESS_ALWAYS if key in found}
         return json.dumps({**kept, "truncated": "record_too_large"}, default=str)
 
@@ -1288,43 +1293,24 @@ def _log_kwargs(kwargs: Mapping[str, Any]) -> str:
 # Stricter than the reference: a float with a fraction is refused for int instead of truncated.
 
 
-class ArrowType:
+class ArrowType(_Record):
     """Annotated marker: use this Arrow type; `nullable` overrides what the annotation says."""
 
-    __slots__ = ("arrow_type", "nullable")
-
-    def __init__(self, arrow_type: pa.DataType, nullable: bool | None = None) -> None:
-        object.__setattr__(self, "arrow_type", arrow_type)
-        object.__setattr__(self, "nullable", nullable)
-
+    __slots__ = __match_args__ = ("arrow_type", "nullable")
     arrow_type: pa.DataType
     nullable: bool | None
 
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError("ArrowType is frozen")
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, ArrowType):
-            return NotImplemented
-        return (self.arrow_type, self.nullable) == (other.arrow_type, other.nullable)
-
-    def __hash__(self) -> int:
-        return hash((self.arrow_type, self.nullable))
+    def __init__(self, arrow_type: pa.DataType, nullable: bool | None = None) -> None:
+        self._set(arrow_type=arrow_type, nullable=nullable)
 
     def __repr__(self) -> str:
         return f"ArrowType({self.arrow_type!r}, nullable={self.nullable})"
 
 
-class Transient:
+class Transient(_Record):
     """Annotated marker: this field is not serialised and takes its default when read."""
 
     __slots__ = ()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Transient)
-
-    def __hash__(self) -> int:
-        return hash(Transient)
 
 
 class IpcValidation(enum.Enum):
@@ -3774,31 +3760,7 @@ class TransportKind(enum.StrEnum):
     TCP = "tcp"
 
 
-class _CtxRecord:
-    """Base of immutable records: equal by value, picklable. `__match_args__` names the constructor's arguments."""
-
-    __slots__ = ()
-    __match_args__: tuple[str, ...] = ()
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"{type(self).__name__} is frozen")
-
-    def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"{type(self).__name__} is frozen")
-
-    def __eq__(self, other: object) -> bool:
-        if type(other) is not type(self):
-            return NotImplemented
-        return self.__reduce__() == other.__reduce__()
-
-    def __hash__(self) -> int:
-        return hash(self.__reduce__())
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), tuple(getattr(self, name) for name in self.__match_args__)
-
-
-class AuthContext(_CtxRecord):
+class AuthContext(_Record):
     """Who calls; immutable. Claims never show in the repr."""
 
     __slots__ = ("authenticated", "claims", "domain", "principal")
@@ -3815,11 +3777,8 @@ class AuthContext(_CtxRecord):
         principal: str | None = None,
         claims: Mapping[str, Any] = types.MappingProxyType({}),
     ) -> None:
-        object.__setattr__(self, "domain", domain)
-        object.__setattr__(self, "authenticated", authenticated)
-        object.__setattr__(self, "principal", principal)
-        # A copy, read-only: `anonymous()` is shared, and nobody may give it claims.
-        object.__setattr__(self, "claims", types.MappingProxyType(dict(claims)))
+        own = types.MappingProxyType(dict(claims))  # `anonymous()` is shared, and nobody may give it claims
+        self._set(domain=domain, authenticated=authenticated, principal=principal, claims=own)
 
     @classmethod
     def anonymous(cls) -> AuthContext:
@@ -4146,7 +4105,7 @@ class BatchStore(Protocol):
         ...
 
 
-class ExternalRef(_CtxRecord):
+class ExternalRef(_Record):
     """A result that has been published already; a unary method declared `-> T | ExternalRef` may return it.
 
     ValueError for an empty URL, or a digest that is not 64 hex digits. The URL may be a credential: it is not in the
@@ -4163,8 +4122,7 @@ class ExternalRef(_CtxRecord):
             raise ValueError("an ExternalRef needs a URL")
         if sha256 is not None and not re.fullmatch("[0-9A-Fa-f]{64}", sha256):
             raise ValueError("sha256 must be 64 hex digits")
-        object.__setattr__(self, "url", url)
-        object.__setattr__(self, "sha256", None if sha256 is None else sha256.lower())
+        self._set(url=url, sha256=None if sha256 is None else sha256.lower())
 
     def pointer_batch(self, schema: pa.Schema) -> tuple[pa.RecordBatch, pa.KeyValueMetadata]:
         """Return what travels in place of the result."""
@@ -4194,7 +4152,7 @@ def is_external_location_batch(
 
 
 # ==== 8. METHODS ======================================================================================================
-# Uses: 1, 2, 3, 4, 7. A Protocol class becomes a table of methods; what a stream method returns and works with; the
+# Uses: 1, 3, 4, 7. A Protocol class becomes a table of methods; what a stream method returns and works with; the
 # hash that tells two contracts apart (types.md section 2, runtime.md section 3, wire.md sections 7.1 and 9.4).
 #
 # A stream method returns a Stream: an output schema and a state. Each input batch is one turn: the state's `process`
@@ -4511,7 +4469,7 @@ def _methods_is_exchange(state: Any) -> bool | None:
 # ---- streams
 
 
-class AnnotatedBatch(_CtxRecord):
+class AnnotatedBatch(_Record):
     """A batch with its custom metadata; immutable. Speaks the Arrow PyCapsule interface."""
 
     __slots__ = ("_shared", "batch", "custom_metadata")
@@ -4630,7 +4588,7 @@ else:
     _H = TypeVar("_H", covariant=True)
 
 
-class Stream(_CtxRecord, Generic[_S, _H]):
+class Stream(_Record, Generic[_S, _H]):
     """What a stream method returns: `Stream[State]`, or `Stream[State, Header]`; immutable (API.md section 2.5).
 
     Args:
@@ -4657,11 +4615,9 @@ class Stream(_CtxRecord, Generic[_S, _H]):
         header: _H | None = None,
         call_state: ArrowSerializableDataclass | None = None,
     ) -> None:
-        object.__setattr__(self, "output_schema", output_schema)
-        object.__setattr__(self, "state", state)
-        object.__setattr__(self, "input_schema", input_schema)
-        object.__setattr__(self, "header", header)
-        object.__setattr__(self, "call_state", call_state)
+        self._set(
+            output_schema=output_schema, state=state, input_schema=input_schema, header=header, call_state=call_state
+        )
 
     @classmethod
     def from_arrow(cls, obj: Any, *, header: Any = None) -> Stream[Any, Any]:
@@ -6850,7 +6806,7 @@ def _transport_unlink_unix(path: str, inode: int) -> None:
 
 
 # ==== 11. DESCRIBE ====================================================================================================
-# Uses: 1, 2, 3, 4, 5, 8. A service tells what it offers (wire.md section 9): the protocol `vgi_rpc.Reflection.v1`,
+# Uses: 1, 2, 4, 5, 8. A service tells what it offers (wire.md section 9): the protocol `vgi_rpc.Reflection.v1`,
 # hosted like any other, and the table of the older `__describe__` (appendix B). Types and nullability travel as
 # schemas; defaults, docstrings and Python types do not. The classes of the wire are dataclasses and made at first use,
 # because importing `dataclasses` would double the import time of this file.
@@ -6863,67 +6819,36 @@ STREAM_KINDS: Final = ("unknown", "producer", "exchange")
 @functools.cache
 def _describe_wire() -> types.SimpleNamespace:
     """Make the Reflection Protocol and its dataclasses (wire.md section 9.2)."""
-    summary = _describe_record(
-        "ProtocolSummary",
-        [
-            ("protocol", str),
-            ("protocol_version", str),
-            ("protocol_hash", str),
-            ("deprecated", bool),
-            ("deprecation_message", str),
-            ("features", list[str]),
-        ],
-    )
-    hosted = _describe_record(
-        "ProtocolList",
-        [
-            ("server_id", str),
-            ("server_version", str),
-            ("request_version", str),
-            ("protocols", list[summary]),  # type: ignore[valid-type]
-        ],
-    )
-    method = _describe_record(
-        "MethodInfo",
-        [
-            ("name", str),
-            ("method_type", str),
-            ("has_return", bool),
-            ("has_header", bool),
-            ("stream_kind", str),
-            ("params_schema_ipc", bytes),
-            ("result_schema_ipc", bytes),
-            ("header_schema_ipc", bytes),
-            ("idempotency", str, "unknown"),
-            ("deprecated", bool, False),
-            ("deprecation_message", str, ""),
-        ],
-    )
-    service = _describe_record(
-        "WireServiceDescription",
-        [
-            ("protocol", str),
-            ("protocol_version", str),
-            ("protocol_hash", str),
-            ("deprecated", bool),
-            ("deprecation_message", str),
-            ("features", list[str]),
-            ("methods", list[method]),  # type: ignore[valid-type]
-        ],
-    )
+    common = {
+        "protocol": str,
+        "protocol_version": str,
+        "protocol_hash": str,
+        "deprecated": bool,
+        "deprecation_message": str,
+        "features": list[str],
+    }
+    summary = _describe_record("ProtocolSummary", common)
+    server = {"server_id": str, "server_version": str, "request_version": str}
+    hosted = _describe_record("ProtocolList", {**server, "protocols": list[summary]})  # type: ignore[valid-type]
+    method = {"name": str, "method_type": str, "has_return": bool, "has_header": bool, "stream_kind": str}
+    method |= {"params_schema_ipc": bytes, "result_schema_ipc": bytes, "header_schema_ipc": bytes}
+    info = _describe_record("MethodInfo", method, idempotency="unknown", deprecated=False, deprecation_message="")
+    service = _describe_record("WireServiceDescription", {**common, "methods": list[info]})  # type: ignore[valid-type]
     return types.SimpleNamespace(
         ProtocolSummary=summary,
         ProtocolList=hosted,
-        MethodInfo=method,
+        MethodInfo=info,
         WireServiceDescription=service,
         Reflection=_describe_protocol_class(hosted, service),
     )
 
 
-def _describe_record(name: str, fields: list[tuple[Any, ...]]) -> Any:
+def _describe_record(name: str, fields: Mapping[str, Any], **optional: object) -> Any:
+    """A dataclass of the wire: fields with their types, then those that have a default."""
     import dataclasses
 
-    made = dataclasses.make_dataclass(name, fields, bases=(ArrowSerializableDataclass,), frozen=True)
+    every: list[Any] = [*fields.items(), *((field, type(value), value) for field, value in optional.items())]
+    made = dataclasses.make_dataclass(name, every, bases=(ArrowSerializableDataclass,), frozen=True)
     made.__module__ = __name__
     return made
 
@@ -7097,7 +7022,7 @@ class ReflectionNotSupportedError(RpcError):
     @classmethod
     def from_rpc_error(cls, error: RpcError) -> ReflectionNotSupportedError:
         """Return the error with all its fields kept."""
-        found = cls(
+        return cls(
             error.error_type,
             error.error_message if "enable_describe" in error.error_message else error.error_message + _DESCRIBE_HINT,
             error.remote_traceback,
@@ -7106,7 +7031,6 @@ class ReflectionNotSupportedError(RpcError):
             error_kind=error.error_kind,
             error_details=error.error_details,
         )
-        return found
 
 
 def _describe_hosted(hosted: Any) -> list[HostedProtocol]:
@@ -10494,7 +10418,7 @@ class WorkerPool:
 
 
 # ==== 15. FRONT DOOR ==================================================================================================
-# Uses: 2, 3, 4, 7, 8, 10, 12, 13. Ways in: connect to a service, or serve one (API.md sections 2.2, 2.3, 8.2). The
+# Uses: 3, 4, 10, 12, 13. Ways in: connect to a service, or serve one (API.md sections 2.2, 2.3, 8.2). The
 # only room, with the command line, that knows every transport.
 #
 #   connect, unix_connect, tcp_connect                a client of a service elsewhere
@@ -10535,13 +10459,9 @@ def connect(
     ...     calc.add(1.0, 2.0)
     3.0
     """
-
-    def spawn() -> SubprocessTransport:
-        return SubprocessTransport(cmd, stderr=stderr, stderr_logger=stderr_logger)
-
+    spawn = functools.partial(SubprocessTransport, cmd, stderr=stderr, stderr_logger=stderr_logger)
     options = _ClientOptions(on_log, ipc_validation, timeout, store=external_location)
-    with _door_client(protocol, spawn, options, reconnect, limits, shm_size) as proxy:
-        yield proxy
+    yield from _door_client(protocol, spawn, options, reconnect, limits, shm_size)
 
 
 @_client_door
@@ -10565,13 +10485,9 @@ def unix_connect(
     ...     calc.add(1.0, 2.0)
     3.0
     """
-
-    def dial() -> UnixTransport:
-        return _door_dial_unix(path, timeout)
-
+    dial = functools.partial(_door_dial_unix, path, timeout)
     options = _ClientOptions(on_log, ipc_validation, timeout, store=external_location)
-    with _door_client(protocol, dial, options, reconnect, limits, shm_size) as proxy:
-        yield proxy
+    yield from _door_client(protocol, dial, options, reconnect, limits, shm_size)
 
 
 @_client_door
@@ -10603,15 +10519,11 @@ def tcp_connect(
     if connect_timeout is not None and connect_timeout <= 0:
         raise ValueError(f"connect_timeout must be positive or None, got {connect_timeout}")
 
-    def dial() -> TcpTransport:
-        return _door_dial_tcp(host, port, connect_timeout, tls_context, server_hostname)
-
+    dial = functools.partial(_door_dial_tcp, host, port, connect_timeout, tls_context, server_hostname)
     options = _ClientOptions(on_log, ipc_validation, timeout, store=external_location)
-    with _door_client(protocol, dial, options, reconnect, limits) as proxy:
-        yield proxy
+    yield from _door_client(protocol, dial, options, reconnect, limits)
 
 
-@contextlib.contextmanager
 def _door_client(
     protocol: Any,
     dial: Callable[[], Any],
@@ -10714,8 +10626,7 @@ def serve_pipe(
     3.0
     """
     options = _ClientOptions(on_log, timeout=timeout, store=external_location)
-    with _door_in_process(protocol, implementation, make_pipe_pair(), options, ipc_validation) as proxy:
-        yield proxy
+    yield from _door_in_process(protocol, implementation, make_pipe_pair(), options, ipc_validation)
 
 
 @_client_door
@@ -10729,8 +10640,7 @@ def _door_serve_unix_pipe(
     external_location: BatchStore | None = None,
 ) -> Iterator[Any]:
     options = _ClientOptions(on_log, timeout=timeout, store=external_location)
-    with _door_in_process(protocol, implementation, make_unix_pair(), options, ipc_validation) as proxy:
-        yield proxy
+    yield from _door_in_process(protocol, implementation, make_unix_pair(), options, ipc_validation)
 
 
 @_client_door
@@ -10750,11 +10660,9 @@ def serve_tcp_pipe(
     3.0
     """
     options = _ClientOptions(on_log, timeout=timeout, store=external_location)
-    with _door_in_process(protocol, implementation, make_tcp_pair(), options, ipc_validation) as proxy:
-        yield proxy
+    yield from _door_in_process(protocol, implementation, make_tcp_pair(), options, ipc_validation)
 
 
-@contextlib.contextmanager
 def _door_in_process(
     protocol: Any,
     implementation: object,
@@ -10801,8 +10709,7 @@ def serve_stdio(server: RpcServer) -> None:
     becomes stderr and descriptor 0 the null device.
     """
     transport = _transport_stdio()
-    if _LOG_WIRE_TRANSPORT.isEnabledFor(logging.DEBUG):
-        _LOG_WIRE_TRANSPORT.debug("serve_stdio: server_id=%s", server.server_id)
+    _LOG_WIRE_TRANSPORT.debug("serve_stdio: server_id=%s", server.server_id)
     try:
         server.serve(transport)
     finally:
@@ -10861,8 +10768,7 @@ def serve_unix(
         exc.add_note(f"cannot listen on {path}; choose another path, of at most 107 bytes in a directory that exists")
         raise
     inode, owner = os.stat(path).st_ino, os.getpid()
-    if _LOG_WIRE_TRANSPORT.isEnabledFor(logging.DEBUG):
-        _LOG_WIRE_TRANSPORT.debug("serve_unix: server_id=%s, path=%s", server.server_id, path)
+    _LOG_WIRE_TRANSPORT.debug("serve_unix: server_id=%s, path=%s", server.server_id, path)
 
     def handle(sock: socket.socket) -> None:
         server.serve(UnixTransport(sock))
@@ -10944,8 +10850,7 @@ def serve_tcp(
         raise
     with listening as listener:
         bound = listener.getsockname()[1]
-        if _LOG_WIRE_TRANSPORT.isEnabledFor(logging.DEBUG):
-            _LOG_WIRE_TRANSPORT.debug("serve_tcp: server_id=%s, address=%s:%d", server.server_id, host, bound)
+        _LOG_WIRE_TRANSPORT.debug("serve_tcp: server_id=%s, address=%s:%d", server.server_id, host, bound)
 
         def handle(sock: socket.socket) -> None:
             if tls_context is not None:
@@ -11171,18 +11076,25 @@ def _door_host_port(text: str) -> tuple[str, int]:
     return host.strip("[]") or "127.0.0.1", int(port)
 
 
-def _door_parser(prog: str | None = None) -> Any:
-    """The flags of a worker (runtime.md section 10); the environment gives defaults."""
-    import argparse
+_DOOR_FLAGS: tuple[tuple[str, type, Any, str], ...] = (
+    ("max-response-bytes", int, None, "HTTP: decoded bytes of a response"),
+    ("max-externalized-response-bytes", int, None, "HTTP: bytes that a response may keep in the external store"),
+    ("workers", int, 1, "sockets: this many processes"),
+    ("idle-timeout", float, 300.0, "sockets: exit this long after the last client; 0 never"),
+    ("max-connections", int, 64, "sockets: at most this many at a time; 0 unlimited"),
+    ("access-log", str, None, "file of JSON lines; {pid} {server_id}"),
+    ("access-log-max-bytes", int, None, "rotate above this size"),
+    ("access-log-backup-count", int, 5, "rotated files to keep"),
+    ("access-log-when", str, None, "rotate by time: S M H D MIDNIGHT W0-W6"),
+    ("access-log-max-record-bytes", int, 1_048_576, "cut longer records"),
+    ("access-log-queue-size", int, 10_000, "records that may wait when asynchronous"),
+    ("access-log-sample", float, 1.0, "fraction of successful calls to record"),
+)
 
-    def env(name: str, default: Any, convert: Callable[[str], Any]) -> Any:
-        raw = os.environ.get(f"VGI_RPC_{name}")
-        if not raw:
-            return default
-        try:
-            return convert(raw)
-        except ValueError:
-            raise SystemExit(f"VGI_RPC_{name}={raw!r} is not a valid {convert.__name__}") from None
+
+def _door_parser(prog: str | None = None) -> Any:
+    """The flags of a worker (runtime.md section 10)."""
+    import argparse
 
     parser = argparse.ArgumentParser(prog=prog, description="Serve over stdio, a Unix socket or TCP.")
     where = parser.add_mutually_exclusive_group()
@@ -11191,51 +11103,28 @@ def _door_parser(prog: str | None = None) -> Any:
     where.add_argument("--http", action="store_true", help="serve over HTTP (needs the http extra)")
     parser.add_argument("--host", default="127.0.0.1", help="HTTP: the address to listen on")
     parser.add_argument("--port", type=int, default=0, metavar="N", help="HTTP: the port, 0 for any")
-    for name, text in (
-        ("response", "decoded bytes of a response"),
-        ("externalized-response", "bytes that a response may keep in the external store"),
-    ):
-        cap = env(f"MAX_{name.upper().replace('-', '_')}_BYTES", None, int)
-        parser.add_argument(f"--max-{name}-bytes", type=int, metavar="N", default=cap, help=f"HTTP: {text}")
     parser.add_argument("--describe", action="store_true", help="let clients ask what the service offers")
-    parser.add_argument(
-        "--threaded", action=argparse.BooleanOptionalAction, default=True, help="sockets: a thread each"
-    )
-    parser.add_argument(
-        "--workers", type=int, metavar="N", default=env("WORKERS", 1, int), help="sockets: this many processes"
-    )
-    parser.add_argument(
-        "--idle-timeout",
-        type=float,
-        metavar="S",
-        default=env("IDLE_TIMEOUT", 300.0, float),
-        help="sockets: exit this long after the last client; 0 never",
-    )
-    parser.add_argument(
-        "--max-connections",
-        type=int,
-        metavar="N",
-        default=env("MAX_CONNECTIONS", 64, int),
-        help="sockets: at most this many at a time; 0 unlimited",
-    )
-    parser.add_argument(
-        "--access-log", metavar="FILE", default=env("ACCESS_LOG", None, str), help="JSON lines; {pid} {server_id}"
-    )
-    for flag, kind, default, text in _DOOR_ACCESS_LOG_FLAGS:
-        name = f"ACCESS_LOG_{flag.upper().replace('-', '_')}"
-        parser.add_argument(f"--access-log-{flag}", type=kind, default=env(name, default, kind), help=text)
-    parser.add_argument("--access-log-async", action="store_true", default=env("ACCESS_LOG_ASYNC", False, _door_flag))
+    threaded = argparse.BooleanOptionalAction
+    parser.add_argument("--threaded", action=threaded, default=True, help="sockets: a thread each")
+    for flag, kind, default, text in _DOOR_FLAGS:
+        metavar = {int: "N", float: "X", str: "TEXT"}[kind]
+        default = _door_env(flag, default, kind)
+        parser.add_argument(f"--{flag}", type=kind, metavar=metavar, default=default, help=text)
+    in_thread = _door_env("access-log-async", False, _door_flag)
+    parser.add_argument("--access-log-async", action="store_true", default=in_thread, help="write from a thread")
     return parser
 
 
-_DOOR_ACCESS_LOG_FLAGS: tuple[tuple[str, type, Any, str], ...] = (
-    ("max-bytes", int, None, "rotate above this size"),
-    ("backup-count", int, 5, "rotated files to keep"),
-    ("when", str, None, "rotate by time: S M H D MIDNIGHT W0-W6"),
-    ("max-record-bytes", int, 1_048_576, "cut longer records"),
-    ("queue-size", int, 10_000, "records that may wait when asynchronous"),
-    ("sample", float, 1.0, "fraction of successful calls to record"),
-)
+def _door_env(flag: str, default: Any, convert: Callable[[str], Any]) -> Any:
+    """The default of a flag: `--max-connections` has the variable VGI_RPC_MAX_CONNECTIONS."""
+    name = f"VGI_RPC_{flag.upper().replace('-', '_')}"
+    raw = os.environ.get(name)
+    if not raw:
+        return default
+    try:
+        return convert(raw)
+    except ValueError:
+        raise SystemExit(f"{name}={raw!r} is not a valid {convert.__name__}") from None
 
 
 def _door_flag(text: str) -> bool:
@@ -11271,7 +11160,7 @@ def _door_access_log(options: Any, server: RpcServer) -> Callable[[], None]:
 
 
 # ==== 16. COMMAND LINE ================================================================================================
-# Uses: 1, 2, 3, 4, 7, 8, 10, 11, 12, 13, 15. A service seen from a shell (runtime.md section 11, API.md section 8.1).
+# Uses: 2, 3, 4, 8, 10, 11, 12, 13, 15. A service seen from a shell (runtime.md section 11, API.md section 8.1).
 #
 #   main            arguments -> exit status: 0 done, 1 failed, 2 misused, 130 interrupted
 #   describe, call  ask the server what it offers, then act on that description; no Protocol class is needed
@@ -12269,9 +12158,9 @@ def _cli_demo_service() -> tuple[Any, Any]:
 
 
 # ==== 17. EXTRAS ======================================================================================================
-# Uses: 11, 16. The way to vgi_rpc_extras: names whose module needs a third-party package are found at first use.
+# Uses: 3, 11, 12, 16. The way to vgi_rpc_extras: names whose module needs a third-party package are found at first use.
 #
-#   vgi_rpc.http_connect       __getattr__ -> _extras_load("http") -> vgi_rpc_extras.http, bound to this module
+#   vgi_rpc.http_connect       _extras_get -> _extras_load("http") -> vgi_rpc_extras.http, bound to this module
 #   which folder               the one beside this file (`<own package>.vgi_rpc_extras`), else the installed one
 #   something is missing       ImportError: the name, the missing package, what to install
 #   a broken extra             its own error; never "not installed"
@@ -12327,55 +12216,43 @@ if TYPE_CHECKING:  # what __getattr__ gives
     from typing import Any as Reflection
     from typing import Any as WireServiceDescription
 
+# Module of vgi_rpc_extras: the pip extra, the third-party modules it imports, the names it gives.
 _EXTRAS_NAMES: Final = {
     "http": (
         "http",
+        "",
         "http_connect http_introspect http_capabilities AuthenticationError HttpRetryConfig HttpServerCapabilities"
         " HttpStreamSession HttpTransientError MAX_REQUEST_BYTES_HEADER MAX_UPLOAD_BYTES_HEADER UPLOAD_URL_HEADER"
         " request_upload_urls",
     ),
-    "http.server": ("http", "make_wsgi_app"),
-    "http.serve": ("http", "serve_http"),
-    "http.testing": ("http", "make_sync_client"),
-    "auth.bearer": ("http", "bearer_authenticate bearer_authenticate_static chain_authenticate"),
-    "auth.jwt": ("oauth", "jwt_authenticate"),
+    "http.server": ("http", "falcon cryptography", "make_wsgi_app"),
+    "http.serve": ("http", "falcon cryptography waitress", "serve_http"),
+    "http.testing": ("http", "falcon cryptography", "make_sync_client"),
+    "auth.bearer": ("http", "", "bearer_authenticate bearer_authenticate_static chain_authenticate"),
+    "auth.jwt": ("oauth", "joserfc httpx", "jwt_authenticate"),
     "auth.oauth": (
         "oauth",
+        "httpx",
         "OAuthResourceMetadata OAuthResourceMetadataResponse fetch_oauth_metadata http_oauth_metadata"
         " parse_resource_metadata_url",
     ),
     "storage": (
         "external",
+        "httpx",
         "ClientExternalConfig Compression ExternalLocationConfig ExternalStorage FetchConfig ServerExternalConfig"
         " UploadUrl UploadUrlProvider fetch_url https_only_validator maybe_externalize_batch"
         " maybe_externalize_collector predict_externalize_bytes_for_batch predict_externalize_bytes_for_collector"
         " publish_external redact_url",
     ),
-    "storage.s3": ("s3", "S3Storage"),
-    "storage.gcs": ("gcs", "GCSStorage"),
-    "otel": ("otel", "OtelConfig instrument_client instrument_server instrument_store"),
-    "sentry": ("sentry", "SentryConfig instrument_server_sentry"),
-    "access_log": ("", "configure_access_log AccessLogSampler DroppingQueueHandler"),
-    "tools.stub": ("", "generate_stub protocol_from_description"),
+    "storage.s3": ("s3", "boto3", "S3Storage"),
+    "storage.gcs": ("gcs", "google.cloud.storage", "GCSStorage"),
+    "otel": ("otel", "opentelemetry.trace", "OtelConfig instrument_client instrument_server instrument_store"),
+    "sentry": ("sentry", "sentry_sdk", "SentryConfig instrument_server_sentry"),
+    "access_log": ("", "", "configure_access_log AccessLogSampler DroppingQueueHandler"),
+    "tools.stub": ("", "", "generate_stub protocol_from_description"),
 }
 _EXTRAS_WHERE: Final = {
-    name: (module, extra) for module, (extra, names) in _EXTRAS_NAMES.items() for name in names.split()
-}
-_EXTRAS_NEEDS: Final = {
-    "http": "",
-    "http.server": "falcon cryptography",
-    "http.serve": "falcon cryptography waitress",
-    "http.testing": "falcon cryptography",
-    "auth.bearer": "",
-    "auth.jwt": "joserfc httpx",
-    "auth.oauth": "httpx",
-    "storage": "httpx",
-    "storage.s3": "boto3",
-    "storage.gcs": "google.cloud.storage",
-    "otel": "opentelemetry.trace",
-    "sentry": "sentry_sdk",
-    "access_log": "",
-    "tools.stub": "",
+    name: (module, extra) for module, (extra, _, names) in _EXTRAS_NAMES.items() for name in names.split()
 }
 # The reflection messages of room 11: dataclasses, which are made when first asked for.
 _EXTRAS_LAZY_CORE: Final = frozenset(
@@ -12384,7 +12261,7 @@ _EXTRAS_LAZY_CORE: Final = frozenset(
 
 
 def _extras_get(name: str) -> Any:
-    """The object behind a lazy name; that of an extra is an ordinary name of this module from then on."""
+    """The module's `__getattr__`; the object of an extra is an ordinary name of this module from then on."""
     if name in _EXTRAS_LAZY_CORE:
         return getattr(_describe_wire(), name)
     if name not in _EXTRAS_WHERE:
@@ -12402,10 +12279,9 @@ def _extras_load(module: str, wanted: str, extra: str = "") -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as exc:
         missing = exc.name or ""
-        if missing.startswith(f"{package.__name__}.") and not f"{name}.".startswith(f"{missing}."):
+        inside = missing.startswith(f"{package.__name__}.") and not f"{name}.".startswith(f"{missing}.")
+        if inside or not missing:
             raise  # a fault of the extra itself
-        if not missing:
-            raise
         raise _extras_missing(wanted, missing, extra) from exc
 
 
@@ -12423,9 +12299,14 @@ def _extras_sentry(server: RpcServer) -> None:
 _server_created.append(_extras_sentry)
 
 
-def _extras_package(wanted: str, extra: str) -> Any:
+def _extras_places() -> list[str]:
+    """Where the folder may be: beside this file first."""
     own = __name__.rpartition(".")[0]
-    for name in ([f"{own}.vgi_rpc_extras"] if own else []) + ["vgi_rpc_extras"]:
+    return [f"{own}.vgi_rpc_extras", "vgi_rpc_extras"] if own else ["vgi_rpc_extras"]
+
+
+def _extras_package(wanted: str, extra: str) -> Any:
+    for name in _extras_places():
         try:
             package: Any = importlib.import_module(name)
         except ModuleNotFoundError as exc:
@@ -12439,9 +12320,8 @@ def _extras_package(wanted: str, extra: str) -> Any:
 
 def _extras_missing(wanted: str, package: str, extra: str) -> ImportError:
     distribution = f"vgi-rpc-onefile[{extra}]" if extra else "vgi-rpc-onefile"
-    alone = ""
-    if package == "vgi_rpc_extras":
-        alone = " (a lone copied file has no HTTP and no other extras: copy the folder too)"
+    hint = " (a lone copied file has no HTTP and no other extras: copy the folder too)"
+    alone = hint if package == "vgi_rpc_extras" else ""
     return ImportError(
         f"{wanted} needs the package {package!r}, which is not installed{alone}: pip install '{distribution}'",
         name=package,
@@ -12449,13 +12329,11 @@ def _extras_missing(wanted: str, package: str, extra: str) -> ImportError:
 
 
 if not TYPE_CHECKING:  # a checker would take any name for existing
-
-    def __getattr__(name: str) -> Any:
-        return _extras_get(name)
+    __getattr__ = _extras_get
 
 
 def __dir__() -> list[str]:
-    found = {module for module, needs in _EXTRAS_NEEDS.items() if _extras_can_import(module, needs)}
+    found = {module for module, (_, needs, _) in _EXTRAS_NAMES.items() if _extras_can_import(module, needs)}
     lazy = (name for name, (module, _) in _EXTRAS_WHERE.items() if module in found)
     return sorted({*globals(), *_EXTRAS_LAZY_CORE, *lazy})
 
@@ -12464,8 +12342,7 @@ def _extras_can_import(module: str, needs: str) -> bool:
     """Whether the folder has the module and its third-party packages are installed; imports none of them."""
     import importlib.util
 
-    own = __name__.rpartition(".")[0]
-    for package in ([f"{own}.vgi_rpc_extras"] if own else []) + ["vgi_rpc_extras"]:
+    for package in _extras_places():
         try:
             if importlib.util.find_spec(package) is not None:
                 names = [f"{package}.{module}", *needs.split()]

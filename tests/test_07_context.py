@@ -105,7 +105,7 @@ def test_current_auth_is_a_context_variable() -> None:
     assert core.current_auth() is core.AuthContext.anonymous()
 
 
-class Pair(core._CtxRecord):
+class Pair(core._Record):
     """A record of two fields."""
 
     __slots__ = ("left", "right")
