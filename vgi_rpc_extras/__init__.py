@@ -71,15 +71,18 @@ def load(package: str, module: str, name: str, extra: str) -> Any:
 def _beside() -> ModuleType:
     name = f"{__name__.rpartition('.')[0]}.vgi_rpc".lstrip(".")
     try:
-        return importlib.import_module(name)
+        found = importlib.import_module(name)
     except ModuleNotFoundError as exc:
         if exc.name != name:
             raise
-        raise ImportError(
-            f"vgi_rpc_extras is not bound to a core, and there is no module {name}: copy vgi_rpc.py beside this folder,"
-            " or reach the extra through your copy of it",
-            name=name,
-        ) from exc
+    else:
+        if getattr(found, "__file__", None):  # else it is the wheel's folder that marks the module as typed
+            return found
+    raise ImportError(
+        f"vgi_rpc_extras is not bound to a core, and there is no module {name}: copy vgi_rpc.py beside this folder,"
+        " or reach the extra through your copy of it",
+        name=name,
+    )
 
 
 def _name(module: ModuleType) -> str:
