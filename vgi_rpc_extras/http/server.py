@@ -84,10 +84,16 @@ def _failure_counter(config: OtelConfig | None, server: core.RpcServer) -> Calla
 
 
 class HttpApp(falcon.App[Any, Any]):
-    """The application; `door.draining = True` makes it answer 503 to what comes from then on."""
+    """The application, and what whoever serves it needs of it."""
 
     door: _Door
     sessions: Sessions | None = None
+
+    def drain(self) -> None:
+        """From now on new requests get 503 and no sessions are opened; open ones go on. Safe in a signal handler."""
+        if self.sessions is not None:
+            self.sessions.drain()
+        self.door.draining = True
 
 
 def make_wsgi_app(
