@@ -6,6 +6,7 @@
         calc.add(1.0, 2.0)
 
     _connection.py    bytes: one request, one response
+    session_view.py   what requests of a sticky session carry besides, and what their responses say of it
     HttpTransport     what the status, the headers and the coding of a response mean
     HttpStreamSession how a stream goes on from request to request: the server's state travels in tokens
 

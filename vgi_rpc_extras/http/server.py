@@ -382,7 +382,7 @@ class _Door:
         env, context = req.env, req.context
         wanted = env.get("HTTP_X_REQUEST_ID")
         context.request_id = wanted if wanted and _REQUEST_ID.match(wanted) else os.urandom(8).hex()
-        if self.draining and self._refused(req):
+        if self.draining and not self._may_go_on(req):
             raise falcon.HTTPServiceUnavailable(
                 description="this server is shutting down", headers={"Retry-After": "1"}
             )
@@ -391,11 +391,11 @@ class _Door:
             raise too_large(self.max_request)
         self._guard.process_request(req, resp)
 
-    def _refused(self, req: falcon.Request) -> bool:
-        """What is not answered while draining: health tells of it itself, and open sessions go on."""
+    def _may_go_on(self, req: falcon.Request) -> bool:
+        """What is answered while draining, too: health tells of it itself, and open sessions go on."""
         if req.path == self.health and req.method != "OPTIONS":
-            return False
-        return not (self._sticky and ("HTTP_VGI_SESSION" in req.env or "HTTP_VGI_SESSION_ACCEPT" in req.env))
+            return True
+        return self._sticky and ("HTTP_VGI_SESSION" in req.env or "HTTP_VGI_SESSION_ACCEPT" in req.env)
 
     def process_resource(
         self, req: falcon.Request, resp: falcon.Response, resource: object, params: dict[str, Any]

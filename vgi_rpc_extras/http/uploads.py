@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import time
@@ -50,9 +51,7 @@ def request_upload_urls(
 
     Raises RpcError with the error type NotSupported when the server has none to give.
     """
-    import contextlib
-
-    from .client import HttpTransport
+    from .client import HttpTransport  # here, so that a server need not load the client
 
     transport = HttpTransport(
         base_url,
