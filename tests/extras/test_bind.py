@@ -80,7 +80,7 @@ def lay(place: Path, *names: str) -> None:
         if name.endswith("vgi_rpc_extras"):
             shutil.copytree(ROOT / "vgi_rpc_extras", place / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copyfile(core.__file__, place / f"{name}.py")
+            shutil.copyfile(str(core.__file__), place / f"{name}.py")
 
 
 def outcome(place: Path, code: str) -> tuple[int, str]:

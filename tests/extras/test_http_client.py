@@ -19,12 +19,15 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 import pytest
 
-from tests.core import core
+if TYPE_CHECKING:
+    import vgi_rpc as core
+else:
+    from tests.core import core
 
 httpx = pytest.importorskip("httpx", reason="the http extra: pip install 'vgi-rpc-onefile[http]'")
 client = core._extras_load("http.client", "http_connect", "http")

@@ -150,7 +150,7 @@ def test_waitress_takes_little_more_than_the_application() -> None:
 
 
 def test_granian_keeps_its_port() -> None:
-    reserved = extra("serve")._reserve("127.0.0.1", 0)
+    reserved = extra("_listener").reserve("127.0.0.1", 0)
     with reserved:
         port = reserved.getsockname()[1]
         with pytest.raises(OSError):

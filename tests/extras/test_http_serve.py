@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import http.client
 import os
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -245,6 +247,18 @@ def test_threads_from_the_environment(threads: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("VGI_HTTP_THREADS", threads)
     with pytest.raises(SystemExit, match="VGI_HTTP_THREADS"):
         core.serve_http(make_server())
+
+
+@pytest.mark.parametrize("server", ["waitress", "granian"])
+@pytest.mark.parametrize("port", [99_999, -1])
+def test_a_port_that_is_none(server: str, port: int) -> None:
+    pytest.importorskip(server)
+    with warnings.catch_warnings(record=True) as caught:  # a socket that is left open says so when it is collected
+        warnings.simplefilter("always")
+        with pytest.raises(ValueError, match=rf"port must be within 0\.\.65535, got {port}"):
+            core.serve_http(make_server(), port=port, wsgi_server=server, token_key=bytes(32))
+        gc.collect()
+    assert [str(warning.message) for warning in caught] == []
 
 
 # ---- behind a proxy

@@ -153,7 +153,8 @@ def signer() -> Any:
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
     info = {"client_email": "a@b.example", "token_uri": "https://t.example", "private_key": pem, "type": "x"}
-    return service_account.Credentials.from_service_account_info(info)
+    credentials: Any = service_account.Credentials
+    return credentials.from_service_account_info(info)
 
 
 def gcs(signer: Any, endpoint: str | None = None) -> Any:

@@ -117,7 +117,7 @@ def connected(transport: str, config: Any, impl: Any = None, on_log: Any = None)
 
         client = make_sync_client(core.RpcServer(Service, impl, external_location=config))
         return http_connect(Service, client=client, external_location=config, on_log=on_log)
-    door = {"pipe": core.serve_pipe, "unix": core.serve_unix_pipe, "tcp": core.serve_tcp_pipe}[transport]
+    door: Any = {"pipe": core.serve_pipe, "unix": core.serve_unix_pipe, "tcp": core.serve_tcp_pipe}[transport]
     return door(Service, impl, external_location=config, on_log=on_log)
 
 
@@ -262,7 +262,7 @@ def test_bad_objects_in_a_stream(store: Store) -> None:
             with pytest.raises(core.RpcError, match="a stream is open"):
                 proxy.blob(1)
         finally:
-            del store.upload  # type: ignore[method-assign]
+            del store.upload
         assert session.tick().batch.num_rows == 5000  # in step: only that batch is lost
         session.close()
         assert proxy.blob(5) == b"xxxxx"
@@ -421,7 +421,7 @@ def test_a_server_does_not_reach_inside_unless_allowed(store: Store) -> None:
         ({"url_validator": lambda url: None, "private_addresses": False}, "no public address"),
         ({"url_validator": lambda url: None}, "after 3 attempts"),
     ):
-        config = storage.ServerExternalConfig(retry_delay_seconds=0, **options)  # type: ignore[arg-type]
+        config = storage.ServerExternalConfig(retry_delay_seconds=0, **options)
         with pytest.raises(core.RpcError, match=text) as caught:
             ask(core.RpcServer(Service, Impl(), external_location=config), request)
         assert "hunter2" not in str(caught.value)
@@ -481,7 +481,7 @@ def test_a_bare_reference_has_no_schema() -> None:
 
         method.__annotations__["return"] = annotation
         with pytest.raises(TypeError, match=r"T \| ExternalRef"):
-            core.rpc_methods(type("P", (Protocol,), {"m": method}))  # type: ignore[arg-type]
+            core.rpc_methods(type("P", (Protocol,), {"m": method}))
     info = core.rpc_methods(Service)["published"]
     assert info.result_type is bytes and info.returns_ref and info.result_schema == RESULT
 
@@ -542,7 +542,7 @@ def test_the_command_line_fetches_and_shows_how_far_it_is(store: Store, monkeypa
             return True
 
     shown = Terminal()
-    monkeypatch.setattr(core.sys, "stderr", shown)
+    monkeypatch.setattr(sys, "stderr", shown)
     strict = core._CliStore()
     with pytest.raises(core.ExternalLocationError, match="only https"):
         strict.load(store.add("a", GOOD), None, None)

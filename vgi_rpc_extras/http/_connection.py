@@ -1,4 +1,4 @@
-# Needs: the standard library only. Used by the client.
+# Needs: pyarrow only. Used by client.py.
 """HTTP/1.1 as the client needs it: whole requests and whole responses, over three kinds of clients.
 
     PooledSender   kept-alive sockets of our own to one origin: the default, because an RPC call is mostly HTTP library
@@ -19,13 +19,14 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 
 from .. import core as _bound_core
+from .names import TOKEN
 
 if TYPE_CHECKING:
     import vgi_rpc as core
@@ -44,7 +45,6 @@ _JOIN = 65_536  # bodies up to here travel in the same write as the head
 _READ = 65_536  # bytes of one read when the size is not known
 _READ_BODY = 1 << 20
 _STATUS = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\r\n\0]*)?")
-_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _DIGITS = re.compile(r"[0-9]{1,18}")
 
 
@@ -80,6 +80,16 @@ class Sender(Protocol):
     def close(self) -> None:
         """Let go of what this sender owns; idempotent."""
         ...
+
+
+def deadline_of(timeout: float | None) -> float | None:
+    """The monotonic time at which `timeout` seconds from now have passed; None: never."""
+    return None if timeout is None else time.monotonic() + timeout
+
+
+def closed() -> core.ConnectionLostError:
+    """The error of a request after `close()`."""
+    return core.ConnectionLostError("this connection is closed; connect again", sent="no")
 
 
 def lost(exc: BaseException, doing: str, sent: Sent) -> core.RpcError:
@@ -201,7 +211,7 @@ class PooledSender:
         while True:
             with self._lock:
                 if self._closed:
-                    raise core.ConnectionLostError("this connection is closed; connect again", sent="no")
+                    raise closed()
                 if not self._idle:
                     return None
                 connection = self._idle.pop()
@@ -222,7 +232,7 @@ class PooledSender:
                 self._live.add(connection)
                 return connection
         connection.close()
-        raise core.ConnectionLostError("this connection is closed; connect again", sent="no")
+        raise closed()
 
     def _give_back(self, connection: _Connection) -> None:
         with self._lock:
@@ -340,22 +350,20 @@ class _Connection:
         return Response(status, headers, body), keep
 
     def _read_head(self) -> tuple[int, int, dict[str, str]]:
-        while (end := self._buf.find(b"\r\n\r\n")) < 0:
-            if len(self._buf) > _MAX_HEAD:
-                raise _Malformed(f"the response's headers have more than {_MAX_HEAD} bytes")
+        while (end := self._buf.find(b"\r\n\r\n")) < 0 and len(self._buf) <= _MAX_HEAD:
             if not b"HTTP/1.".startswith(self._buf[:7]):
                 arrow = self._buf.startswith(b"\xff\xff\xff\xff"[: len(self._buf)])
                 hint = " (bytes of a --tcp worker, whose client is tcp_connect)" * arrow
                 raise _Malformed(f"not an HTTP/1.1 response: {self._buf[:16]!r}{hint}")
             self._more()
-        if end > _MAX_HEAD:
+        if not 0 <= end <= _MAX_HEAD:
             raise _Malformed(f"the response's headers have more than {_MAX_HEAD} bytes")
         first, *lines = self._buf[:end].split(b"\r\n")
         self._buf = self._buf[end + 4 :]
         match = _STATUS.fullmatch(first)
         if match is None:
             raise _Malformed(f"not an HTTP/1.1 response: {first[:16]!r}")
-        return int(match[1]), int(match[2]), _parse_headers(lines)
+        return int(match[1]), int(match[2]), _join_headers(map(_parse_header, lines))
 
     def _read_chunks(self, limit: int) -> bytes | None:
         chunks, total = [], 0
@@ -426,10 +434,7 @@ class _Connection:
 
     def _arm(self) -> None:
         if self._deadline is not None:
-            left = self._deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError("its timeout has passed")
-            self._sock.settimeout(left)
+            self._sock.settimeout(_left(self._deadline))
 
 
 def _tune(sock: socket.socket) -> None:
@@ -441,26 +446,44 @@ def _tune(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def _parse_headers(lines: list[bytes]) -> dict[str, str]:
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("its timeout has passed")
+    return left
+
+
+def _parse_header(line: bytes) -> tuple[str, str]:
+    name, colon, value = line.decode("latin-1").partition(":")
+    if not colon or TOKEN.fullmatch(name) is None:
+        raise _Malformed(f"not a header line: {line[:40]!r}")
+    return name, value.strip(" \t")
+
+
+def _join_headers(items: Iterable[tuple[str, str]]) -> dict[str, str]:
     found: dict[str, str] = {}
-    for line in lines:
-        name, colon, value = line.partition(b":")
-        if not colon or _NAME.fullmatch(name) is None:
-            raise _Malformed(f"not a header line: {line[:40]!r}")
-        key, text = name.decode().lower(), value.strip(b" \t").decode("latin-1")
-        found[key] = f"{found[key]}, {text}" if key in found else text
+    for name, value in items:
+        key = name.lower()
+        found[key] = f"{found[key]}, {value}" if key in found else value
     return found
 
 
 # ---- clients of the user's
 
 
-class SimpleSender:
-    """A client with `post` and `options` whose responses have `status_code`, `headers` and a decoded `content`."""
+class _LentSender:
+    """A client that its owner closes; the URLs of its requests begin with `base`."""
 
     def __init__(self, client: Any, base: str) -> None:
         self._client = client
         self._base = base
+
+    def close(self) -> None:
+        """Leave the client to its owner."""
+
+
+class SimpleSender(_LentSender):
+    """A client with `post` and `options` whose responses have `status_code`, `headers` and a decoded `content`."""
 
     def send(self, request: Request) -> Response:
         """Send it; a deadline is not kept, since the client runs the server in this very thread."""
@@ -476,16 +499,9 @@ class SimpleSender:
         headers.pop("content-encoding", None)
         return Response(got.status_code, headers, got.content, too_large=len(got.content) > request.limit)
 
-    def close(self) -> None:
-        """Leave the client to its owner."""
 
-
-class HttpxSender:
+class HttpxSender(_LentSender):
     """An httpx client, with its own pool, proxies, authentication and default timeouts."""
-
-    def __init__(self, client: Any, base: str) -> None:
-        self._client = client
-        self._base = base
 
     def send(self, request: Request) -> Response:
         """Send it. Without a deadline the client's own timeouts apply; with one, each of its waits is bounded by it."""
@@ -503,24 +519,6 @@ class HttpxSender:
                 return Response(got.status_code, headers, body or b"", too_large=body is None)
         except Exception as exc:
             raise _httpx_lost(exc, request.doing, sent) from exc
-
-    def close(self) -> None:
-        """Leave the client to its owner."""
-
-
-def _left(deadline: float) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError("its timeout has passed")
-    return left
-
-
-def _join_headers(items: Sequence[tuple[str, str]]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name, value in items:
-        key = name.lower()
-        found[key] = f"{found[key]}, {value}" if key in found else value
-    return found
 
 
 def _bounded(iterate: Callable[[], Any], limit: int, deadline: float | None) -> bytes | None:

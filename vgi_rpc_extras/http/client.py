@@ -6,6 +6,7 @@
         calc.add(1.0, 2.0)
 
     _connection.py    bytes: one request, one response
+    session_view.py   what requests of a sticky session carry besides, and what their responses say of it
     HttpTransport     what the status, the headers and the coding of a response mean
     HttpStreamSession how a stream goes on from request to request: the server's state travels in tokens
 
@@ -37,7 +38,19 @@ import pyarrow as pa
 from .. import core as _bound_core
 from ..auth.unauthorized import AuthenticationError, printable, read_unauthorized
 from . import coding, names
-from ._connection import HttpxSender, Origin, Piece, PooledSender, Request, Response, Sender, Sent, SimpleSender
+from ._connection import (
+    HttpxSender,
+    Origin,
+    Piece,
+    PooledSender,
+    Request,
+    Response,
+    Sender,
+    Sent,
+    SimpleSender,
+    closed,
+    deadline_of,
+)
 from .session_view import SessionView, with_session_token
 
 if TYPE_CHECKING:
@@ -77,6 +90,8 @@ _PREVIEW = 200
 _MAX_PROBE_BYTES = 65_536
 _END_SECONDS = 10.0  # for the DELETE of a session, which waits for a call that uses it
 _GATEWAY_STATUS = frozenset({429, 502, 503, 504})
+_CALL_HEADERS = ("Content-Encoding", "traceparent", "tracestate")  # of some requests only
+_SUPPORT = names.ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER.lower()
 
 
 # ---- errors
@@ -246,10 +261,6 @@ def _accepts_limit(headers: Mapping[str, str]) -> bool:
     return headers.get(_SUPPORT) == "true"  # exactly once: a repeated header is "true, true" here
 
 
-_CALL_HEADERS = ("Content-Encoding", "traceparent", "tracestate")  # of some requests only
-_SUPPORT = names.ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER.lower()
-
-
 # ---- the transport
 
 
@@ -281,7 +292,8 @@ class HttpTransport(core.RequestTransport):
         self._prefix = _clean_prefix(getattr(client, "prefix", "") if prefix is None else prefix)
         if isinstance(self._sender, PooledSender):
             self._prefix = self._sender.origin.path + self._prefix
-        self._limit = _check_limit(accepted_max_response_bytes)
+        names.check_size("accepted_max_response_bytes", accepted_max_response_bytes, names.MIN_RESPONSE_BYTES)
+        self._limit = accepted_max_response_bytes
         self._own_headers = {**_check_headers(headers), "User-Agent": f"vgi-rpc/{core.__version__}"}
         if self._limit is not None:
             self._own_headers[names.ACCEPT_MAX_RESPONSE_BYTES_HEADER] = str(self._limit)
@@ -314,7 +326,7 @@ class HttpTransport(core.RequestTransport):
         metadata: Mapping[bytes, bytes],
     ) -> bytes:
         """POST a unary call; reflection is safe to repeat and follows the HttpRetryConfig."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = deadline_of(timeout)
         path = self._path(protocol, method, "")
         if protocol != core.REFLECTION_PROTOCOL_NAME or not self._retry.max_retries:
             return self._post(path, pieces, deadline, doing, metadata)
@@ -322,20 +334,20 @@ class HttpTransport(core.RequestTransport):
 
     def open_stream(self, call: core.StreamCall) -> HttpStreamSession:
         """POST the request of a stream; what comes back is its first turn."""
-        deadline = None if call.timeout is None else time.monotonic() + call.timeout
+        deadline = deadline_of(call.timeout)
         path = self._path(call.protocol, call.info.name, "init")
         body = self._post(path, call.request, deadline, call.doing, call.metadata)
         return HttpStreamSession(self, call, call.read_opening(body))
 
     def turn(self, call: core.StreamCall, pieces: Sequence[Piece], timeout: float | None, doing: str) -> bytes:
         """POST a later turn of a stream; no part of it is ever repeated."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = deadline_of(timeout)
         path = self._path(call.protocol, call.info.name, "exchange")
         return self._post(path, pieces, deadline, doing, call.metadata)
 
     def builtin(self, name: str, body: bytes, *, timeout: float | None, doing: str) -> bytes:
         """POST to a name that belongs to the server, `{prefix}/{name}/init`; such calls are safe to repeat."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = deadline_of(timeout)
         path = f"{names.reserved_path(name, prefix=self._prefix)}/init"
         return _repeated(self._retry, deadline, lambda: self._post(path, (body,), deadline, doing, replay_safe=True))
 
@@ -345,7 +357,7 @@ class HttpTransport(core.RequestTransport):
 
     def capabilities(self, timeout: float | None = None) -> HttpServerCapabilities:
         """Ask the server what it can do; the answer also serves later requests."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = deadline_of(timeout)
         self._check()
         return self._probe(deadline)
 
@@ -409,7 +421,7 @@ class HttpTransport(core.RequestTransport):
         if self._pid != os.getpid():
             raise core.WrongProcessError(f"this connection was made in process {self._pid}; connect again")
         if self._closed:
-            raise core.ConnectionLostError("this connection is closed; connect again", sent="no")
+            raise closed()
 
     def _path(self, protocol: str, method: str, suffix: str) -> str:
         key = (protocol, method, suffix)
@@ -608,20 +620,9 @@ def _clean_prefix(prefix: str) -> str:
     return prefix
 
 
-def _check_limit(limit: int | None) -> int | None:
-    if limit is None:
-        return None
-    if isinstance(limit, bool) or not names.MIN_RESPONSE_BYTES <= limit <= names.MAX_SAFE_INTEGER:
-        raise ValueError(
-            f"accepted_max_response_bytes must be None or within {names.MIN_RESPONSE_BYTES}..{names.MAX_SAFE_INTEGER},"
-            f" got {limit}"
-        )
-    return limit
-
-
 def _check_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
     for name, value in (headers or {}).items():
-        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or not re.fullmatch(r"[	 -~-ÿ]*", value):
+        if not names.TOKEN.fullmatch(name) or not re.fullmatch(r"[\t -~\x80-\xff]*", value):
             raise ValueError(f"header {name!r}: not a legal name, or its value has control characters")
     return dict(headers or {})
 
@@ -821,7 +822,7 @@ class HttpStreamSession(core.StreamSession):
     def _advance(self, metadata: pa.KeyValueMetadata | None, timeout: float | None) -> bool:
         """Tick until a batch is pending; False at the end."""
         seconds = self._call.timeout if timeout is _UNSET else timeout
-        deadline = None if seconds is None else time.monotonic() + seconds
+        deadline = deadline_of(seconds)
         while not self._pending:
             if self._error is not None:
                 self._raise_error()

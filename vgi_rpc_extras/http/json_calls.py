@@ -58,11 +58,7 @@ def _request(binding: core.ProtocolBinding, info: core.RpcMethodInfo, args: dict
     }
     if binding.version is not None:
         metadata[core.PROTOCOL_VERSION_KEY] = binding.version.encode()
-    sink = pa.BufferOutputStream()
-    with core.new_ipc_stream(sink, info.params_schema) as writer:
-        writer.write_batch(batch, custom_metadata=pa.KeyValueMetadata(metadata))
-    body: bytes = sink.getvalue().to_pybytes()
-    return body
+    return core.serialize_record_batch_bytes(batch, pa.KeyValueMetadata(metadata))
 
 
 def _answer(reply: bytes) -> bytes:

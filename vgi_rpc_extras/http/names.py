@@ -34,6 +34,8 @@ STICKY_DEFAULT_TTL_HEADER: Final = "VGI-Sticky-Default-TTL"
 STICKY_ECHO_HEADERS_HEADER: Final = "VGI-Sticky-Echo-Headers"
 ECHO_HEADER_PREFIX: Final = "VGI-Echo-"
 
+TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # what a header may be called (RFC 9110 section 5.6.2)
+
 SESSION_NAME: Final = "__session__"  # DELETE {prefix}/__session__
 # What a server may not make its clients send: who they are, how the message is framed, and what this protocol says
 # itself (sticky.md section 5; hop-by-hop: RFC 9110 section 7.6.1).
@@ -45,6 +47,15 @@ _NO_ECHO = re.compile(
 
 MIN_RESPONSE_BYTES: Final = 65_536
 MAX_SAFE_INTEGER: Final = 2**53 - 1  # what every language's JSON numbers hold
+
+
+def check_size(name: str, value: int | None, low: int = 1) -> None:
+    """ValueError unless `value` is a number of bytes that a header can carry, or None."""
+    if value is not None and (
+        isinstance(value, bool) or not isinstance(value, int) or not low <= value <= MAX_SAFE_INTEGER
+    ):
+        raise ValueError(f"{name} must be an int within {low}..{MAX_SAFE_INTEGER}, got {value!r}")
+
 
 MAX_UPLOAD_URL_COUNT: Final = 100
 UPLOAD_URL_METHOD: Final = "__upload_url__"
@@ -72,7 +83,8 @@ def reserved_path(method: str, *, prefix: str = "") -> str:
 def may_echo(name: str, value: str) -> bool:
     """Whether a client sends this header because a server asks for it: `VGI-Echo-<name>: <value>`."""
     return (
-        re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}", name) is not None
+        len(name) <= 128
+        and TOKEN.fullmatch(name) is not None
         and re.fullmatch(r"[\t -~]{0,1024}", value) is not None
         and _NO_ECHO.fullmatch(name) is None
     )

@@ -6,6 +6,11 @@
 
 Nothing is unpacked for a caller who has not been let in, and nothing without a bound. Whatever can be known when the
 application is made is made then: headers, pages, what a stream's state may be.
+
+    _Door          middleware: the first two steps; while draining, 503; what every response carries
+    RpcResource    the routes of methods: all other steps; a session (sessions.py) is held until the answer is made
+    tokens.py      streams between their requests; nothing of them stays here
+    uploads.py, json_calls.py, pages.py    the server's own paths
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ import re
 import types
 import urllib.parse
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import falcon
 
@@ -64,7 +69,7 @@ _HEADER_NAMES = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~, -]{1,4096}\Z")
 # Below these paths nobody is asked who they are, so that no protocol can be there.
 _OPEN_NAMES = frozenset({"health", "_oauth"})
 _TOKEN_KEYS = (core.STATE_KEY, core.CALL_STATE_KEY)
-_NO_CLAIMS: Mapping[str, Any] = types.MappingProxyType({})
+_NO_NOTES: Mapping[str, Any] = types.MappingProxyType({})
 _NO_VISIT: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 
@@ -74,20 +79,17 @@ class ResponseTooLargeError(RuntimeError):
     error_code = core.Code.RESOURCE_EXHAUSTED
 
 
-def _failure_counter(config: OtelConfig | None, server: core.RpcServer) -> Callable[[BaseException], None] | None:
-    if config is None:
-        return None
-    from .. import otel  # whoever has a config has the package
-
-    count = otel.make_auth_failure_counter(config, server.protocol_name)
-    return lambda exc: count(None, type(exc).__name__)
-
-
 class HttpApp(falcon.App[Any, Any]):
-    """The application; `door.draining = True` makes it answer 503 to what comes from then on."""
+    """The application, and what whoever serves it needs of it."""
 
     door: _Door
     sessions: Sessions | None = None
+
+    def drain(self) -> None:
+        """From now on new requests get 503 and no sessions are opened; open ones go on. Safe in a signal handler."""
+        if self.sessions is not None:
+            self.sessions.drain()
+        self.door.draining = True
 
 
 def make_wsgi_app(
@@ -164,25 +166,19 @@ def make_wsgi_app(
             caller; all anonymous callers are one.
 
     Raises:
-        TypeError: a config that is not one.
+        TypeError: a config, or `oauth_resource_metadata`, that is not one.
         ValueError: a number out of range, a malformed prefix, a key that is too short.
-        TypeError: `oauth_resource_metadata` is none.
     """
     if token_key is None:
         _LOG.warning("no token_key: streams cannot be continued by another process, nor after a restart")
         token_key = os.urandom(32)
-    prefix = _check_prefix(prefix)
-    if taken := _OPEN_NAMES & server.bindings.keys():
-        raise ValueError(f"a protocol cannot be named {min(taken)!r} over HTTP: that path is the server's own")
-    request_cap = _least("max_request_bytes", 1, max_request_bytes, hosting_max_request_bytes)
-    response_cap = _least(
-        "max_response_bytes", names.MIN_RESPONSE_BYTES, max_response_bytes, hosting_max_response_bytes
+    prefix = _check_prefix(prefix, server)
+    limits = _Limits(
+        _least("max_request_bytes", 1, max_request_bytes, hosting_max_request_bytes),
+        _least("max_response_bytes", names.MIN_RESPONSE_BYTES, max_response_bytes, hosting_max_response_bytes),
+        _least("preferred_response_bytes", names.MIN_RESPONSE_BYTES, preferred_response_bytes),
+        max_externalized_response_bytes,
     )
-    preferred = _least("preferred_response_bytes", names.MIN_RESPONSE_BYTES, preferred_response_bytes)
-    if preferred is not None and response_cap is not None:
-        preferred = min(preferred, response_cap)
-    produced = () if compression_level is None else available_encodings()
-    capabilities = _capabilities(produced, request_cap, response_cap, proxy_proof_required)
     oauth = _OAuth(oauth_resource_metadata, browser_login, prefix, token_key, authenticate is not None)
     guard = AuthGuard(
         authenticate,
@@ -193,9 +189,9 @@ def make_wsgi_app(
         login=oauth.login,
         on_failure=_failure_counter(otel_config, server),
     )
-    capabilities += storage_capabilities(
-        server, max_externalized_response_bytes, upload_url_provider is not None, max_upload_bytes
-    )
+    produced = () if compression_level is None else available_encodings()
+    capabilities = _capabilities(produced, limits, proxy_proof_required)
+    capabilities += storage_capabilities(server, limits.externalized, upload_url_provider is not None, max_upload_bytes)
     sessions = None
     if enable_sticky:
         sessions = Sessions(
@@ -209,83 +205,109 @@ def make_wsgi_app(
         )
         capabilities += sessions.capabilities()
     exposed = [name for name, _ in capabilities] + ([] if sessions is None else sessions.response_headers())
-    door = _Door(
-        server,
-        prefix,
-        capabilities,
-        request_cap or MAX_REQUEST_BYTES,
-        guard,
-        None if cors_origins is None else _Cors(cors_origins, cors_max_age, cors_resource_policy, exposed),
-        sessions is not None,
-    )
+    cors = None if cors_origins is None else _Cors(cors_origins, cors_max_age, cors_resource_policy, exposed)
+    door = _Door(server, prefix, capabilities, limits.request or MAX_REQUEST_BYTES, guard, cors, enable_sticky)
     tokens = StreamTokens(token_key, token_ttl, call_state_cache_entries, server.limits.max_metadata_entry_bytes)
-    rpc = RpcResource(server, door, tokens, response_cap, preferred, produced, compression_level, sessions)
-    rpc.max_externalized_response_bytes = max_externalized_response_bytes
-    middleware: list[Any] = [door]
-    if otel_config is not None:
-        from .. import otel
-
-        otel.instrument_server(server, otel_config)
-        middleware.insert(0, otel.TraceMiddleware())
-    if sentry_config is not None:
-        from .. import sentry
-
-        sentry.instrument_server_sentry(server, sentry_config)
-    app = HttpApp(middleware=middleware)
+    rpc = RpcResource(server, door, tokens, limits, produced, compression_level, sessions)
+    app = HttpApp(middleware=[*_instrument(server, otel_config, sentry_config), door])
     app.door = door
     app.sessions = sessions
     app.resp_options.xml_error_serialization = False
     app.add_error_handler(Exception, _unexpected)
-    _add_routes(app, rpc, prefix)
-    if sessions is not None:
-        app.add_route(names.reserved_path(names.SESSION_NAME, prefix=prefix), SessionResource(sessions))
     oauth.add_routes(app)
-    if upload_url_provider is not None:
-        vendor = UploadUrls(server, upload_url_provider, rpc.builtin)
-        app.add_route(f"{names.reserved_path(names.UPLOAD_URL_METHOD, prefix=prefix)}/init", vendor)
-    page = pages.not_found(server, prefix) if enable_not_found_page else None
-    app.add_sink(functools.partial(_unmatched, rpc, page))
+    _add_calls(app, rpc, server, upload_url_provider)
     if enable_health_endpoint:
         app.add_route(door.health, _Health(server, door))
+    not_found = pages.not_found(server, prefix) if enable_not_found_page else None
+    app.add_sink(functools.partial(_unmatched, rpc, not_found))
     describes = enable_describe_page and server.describe_enabled
     if enable_landing_page:
-        page = pages.landing(server, prefix, describes=describes, repo_url=repo_url)
-        app.add_route(prefix or "/", _Page(page))
+        app.add_route(prefix or "/", _Page(pages.landing(server, prefix, describes=describes, repo_url=repo_url)))
     if describes:
-        app.add_route(f"{prefix}/describe", _Page(pages.describe(server, prefix, enable_describe_calls)))
-        if enable_describe_calls:
-            app.add_route(f"{prefix}/{pages.CALL_NAME}", JsonCalls(rpc))
+        _add_describe_page(app, rpc, server, enable_describe_calls)
     return app
 
 
-def _least(name: str, low: int, *values: int | None) -> int | None:
-    for prefix, value in zip(("", "hosting_"), values, strict=False):
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int) or not low <= value <= names.MAX_SAFE_INTEGER
-        ):
-            raise ValueError(f"{prefix}{name} must be an int within {low}..{names.MAX_SAFE_INTEGER}, got {value!r}")
-    return min((value for value in values if value is not None), default=None)
+class _Limits(NamedTuple):
+    """How many bytes one call may have; None: not limited here."""
+
+    request: int | None
+    response: int | None
+    preferred: int | None
+    externalized: int | None
 
 
-def _check_prefix(prefix: str) -> str:
+def _least(name: str, low: int, own: int | None, hosting: int | None = None) -> int | None:
+    names.check_size(name, own, low)
+    names.check_size(f"hosting_{name}", hosting, low)
+    return min((value for value in (own, hosting) if value is not None), default=None)
+
+
+def _check_prefix(prefix: str, server: core.RpcServer) -> str:
     prefix = prefix.rstrip("/")
     if prefix and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", prefix):
         raise ValueError(f"prefix must be empty or like '/api/v1', got {prefix!r}")
+    if taken := _OPEN_NAMES & server.bindings.keys():
+        raise ValueError(f"a protocol cannot be named {min(taken)!r} over HTTP: that path is the server's own")
     return prefix
 
 
-def _capabilities(
-    produced: tuple[Encoding, ...], request_cap: int | None, response_cap: int | None, proof: bool
-) -> list[tuple[str, str]]:
+def _failure_counter(config: OtelConfig | None, server: core.RpcServer) -> Callable[[BaseException], None] | None:
+    if config is None:
+        return None
+    from .. import otel  # whoever has a config has the package
+
+    count = otel.make_auth_failure_counter(config, server.protocol_name)
+    return lambda exc: count(None, type(exc).__name__)
+
+
+def _instrument(
+    server: core.RpcServer, otel_config: OtelConfig | None, sentry_config: SentryConfig | None
+) -> list[Any]:
+    """Attach what observes the server; the middleware that this needs."""
+    middleware: list[Any] = []
+    if otel_config is not None:
+        from .. import otel
+
+        otel.instrument_server(server, otel_config)
+        middleware.append(otel.TraceMiddleware())
+    if sentry_config is not None:
+        from .. import sentry
+
+        sentry.instrument_server_sentry(server, sentry_config)
+    return middleware
+
+
+def _add_calls(app: HttpApp, rpc: RpcResource, server: core.RpcServer, uploads: UploadUrlProvider | None) -> None:
+    prefix = app.door.prefix
+    method = f"{prefix}/{{protocol}}/{{method}}"
+    app.add_route(method, rpc)
+    app.add_route(f"{method}/init", rpc, suffix="init")
+    app.add_route(f"{method}/exchange", rpc, suffix="exchange")
+    if app.sessions is not None:
+        app.add_route(names.reserved_path(names.SESSION_NAME, prefix=prefix), SessionResource(app.sessions))
+    if uploads is not None:
+        path = names.reserved_path(names.UPLOAD_URL_METHOD, prefix=prefix)
+        app.add_route(f"{path}/init", UploadUrls(server, uploads, rpc.builtin))
+
+
+def _add_describe_page(app: HttpApp, rpc: RpcResource, server: core.RpcServer, calls: bool) -> None:
+    prefix = app.door.prefix
+    app.add_route(f"{prefix}/describe", _Page(pages.describe(server, prefix, calls)))
+    if calls:
+        app.add_route(f"{prefix}/{pages.CALL_NAME}", JsonCalls(rpc))
+
+
+def _capabilities(produced: tuple[Encoding, ...], limits: _Limits, proof: bool) -> list[tuple[str, str]]:
     """What goes on every response (http.md section 10); sessions and storage have more."""
     found = [
         (names.ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER, "true"),
         (names.SUPPORTED_ENCODINGS_HEADER, ", ".join(produced)),
     ]
-    if request_cap is not None:
-        found.append((names.MAX_REQUEST_BYTES_HEADER, str(request_cap)))
-    if response_cap is not None:
-        found.append((names.MAX_RESPONSE_BYTES_HEADER, str(response_cap)))
+    if limits.request is not None:
+        found.append((names.MAX_REQUEST_BYTES_HEADER, str(limits.request)))
+    if limits.response is not None:
+        found.append((names.MAX_RESPONSE_BYTES_HEADER, str(limits.response)))
     if proof:
         found.append((names.PROOF_REQUIRED_HEADER, "true"))
     return found
@@ -360,7 +382,7 @@ class _Door:
         env, context = req.env, req.context
         wanted = env.get("HTTP_X_REQUEST_ID")
         context.request_id = wanted if wanted and _REQUEST_ID.match(wanted) else os.urandom(8).hex()
-        if self.draining and self._refused(req):
+        if self.draining and not self._may_go_on(req):
             raise falcon.HTTPServiceUnavailable(
                 description="this server is shutting down", headers={"Retry-After": "1"}
             )
@@ -369,11 +391,11 @@ class _Door:
             raise too_large(self.max_request)
         self._guard.process_request(req, resp)
 
-    def _refused(self, req: falcon.Request) -> bool:
-        """What is not answered while draining: health tells of it itself, and open sessions go on."""
+    def _may_go_on(self, req: falcon.Request) -> bool:
+        """What is answered while draining, too: health tells of it itself, and open sessions go on."""
         if req.path == self.health and req.method != "OPTIONS":
-            return False
-        return not (self._sticky and ("HTTP_VGI_SESSION" in req.env or "HTTP_VGI_SESSION_ACCEPT" in req.env))
+            return True
+        return self._sticky and ("HTTP_VGI_SESSION" in req.env or "HTTP_VGI_SESSION_ACCEPT" in req.env)
 
     def process_resource(
         self, req: falcon.Request, resp: falcon.Response, resource: object, params: dict[str, Any]
@@ -476,17 +498,20 @@ class _HttpContext(SessionContext):
         """Set a cookie on the response; ValueError for a name, value or option that is not one."""
         if same_site is not None and same_site.lower() not in ("lax", "strict", "none"):
             raise ValueError(f"same_site must be lax, strict or none, got {same_site!r}")
-        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
-            raise ValueError(f"{name!r} is not a cookie name (RFC 6265)")
+        _check_cookie_name(name)
         options["same_site"] = same_site
         falcon.Response().set_cookie(name, value, **options)  # what falcon refuses, it refuses inside the method
         self._jar.append(lambda resp: resp.set_cookie(name, value, **options))
 
     def delete_cookie(self, name: str, *, path: str | None = None, domain: str | None = None) -> None:
         """Delete a cookie at the client."""
-        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
-            raise ValueError(f"{name!r} is not a cookie name (RFC 6265)")
+        _check_cookie_name(name)
         self._jar.append(lambda resp: resp.unset_cookie(name, path=path, domain=domain))
+
+
+def _check_cookie_name(name: str) -> None:
+    if not names.TOKEN.fullmatch(name):
+        raise ValueError(f"{name!r} is not a cookie name (RFC 6265 section 4.1.1)")
 
 
 class RpcResource:
@@ -497,8 +522,7 @@ class RpcResource:
         server: core.RpcServer,
         door: _Door,
         tokens: StreamTokens,
-        response_cap: int | None,
-        preferred: int | None,
+        limits: _Limits,
         produced: tuple[Encoding, ...],
         level: int | None,
         sessions: Sessions | None,
@@ -507,12 +531,10 @@ class RpcResource:
         self._max_request = door.max_request
         self._prefix = door.prefix
         self._tokens = tokens
-        self._response_cap = response_cap
-        self._preferred = preferred
+        self._limits = limits
         self._produced = produced
         self._level = level
         self._sessions = sessions
-        self.max_externalized_response_bytes: int | None = None
         self._externalizes = stores_results(server)
         self._accepted = {encoding.value: encoding for encoding in (*available_encodings(), Encoding.IDENTITY)}
         self._states = {
@@ -567,7 +589,7 @@ class RpcResource:
                 resp.data = answer if limited is answer else show(limited)
                 self._record(req, call, turn, body, resp.data)
             finally:
-                call.finish(_NO_CLAIMS)
+                call.finish(_NO_NOTES)
 
     def _visit(self, req: falcon.Request, resp: falcon.Response) -> contextlib.AbstractContextManager[Visit | None]:
         """The request's use of its session; SessionLostError. Made before anything is looked up (section 3, step 5)."""
@@ -578,9 +600,7 @@ class RpcResource:
         limit = call.response_limit_bytes
         if limit is None or len(body) <= limit or call.error is not None:
             return body
-        name = call.info.name
-        text = f"HTTP body exceeds max_response_bytes ({len(body)} > {limit}) for method '{name}'"
-        return call.replace(ResponseTooLargeError(text))
+        return call.replace(_response_too_large(call.info.name, body, limit))
 
     def _serve(
         self,
@@ -606,7 +626,7 @@ class RpcResource:
             try:
                 self._answer(req, resp, call, body, work, _Turn(visit))
             finally:  # whatever went wrong, hooks hear of the end: they may have made something current in this thread
-                call.finish(_NO_CLAIMS)
+                call.finish(_NO_NOTES)
 
     def _answer(
         self,
@@ -639,40 +659,41 @@ class RpcResource:
         content_type: str = ARROW_CONTENT_TYPE,
     ) -> core.ServerRequest:
         """Steps 6 to 9 of http.md section 3."""
-        env, context = req.env, req.context
         limit = self._budget(req)
-        if self._has_percent(env, protocol):
+        call = self._find(req, protocol, method)
+        _check_content_type(req, content_type)
+        if call.info.method_type is not kind:
+            stream = "" if kind is core.MethodType.UNARY else "not "
+            raise _Refused(400, TypeError(f"Method '{method}' is {stream}a stream"))
+        call.request_id = req.context.request_id
+        call.response_limit_bytes = limit
+        call.max_externalized_response_bytes = self._limits.externalized
+        call.externalization_enabled = self._externalizes
+        if self._limits.preferred is not None:
+            call.preferred_response_bytes = min(self._limits.preferred, limit or self._limits.preferred)
+        return call
+
+    def _find(self, req: falcon.Request, protocol: str, method: str) -> core.ServerRequest:
+        if self._has_percent(req.env, protocol):
             raise _Refused(404, core.ProtocolNotSpecifiedError("The path of a call is not percent-encoded"))
         try:
             core.validate_protocol_name(protocol, allow_reserved=True)
         except ValueError as exc:
             raise _Refused(404, core.ProtocolNotSupportedError(str(exc))) from exc
         try:
-            call = core.ServerRequest(
-                self._server, protocol, method, core.TransportKind.HTTP, context.auth, _transport_metadata(req)
+            return core.ServerRequest(
+                self._server, protocol, method, core.TransportKind.HTTP, req.context.auth, _transport_metadata(req)
             )
         except (core.ProtocolError, core.MethodNotImplementedError) as exc:
             raise _Refused(404, exc) from exc
-        if env.get("CONTENT_TYPE") != content_type:
-            raise _Refused(415, TypeError(f"Content-Type must be exactly {content_type}"))
-        if call.info.method_type is not kind:
-            stream = "" if kind is core.MethodType.UNARY else "not "
-            raise _Refused(400, TypeError(f"Method '{method}' is {stream}a stream"))
-        call.request_id = context.request_id
-        call.response_limit_bytes = limit
-        call.max_externalized_response_bytes = self.max_externalized_response_bytes
-        call.externalization_enabled = self._externalizes
-        if self._preferred is not None:
-            call.preferred_response_bytes = self._preferred if limit is None else min(self._preferred, limit)
-        return call
 
     def _budget(self, req: falcon.Request) -> int | None:
         """The least of what the server and the caller allow a response."""
-        wanted = req.env.get("HTTP_VGI_ACCEPT_MAX_RESPONSE_BYTES")
+        own, wanted = self._limits.response, req.env.get("HTTP_VGI_ACCEPT_MAX_RESPONSE_BYTES")
         if wanted is None:
-            return self._response_cap
+            return own
         asked = _parse_budget(wanted)
-        return asked if self._response_cap is None else min(self._response_cap, asked)
+        return asked if own is None else min(own, asked)
 
     def builtin(
         self, req: falcon.Request, resp: falcon.Response, name: str, work: Callable[[bytes], tuple[bytes, bool]]
@@ -681,8 +702,7 @@ class RpcResource:
         body = self.body(req)
         try:
             limit = self._budget(req)
-            if req.env.get("CONTENT_TYPE") != ARROW_CONTENT_TYPE:
-                raise _Refused(415, TypeError(f"Content-Type must be exactly {ARROW_CONTENT_TYPE}"))
+            _check_content_type(req, ARROW_CONTENT_TYPE)
             try:
                 reply, is_error = work(body)
             except Exception as exc:
@@ -690,8 +710,8 @@ class RpcResource:
         except _Refused as refused:
             return self._refuse(req, resp, refused)
         if limit is not None and len(reply) > limit and not is_error:
-            text = f"HTTP body exceeds max_response_bytes ({len(reply)} > {limit}) for method '{name}'"
-            reply, is_error = self._server.error_body(ResponseTooLargeError(text), req.context.request_id), True
+            failure = _response_too_large(name, reply, limit)
+            reply, is_error = self._server.error_body(failure, req.context.request_id), True
         if is_error:
             resp.set_header(names.RPC_ERROR_HEADER, "true")
         self._send(req, resp, reply)
@@ -731,7 +751,6 @@ class RpcResource:
         stream = core.Stream(known.output_schema, state, known.input_schema, call_state=known.call_state)
         metadata = {key: value for key, value in metadata.items() if key not in _TOKEN_KEYS}
         if core.CANCEL_KEY in metadata:
-            turn.cancelled = True
             return call.cancel(stream, batch, metadata)
         return call.turn(stream, batch, metadata, lambda stream: self._seal(scope, known, stream, turn))
 
@@ -790,7 +809,7 @@ class RpcResource:
     ) -> None:
         """The access record, once the body that goes out is known (http.md section 14)."""
         if not _LOG_ACCESS.isEnabledFor(logging.INFO):
-            return call.finish(_NO_CLAIMS)
+            return call.finish(_NO_NOTES)
         notes: dict[str, Any] = {
             "http_status": 200 if call.error is None else 500,  # the intended one (http.md section 8)
             "request_bytes": len(body) if req.content_length is None else req.content_length,
@@ -808,12 +827,11 @@ class RpcResource:
 class _Turn:
     """What one request leaves behind for its response and its record."""
 
-    __slots__ = ("cancelled", "cookies", "state_bytes_in", "state_bytes_out", "visit")
+    __slots__ = ("cookies", "state_bytes_in", "state_bytes_out", "visit")
 
     def __init__(self, visit: Visit | None) -> None:
         self.visit = visit
         self.cookies: list[Callable[[falcon.Response], None]] = []
-        self.cancelled = False
         self.state_bytes_in = 0
         self.state_bytes_out = 0
 
@@ -848,6 +866,15 @@ def _read_up_to(stream: Any, size: int) -> bytes:
         chunks.append(chunk)
         size -= len(chunk)
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def _check_content_type(req: falcon.Request, wanted: str) -> None:
+    if req.env.get("CONTENT_TYPE") != wanted:
+        raise _Refused(415, TypeError(f"Content-Type must be exactly {wanted}"))
+
+
+def _response_too_large(method: str, body: bytes, limit: int) -> ResponseTooLargeError:
+    return ResponseTooLargeError(f"HTTP body exceeds max_response_bytes ({len(body)} > {limit}) for method '{method}'")
 
 
 def _parse_budget(text: str) -> int:
@@ -913,13 +940,6 @@ class _Page:
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         pages.send(resp, self._page)
         resp.set_header("Cache-Control", "no-cache, no-store, must-revalidate, max-age=0")
-
-
-def _add_routes(app: falcon.App[Any, Any], rpc: RpcResource, prefix: str) -> None:
-    method = f"{prefix}/{{protocol}}/{{method}}"
-    app.add_route(method, rpc)
-    app.add_route(f"{method}/init", rpc, suffix="init")
-    app.add_route(f"{method}/exchange", rpc, suffix="exchange")
 
 
 def _unmatched(rpc: RpcResource, page: pages.Page | None, req: falcon.Request, resp: falcon.Response, **_: str) -> None:

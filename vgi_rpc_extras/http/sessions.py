@@ -331,11 +331,7 @@ def lost_body(exc: core.SessionLostError, request_id: str) -> bytes:
     """The answer to a request whose session is lost: without server id and traceback (sticky.md section 1)."""
     found = core.Message.from_exception(exc, include_traceback=False).add_to_metadata()
     found[core.REQUEST_ID_KEY.decode()] = request_id
-    sink = pa.BufferOutputStream()
-    with core.new_ipc_stream(sink, core.EMPTY_SCHEMA) as writer:
-        writer.write_batch(core.empty_batch(core.EMPTY_SCHEMA), custom_metadata=pa.KeyValueMetadata(found))
-    body: bytes = sink.getvalue().to_pybytes()
-    return body
+    return core.serialize_record_batch_bytes(core.empty_batch(core.EMPTY_SCHEMA), pa.KeyValueMetadata(found))
 
 
 # ---- one request

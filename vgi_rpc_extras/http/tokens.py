@@ -51,6 +51,7 @@ _CUR = struct.Struct("<d16sB")
 _SIZE = struct.Struct("<I")
 _NO_KIND = 255
 _CACHE_SECONDS = 3600.0
+_HAS_ZSTD = pa.Codec.is_available("zstd")
 
 
 class StreamCall(NamedTuple):
@@ -143,15 +144,13 @@ class StreamTokens:
     """Seals and opens the state of streams.
 
     Args:
-        key: shared by all replicas; 16 bytes or more, hashed unless it has 32. None: a random one, for this process.
+        key: shared by all replicas, as for TokenCipher.
         ttl: seconds a token is good for; 0: for ever.
         cache_entries: how many calls are remembered, so that their CALL need not be opened; 0: none.
         max_bytes: the longest token value that this server would read back.
     """
 
-    def __init__(self, key: bytes | None, ttl: int, cache_entries: int, max_bytes: int) -> None:
-        if key is None:
-            key = os.urandom(32)
+    def __init__(self, key: bytes, ttl: int, cache_entries: int, max_bytes: int) -> None:
         self._cipher = TokenCipher(key)
         if ttl < 0:
             raise ValueError(f"token_ttl must be 0 (no expiry) or more seconds, got {ttl}")
@@ -268,9 +267,6 @@ class StreamTokens:
         except DecompressionError as exc:
             raise RuntimeError("Malformed state token") from exc
         raise RuntimeError("Malformed state token")
-
-
-_HAS_ZSTD = pa.Codec.is_available("zstd")
 
 
 class _Cache:

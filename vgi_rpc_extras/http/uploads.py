@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import time
@@ -50,9 +51,7 @@ def request_upload_urls(
 
     Raises RpcError with the error type NotSupported when the server has none to give.
     """
-    import contextlib
-
-    from .client import HttpTransport
+    from .client import HttpTransport  # here, so that a server need not load the client
 
     transport = HttpTransport(
         base_url,
@@ -106,9 +105,8 @@ def storage_capabilities(
     server: core.RpcServer, max_externalized: int | None, vends: bool, max_upload: int | None
 ) -> list[tuple[str, str]]:
     """What every response says about storage (http.md section 10)."""
-    for name, value in (("max_externalized_response_bytes", max_externalized), ("max_upload_bytes", max_upload)):
-        if value is not None and (isinstance(value, bool) or not 1 <= value <= names.MAX_SAFE_INTEGER):
-            raise ValueError(f"{name} must be an int within 1..{names.MAX_SAFE_INTEGER}, got {value!r}")
+    names.check_size("max_externalized_response_bytes", max_externalized)
+    names.check_size("max_upload_bytes", max_upload)
     found = [(names.EXTERNALIZATION_ENABLED_HEADER, "true" if stores_results(server) else "false")]
     if max_externalized is not None:
         found.append((names.MAX_EXTERNALIZED_RESPONSE_BYTES_HEADER, str(max_externalized)))

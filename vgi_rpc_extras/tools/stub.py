@@ -339,14 +339,9 @@ def _spell_nested(dtype: pa.DataType, module: str) -> str:
         return _spell(field.type, module) if _is_item(field, name, nullable) else child(field)
 
     is_ = pa.types
-    names = {
-        "list": "list_",
-        "large_list": "large_list",
-        "list_view": "list_view",
-        "large_list_view": "large_list_view",
-    }
-    for name, maker in names.items():
+    for name in ("list", "large_list", "list_view", "large_list_view"):
         if getattr(is_, f"is_{name}")(dtype):
+            maker = "list_" if name == "list" else name
             return f"{module}.{maker}({item(dtype.value_field, 'item')})"
     if is_.is_fixed_size_list(dtype):
         return f"{module}.list_({item(dtype.value_field, 'item')}, {dtype.list_size})"
