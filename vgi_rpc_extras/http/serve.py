@@ -112,7 +112,8 @@ class _Task(waitress.task.WSGITask):  # type: ignore[misc]
     """A request; while draining, its answer ends the connection."""
 
     def build_response_header(self) -> bytes:
-        if self.channel.server.application.door.draining:
+        app: Any = self.channel.server.application
+        if app.door.draining:
             self.set_close_on_finish()
         header: bytes = super().build_response_header()
         return header
