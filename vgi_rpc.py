@@ -2506,6 +2506,10 @@ def _ipc_key_values(metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None
     return metadata if isinstance(metadata, pa.KeyValueMetadata) else pa.KeyValueMetadata(metadata)
 
 
+def _ipc_pieces(messages: _IpcMessages) -> list[_IpcPiece]:
+    return [messages] if isinstance(messages, bytes) else messages
+
+
 def _ipc_without(pieces: list[_IpcPiece], size: int) -> list[_IpcPiece]:
     """Drop the first `size` bytes, which are whole pieces: the schema message that pyarrow wrote once more."""
     at = 0
@@ -5128,7 +5132,7 @@ class _WireRecord:
             except Exception:
                 data = None
             if data is not None:
-                return data if isinstance(data, bytes) else b"".join(data)
+                return b"".join(_ipc_pieces(data))
         return _types_encode_bytes(self._cls, value)
 
     def _cells(self, value: Any) -> list[Any]:
@@ -7694,14 +7698,16 @@ class _ServerConnection:
     ) -> None:
         """Remember how a request looks. One that names a segment means something on this connection only."""
         budget = metadata.get(DEADLINE_KEY)
-        named = SHM_SEGMENT_NAME_KEY in metadata
-        if metadata.keys() - (_SERVER_SHARED_KEYS if named and self.shm is not None else _SERVER_LEARNED_KEYS):
+        shared = self.shm is not None and SHM_SEGMENT_NAME_KEY in metadata
+        if metadata.keys() - (_SERVER_SHARED_KEYS if shared else _SERVER_LEARNED_KEYS):
             return
         if budget is not None and _server_budget(budget) is None:
             return
-        if named and self._shared is None:
-            self._shared, self._last = _ServerLayouts(), None
-        known = self._shared if named and self._shared is not None else self.server._layouts
+        known = self.server._layouts
+        if shared:
+            if self._shared is None:
+                self._shared, self._last = _ServerLayouts(), None
+            known = self._shared
         known.learn(sample, batch, budget, binding, plan)
 
     def _attached(self, named: bytes | None) -> ShmSegment | None:
@@ -7800,8 +7806,7 @@ class _ServerConnection:
         data = plan.encode_reply(value)
         if data is None or self.shm is None:
             return data
-        size = len(data) if isinstance(data, bytes) else sum(map(len, data))
-        return data if size < self.shm.threshold else None
+        return data if sum(map(len, _ipc_pieces(data))) < self.shm.threshold else None
 
     def _flush(self) -> None:
         """Send what has been held back; called before anything else is sent, and before waiting for input."""
@@ -7941,7 +7946,7 @@ class _ServerReply:
         with self._lock:
             self._ended = True
             if self._writer is not None:
-                first, *rest = [data] if isinstance(data, bytes) else data
+                first, *rest = _ipc_pieces(data)
                 data = [first[len(_ipc_schema_message(self.schema)) :], *rest]
         self._call.connection.channel.send(data)
 
@@ -8221,7 +8226,7 @@ class _ServerBody(_IpcSource):
         self.reply: list[_IpcPiece] = []
 
     def send(self, pieces: _IpcMessages) -> None:
-        self.reply += [pieces] if isinstance(pieces, bytes) else pieces
+        self.reply += _ipc_pieces(pieces)
 
     write = send
 
@@ -8980,7 +8985,7 @@ def _client_post(
     value: Callable[[_WirePlan, _WireReply], Any] = _wire_value,
 ) -> Any:
     """One call over a transport without conversations."""
-    pieces = _client_pieces(request)
+    pieces = _ipc_pieces(request)
     body = transport.request(
         plan.protocol, plan.name, pieces, timeout=options.timeout, doing=plan.doing, metadata=options.metadata
     )
@@ -9019,10 +9024,6 @@ def _client_caller(link: _ClientLink, plan: _WirePlan) -> Callable[..., Any]:
     if plan.is_stream:
         return _client_open
     return _client_post if isinstance(link.channel, RequestTransport) else _client_unary
-
-
-def _client_pieces(request: _IpcMessages) -> list[_IpcPiece]:
-    return [request] if isinstance(request, bytes) else request
 
 
 def _client_retry(
@@ -9410,7 +9411,7 @@ class _ClientJob:
             except BaseException as exc:
                 self.end(exc)
                 raise
-        pieces = _client_pieces(self.request)
+        pieces = _ipc_pieces(self.request)
         self.size = sum(map(len, pieces))
         return pieces
 
@@ -10026,7 +10027,7 @@ def _client_open(
     """Write the request of a stream; over a byte stream the session holds the connection from here on."""
     expects_header = plan.info.header_type is not None if header is None else header
     if isinstance(channel, RequestTransport):
-        return channel.open_stream(StreamCall(plan, _client_pieces(request), options, channel.limits, expects_header))
+        return channel.open_stream(StreamCall(plan, _ipc_pieces(request), options, channel.limits, expects_header))
     channel.check()
     session = _ClientStream(channel, plan, options)
     item: Any = None
