@@ -2656,9 +2656,11 @@ class _IpcCanonical:
 
     __slots__ = (
         "_batch_at",
+        "_buffers",
         "_code",
         "_dictionaries",
         "_first",
+        "_fixed_bytes",
         "_head",
         "_heads",
         "_nulls_at",
@@ -2684,10 +2686,12 @@ class _IpcCanonical:
             self._row = struct.Struct("<" + "".join(_ipc_padded(_IPC_FIXED[name]) for name in names))
             self._types = tuple(float if _IPC_FIXED[name] in "fd" else int for name in names)
             self._size = len(self._head) + self._row.size  # without the end-of-stream marker
+            self._fixed_bytes = sum(struct.calcsize(_IPC_FIXED[name]) for name in names)
             return
         self._heads: dict[tuple[int, ...], tuple[bytes, bytes]] = {}
         self._shape = _ipc_shape(batch)
         self._nulls_at = self._batch_at + self._shape.nodes + 8
+        self._buffers = struct.Struct("<" + "8xq" * self._shape.buffer_count).unpack_from
         self._code = _ipc_compile(schema)
         self._dictionaries = _ipc_dictionary_writers(schema, messages)
 
@@ -2724,6 +2728,14 @@ class _IpcCanonical:
         """Return the 16 digits of a stream that matches."""
         at = pos + self.deadline_at
         return data[at : at + 16]
+
+    def buffer_bytes(self, data: bytes, pos: int, end: int) -> int:
+        """`get_total_buffer_size()` of the batch in a stream that matches, or that this one wrote."""
+        if self._row is not None:
+            return self._fixed_bytes
+        if self._dictionaries:
+            return _ipc_buffer_bytes(data[pos:end])
+        return sum(self._buffers(data, pos + self._batch_at + self._shape.buffers))
 
     def _encode(self, values: Sequence[Any], deadline: bytes) -> _IpcMessages | None:
         found = self._code.write(values)
@@ -3006,6 +3018,11 @@ def _ipc_kind(dtype: pa.DataType) -> str:
     raise _IpcUnfamiliar(str(dtype))
 
 
+def _ipc_buffer_bytes(stream: bytes) -> int:
+    """What pyarrow says of the only batch of a stream."""
+    return int(ipc.open_stream(stream).read_next_batch().get_total_buffer_size())
+
+
 def _ipc_padding(size: str) -> str:
     """Source of a size together with what fills it up to 8 bytes."""
     return f"{size} + (-({size}) & 7)"
@@ -3054,6 +3071,10 @@ class _IpcLayout:
             return self._match(data, pos)
         except (_IpcUnfamiliar, struct.error, UnicodeDecodeError, IndexError):
             return None
+
+    def buffer_bytes(self, data: bytes, pos: int, end: int) -> int:
+        """`get_total_buffer_size()` of the batch in a stream that matches."""
+        return _ipc_buffer_bytes(data[pos:end])
 
     def _match(self, data: bytes, pos: int) -> tuple[Sequence[Any], int] | None:
         if not data.startswith(self._schema_message, pos):
@@ -3841,15 +3862,23 @@ class CallStatistics:
 
     def record_input(self, batch: pa.RecordBatch) -> None:
         """Count a batch from the caller."""
-        self.input_batches += 1
-        self.input_rows += batch.num_rows
-        self.input_bytes += batch.get_total_buffer_size()
+        self.count_input(batch.num_rows, batch.get_total_buffer_size())
 
     def record_output(self, batch: pa.RecordBatch) -> None:
         """Count a batch to the caller."""
+        self.count_output(batch.num_rows, batch.get_total_buffer_size())
+
+    def count_input(self, rows: int, size: int) -> None:
+        """Count a batch from the caller, of which only this is known."""
+        self.input_batches += 1
+        self.input_rows += rows
+        self.input_bytes += size
+
+    def count_output(self, rows: int, size: int) -> None:
+        """Count a batch to the caller, of which only this is known."""
         self.output_batches += 1
-        self.output_rows += batch.num_rows
-        self.output_bytes += batch.get_total_buffer_size()
+        self.output_rows += rows
+        self.output_bytes += size
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, CallStatistics):
@@ -5080,6 +5109,12 @@ class _WirePlan:
             except Exception:  # the other path says what is wrong
                 return None
         return template.encode((value,))
+
+    def reply_bytes(self, reply: _IpcMessages) -> int:
+        """`get_total_buffer_size()` of the result in what `encode_reply` made."""
+        assert isinstance(self._result_template, _IpcCanonical)
+        head = _ipc_pieces(reply)[0]
+        return self._result_template.buffer_bytes(head, 0, len(head))
 
     def learn_reply(self, sample: bytes, batch: pa.RecordBatch) -> None:
         """Remember how a reply looks that is what the method declares; bounded, and never twice the same."""
@@ -7355,6 +7390,7 @@ _SERVER_SHARED_KEYS = _SERVER_LEARNED_KEYS | {SHM_SEGMENT_NAME_KEY, SHM_SEGMENT_
 
 class _ServerLayout(_NamedTuple):
     layout: _IpcLayout | _IpcCanonical
+    schema: pa.Schema
     binding: ProtocolBinding
     plan: _WirePlan
 
@@ -7385,7 +7421,7 @@ class _ServerLayouts:
             if any(entry.layout.match(sample, 0) for entry in known):
                 return
             if len(known) < _SERVER_LAYOUTS_PER_SCHEMA and (known or len(self._known) < _SERVER_LAYOUT_SCHEMAS):
-                self._known[key] = (_ServerLayout(layout, binding, plan), *known)
+                self._known[key] = (_ServerLayout(layout, batch.schema, binding, plan), *known)
 
     def __len__(self) -> int:
         return len(self._known)
@@ -7396,6 +7432,15 @@ _SERVER_DESCRIBE_HINT = ". To describe itself the server needs enable_describe=T
 
 class _ServerHangUp(Exception):
     """The peer's bytes make no sense; it has been told, and the connection ends."""
+
+
+class _ServerInput(_NamedTuple):
+    """What is said of a request to those who observe calls."""
+
+    schema: pa.Schema
+    rows: int
+    size: int  # get_total_buffer_size()
+    metadata: _IpcMetadata
 
 
 class _ServerCall:
@@ -7411,7 +7456,6 @@ class _ServerCall:
         "error",
         "externalized_bytes",
         "is_turn",
-        "metadata",
         "notes",
         "observed",
         "plan",
@@ -7426,7 +7470,7 @@ class _ServerCall:
         connection: _ServerConnection,
         binding: ProtocolBinding,
         plan: _WirePlan,
-        request: pa.RecordBatch | None,
+        request: _ServerInput | None,
     ) -> None:
         """`request` is None when nobody counts."""
         self.connection = connection
@@ -7437,14 +7481,13 @@ class _ServerCall:
         self.cancelled = False
         self.stream_id = ""
         self.is_turn = False  # of a stream whose state travels; then a call of its own
-        self.metadata: _IpcMetadata = {}  # of the request, when it is observed
         self.notes: Mapping[str, Any] = {}  # what a transport adds to the access record
         self.externalized_bytes = 0  # what has been kept elsewhere, as it is stored
         self._request_id = connection.request_id
         self._hook = connection.server.dispatch_hook
         self._token: Any = None
         # Nothing is counted, timed or formatted when nobody listens.
-        self.observed = request is not None and connection.observed()
+        self.observed = request is not None
         self.stats = CallStatistics()
         self.started = 0.0
 
@@ -7457,18 +7500,18 @@ class _ServerCall:
     def start(self, kwargs: dict[str, Any]) -> None:
         """Begin counting and tell the hook."""
         self.begin()
-        if self.observed and self._hook is not None:
+        if self.request is not None and self._hook is not None:
             connection = self.connection
-            known = _server_traced(connection.transport_metadata, self.metadata)
+            known = _server_traced(connection.transport_metadata, self.request.metadata)
             if self.stream_id:
                 known = {**known, "stream_id": self.stream_id}
             self._token = self._hook.on_dispatch_start(self.plan.info, connection.auth, known, kwargs)
 
     def begin(self) -> None:
         """Begin counting."""
-        if self.observed and self.request is not None:
+        if self.request is not None:
             self.started = time.monotonic()
-            self.stats.record_input(self.request)
+            self.stats.count_input(self.request.rows, self.request.size)
             if self.plan.is_stream and not self.stream_id:
                 import uuid
 
@@ -7477,6 +7520,10 @@ class _ServerCall:
     def sent(self, batch: pa.RecordBatch) -> None:
         if self.observed:
             self.stats.record_output(batch)
+
+    def sent_encoded(self, reply: _IpcMessages) -> None:
+        if self.observed:
+            self.stats.count_output(int(self.plan.info.has_return), self.plan.reply_bytes(reply))
 
     def received(self, batch: pa.RecordBatch) -> None:
         if self.observed:
@@ -7625,7 +7672,7 @@ class _ServerConnection:
         """Answer a request that looks like an earlier one. Bytes that match have passed steps 1 to 18 before."""
         channel, last = self.channel, self._last
         data, pos = channel.buf, channel.pos
-        if len(data) - pos < 16 or self._swallow or self.observed():
+        if len(data) - pos < 16 or self._swallow or _LOG_WIRE_REQUEST.isEnabledFor(logging.DEBUG):
             return False
         found = None if last is None else last.layout.match(data, pos)
         if found is None:
@@ -7641,16 +7688,19 @@ class _ServerConnection:
         limit = channel.limits.max_message_bytes
         if limit is not None and end - pos > limit:
             return False
-        layout, binding, plan = last
+        layout, schema, binding, plan = last
         kwargs = _wire_row_arguments(plan, row)
         if kwargs is None:
             return False
         channel.pos = end
         self._enter_shared(None if self._shared is None else channel.shm or self._segment)
-        if plan.is_stream or plan.name in binding.ctx_methods:
+        observed = self.observed()
+        if observed or plan.is_stream or plan.name in binding.ctx_methods:
             self._flush()
             budget = layout.deadline(data, pos) if layout.deadline_at >= 0 else None
-            self._dispatch(binding, plan, kwargs, _server_budget(budget), None)
+            size = layout.buffer_bytes(data, pos, end) if observed else 0
+            request = _ServerInput(schema, 1 if row else 0, size, {}) if observed else None
+            self._dispatch(binding, plan, kwargs, _server_budget(budget), request)
         else:
             self._unary_plain(binding, plan, getattr(binding.impl, plan.name), kwargs)
         return True
@@ -7673,9 +7723,15 @@ class _ServerConnection:
             return self._refuse(exc, plan, RPC_METHOD_KEY in metadata)
         if _LOG_WIRE_REQUEST.isEnabledFor(logging.DEBUG):
             _LOG_WIRE_REQUEST.debug("Parsed request: method=%s, kwargs={%s}", name, _log_kwargs(kwargs))
-        if sample and not self.observed():  # what is observed does not use what was learned
+        if sample:
             self._learn(sample, batch, metadata, binding, plan)
-        self._dispatch(binding, plan, kwargs, _server_budget(metadata.get(DEADLINE_KEY)), (batch, metadata))
+        budget = _server_budget(metadata.get(DEADLINE_KEY))
+        self._dispatch(binding, plan, kwargs, budget, self._input(batch, metadata))
+
+    def _input(self, batch: pa.RecordBatch, metadata: _IpcMetadata) -> _ServerInput | None:
+        if not self.observed():
+            return None
+        return _ServerInput(batch.schema, batch.num_rows, batch.get_total_buffer_size(), metadata)
 
     def _share(self, batch: pa.RecordBatch, metadata: _IpcMetadata) -> tuple[pa.RecordBatch, _IpcMetadata]:
         """Find the segment that a request names, and the request itself if it is in there (wire.md section 11.3)."""
@@ -7744,15 +7800,13 @@ class _ServerConnection:
         plan: _WirePlan,
         kwargs: dict[str, Any],
         budget: float | None,
-        request: tuple[pa.RecordBatch, _IpcMetadata] | None,
+        request: _ServerInput | None,
     ) -> None:
         """Step 19: call the method and answer."""
         method = getattr(binding.impl, plan.name)
-        if not plan.is_stream and plan.name not in binding.ctx_methods and not self.observed():
+        if not plan.is_stream and plan.name not in binding.ctx_methods and request is None:
             return self._unary_plain(binding, plan, method, kwargs)
-        batch, metadata = request or (None, {})
-        call = _ServerCall(self, binding, plan, batch)
-        call.metadata = metadata
+        call = _ServerCall(self, binding, plan, request)
         call.stream_id = self.stream_id
         call.start(kwargs)
         try:
@@ -7802,7 +7856,9 @@ class _ServerConnection:
         return None
 
     def _encoded(self, plan: _WirePlan, value: Any) -> _IpcMessages | None:
-        """The reply by a template; None: pyarrow has to look at the value, or shared memory may want it."""
+        """The reply by a template; None: pyarrow has to look at the value, or someone else wants to."""
+        if _LOG_WIRE_RESPONSE.isEnabledFor(logging.DEBUG):
+            return None
         data = plan.encode_reply(value)
         if data is None or self.shm is None:
             return data
@@ -7824,7 +7880,7 @@ class _ServerConnection:
         data = result = None
         try:
             value = method(**kwargs)
-            data = None if call.observed else self._encoded(call.plan, value)
+            data = self._encoded(call.plan, value)
             result = _server_result(call, value) if data is None else None
         except BaseException as exc:
             result = empty_batch(reply.schema), call.fail(exc)
@@ -7943,6 +7999,7 @@ class _ServerReply:
 
     def end_encoded(self, data: _IpcMessages) -> None:
         """End with a complete reply, of which the schema message has gone out if there were messages."""
+        self._call.sent_encoded(data)
         with self._lock:
             self._ended = True
             if self._writer is not None:
@@ -8349,8 +8406,8 @@ class ServerRequest(_ServerConnection):
         return reply[0] if len(reply) == 1 and type(reply[0]) is bytes else b"".join(reply)
 
     def _begin(self, batch: pa.RecordBatch, metadata: dict[bytes, bytes]) -> _ServerCall:
-        call = self._call = _ServerCall(self, self.binding, self.binding.plan(self.info.name), batch)
-        call.metadata = metadata
+        plan = self.binding.plan(self.info.name)
+        call = self._call = _ServerCall(self, self.binding, plan, self._input(batch, metadata))
         call.stream_id = self.stream_id
         call.is_turn = True
         return call
@@ -8384,7 +8441,7 @@ class ServerRequest(_ServerConnection):
         plan: _WirePlan,
         kwargs: dict[str, Any],
         budget: float | None,
-        request: tuple[pa.RecordBatch, _IpcMetadata] | None,
+        request: _ServerInput | None,
     ) -> None:
         self._check_target(binding, plan)
         super()._dispatch(binding, plan, kwargs, budget, request)
@@ -8591,7 +8648,6 @@ def _server_log_failure(call: _ServerCall, exc: BaseException) -> None:
 def _server_access_record(call: _ServerCall) -> None:
     """Write one record of a dispatched call: who, what, how long, how much; never a value (runtime.md section 6)."""
     connection, plan, error, stats = call.connection, call.plan, call.error, call.stats
-    request = call.request or empty_batch(EMPTY_SCHEMA)
     server, auth = connection.server, connection.auth
     status = "ok" if error is None else "error"
     extra: dict[str, Any] = {
@@ -8615,9 +8671,9 @@ def _server_access_record(call: _ServerCall) -> None:
         "input_bytes": stats.input_bytes,
         "output_bytes": stats.output_bytes,
     }
-    if not call.is_turn:
-        extra["request_fields"] = [{"name": field.name, "type": str(field.type)} for field in request.schema]
-        extra["request_rows"] = request.num_rows if request.num_columns else 0
+    if call.request is not None and not call.is_turn:
+        extra["request_fields"] = [{"name": field.name, "type": str(field.type)} for field in call.request.schema]
+        extra["request_rows"] = call.request.rows if len(call.request.schema) else 0
     if error is not None:
         extra["error_message"] = exception_str(error) or type(error).__name__
         extra["error_code"] = str(error_code_of(error))

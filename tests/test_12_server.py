@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import enum
 import logging
 import threading
 import time
-from typing import ClassVar, Protocol
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Protocol
 
 import pyarrow as pa
 import pytest
@@ -536,3 +538,106 @@ def test_what_a_server_learns_is_bounded() -> None:
         client.close()
         thread.join(10)
         served.close()
+
+
+class Colour(enum.Enum):
+    RED = 1
+    BLUE = 2
+
+
+@dataclass(frozen=True)
+class Point(core.ArrowSerializableDataclass):
+    x: float
+    name: str | None = None
+
+
+class Echo(Protocol):
+    def number(self, v: float) -> float: ...
+    def small(self, v: Annotated[int, core.ArrowType(pa.int16())]) -> Annotated[int, core.ArrowType(pa.int16())]: ...
+    def flag(self, v: bool) -> bool: ...
+    def text(self, v: str) -> str: ...
+    def raw(self, v: bytes) -> bytes: ...
+    def maybe(self, v: str | None) -> str | None: ...
+    def maybe_number(self, v: float | None) -> float | None: ...
+    def maybe_flag(self, v: bool | None) -> bool | None: ...
+    def numbers(self, v: list[int]) -> list[int]: ...
+    def texts(self, v: list[str]) -> list[str]: ...
+    def nested(self, v: list[list[float]]) -> list[list[float]]: ...
+    def table(self, v: dict[str, int]) -> dict[str, int]: ...
+    def maybe_table(self, v: dict[str, int] | None) -> dict[str, int] | None: ...
+    def colour(self, v: Colour) -> Colour: ...
+    def point(self, v: Point) -> Point: ...
+    def nothing(self) -> None: ...
+
+
+class EchoImpl:
+    def nothing(self):
+        return None
+
+    def __getattr__(self, name):
+        if name.startswith("_") or name not in vars(Echo):
+            raise AttributeError(name)
+        return self.echo
+
+    @staticmethod
+    def echo(v):
+        return v
+
+
+ECHOED: list[tuple[str, tuple[object, ...]]] = [
+    ("number", (1.5,)),
+    ("small", (7,)),
+    ("flag", (True,)),
+    *[("text", (v,)) for v in ("", "a", "ä" * 20, "x" * 100_000)],
+    ("raw", (b"\0" * 9,)),
+    *[("maybe", (v,)) for v in (None, "", "text")],
+    *[("maybe_number", (v,)) for v in (None, 0.0)],
+    *[("maybe_flag", (v,)) for v in (None, False)],
+    *[("numbers", (v,)) for v in ([], [1], [1, 2, 3])],
+    *[("texts", (v,)) for v in ([], [""], ["a", "bcd"])],
+    *[("nested", (v,)) for v in ([], [[]], [[1.0], [2.0, 3.0]])],
+    *[("table", (v,)) for v in ({}, {"a": 1, "bc": 2})],
+    *[("maybe_table", (v,)) for v in (None, {"a": 1})],
+    *[("colour", (v,)) for v in Colour],
+    *[("point", (v,)) for v in (Point(1.0), Point(2.0, "two"))],
+    ("nothing", ()),
+]
+
+
+def records_of_echoes(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
+    """What the access log says of each call, made three times: read by pyarrow, and then perhaps from a layout."""
+    caplog.clear()
+    calls = [call for call in ECHOED for _ in range(3)]
+    with core.serve_pipe(Echo, EchoImpl()) as proxy:
+        for name, args in calls:
+            assert getattr(proxy, name)(*args) == (args[0] if args else None)
+        wait_for(lambda: len(caplog.records) == len(calls))
+    varying = {"duration_ms", "request_id", "server_id"}
+    fields = [field for field in vars(caplog.records[0]) if field.startswith(("in", "out", "request_", "method"))]
+    return [{field: getattr(record, field) for field in fields if field not in varying} for record in caplog.records]
+
+
+def test_observed_calls_are_counted_alike_by_layouts_and_by_pyarrow(caplog, monkeypatch) -> None:
+    caplog.set_level(logging.INFO, "vgi_rpc.access")
+    learned = records_of_echoes(caplog)
+    read: list[object] = []
+    monkeypatch.setattr(
+        core, "_wire_read_request", lambda *args, real=core._wire_read_request: read.append(1) or real(*args)
+    )
+    assert records_of_echoes(caplog) == learned
+    if core._ipc_learning:
+        assert len(read) < 2 * len(ECHOED)  # the third call, at the latest, looks like one before
+    monkeypatch.setattr(core, "_ipc_learning", False)
+    assert records_of_echoes(caplog) == learned
+
+
+def test_wire_lines_are_written_for_every_call(caplog) -> None:
+    with core.serve_pipe(Calc, CalcImpl()) as proxy:
+        for _ in range(3):
+            assert proxy.add(1.0, 2.0) == 3.0
+        caplog.set_level(logging.DEBUG, "vgi_rpc.wire")
+        for _ in range(3):
+            assert proxy.add(1.0, 2.0) == 3.0
+    lines = [record.getMessage().partition(":")[0] for record in caplog.records]
+    for line in ("Read request batch", "Parsed request", "Write result batch"):
+        assert lines.count(line) == 3, (line, lines)
