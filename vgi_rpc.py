@@ -1592,6 +1592,14 @@ def _types_encoder(annotation: Any, *, top: bool) -> _TypesConvert | None:
     return _types_encode_scalar if core in (str, bytes, float) else None
 
 
+def _types_is_plain(annotation: Any) -> bool:
+    """Whether values of exactly the annotated types go into the layouts of room 5 as they are."""
+    core = _types_strip(annotation)[0]
+    if typing.get_origin(core) in (list, dict):
+        return all(map(_types_is_plain, typing.get_args(core)))
+    return core in (str, bytes, int, float, bool)
+
+
 def _types_encode_bytes(cls: type, value: Any) -> bytes:
     if not isinstance(value, cls):
         raise TypeError(f"expected {cls.__name__}, got {type(value).__name__}")
@@ -1777,6 +1785,7 @@ class _TypesColumn(_NamedTuple):
     name: str
     encode: _TypesConvert | None
     decode: _TypesConvert | None
+    plain: bool
     required: bool
     init: bool
 
@@ -1786,7 +1795,10 @@ class _TypesSpec(_NamedTuple):
 
     schema: pa.Schema
     columns: tuple[_TypesColumn, ...]
-    required: frozenset[str]  # names of the columns that must be there
+    names: tuple[str, ...]
+    required: frozenset[str]  # columns that must be there
+    decoders: tuple[tuple[str, _TypesConvert], ...]  # of the columns that need one
+    late: frozenset[str]  # columns that the constructor does not take
 
 
 class _TypesSchema:
@@ -1881,9 +1893,15 @@ def _types_compile(cls: type[ArrowSerializableDataclass]) -> _TypesSpec:
             encode, decode = _types_encoder(hint, top=False), _types_decoder(hint, top=False)
         except TypeError as exc:
             raise TypeError(f"Cannot generate Arrow schema for {cls.__name__}.{field.name}: {exc}") from exc
-        columns.append(_TypesColumn(field.name, encode, decode, required and field.init, field.init))
+        plain = _types_is_plain(hint)
+        columns.append(_TypesColumn(field.name, encode, decode, plain, required and field.init, field.init))
     return _TypesSpec(
-        pa.schema(fields), tuple(columns), frozenset(column.name for column in columns if column.required)
+        pa.schema(fields),
+        tuple(columns),
+        tuple(column.name for column in columns),
+        frozenset(column.name for column in columns if column.required),
+        tuple((column.name, column.decode) for column in columns if column.decode is not None),
+        frozenset(column.name for column in columns if not column.init),
     )
 
 
@@ -1961,7 +1979,7 @@ def _types_from_batch(cls: type[_T], batch: pa.RecordBatch) -> _T:
         raise ValueError(
             f"Expected single-row RecordBatch for {cls.__name__} deserialization, got {batch.num_rows} rows"
         )
-    known = {column.name for column in _types_spec(cast("type[ArrowSerializableDataclass]", cls)).columns}
+    known = _types_spec(cast("type[ArrowSerializableDataclass]", cls)).names
     row = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
@@ -1975,16 +1993,13 @@ def _types_from_mapping(cls: type[_T], row: Mapping[str, Any]) -> _T:
     """Build an instance from raw values; a missing one takes the field's default."""
     spec = _types_spec(cast("type[ArrowSerializableDataclass]", cls))
     if row and not spec.required <= row.keys():
-        missing = [column.name for column in spec.columns if column.required and column.name not in row]
+        missing = [name for name in spec.names if name in spec.required and name not in row]
         raise ValueError(f"Missing fields in {cls.__name__} RecordBatch: {missing}. Found: {list(row)}")
-    values: dict[str, Any] = {}
-    later: dict[str, Any] = {}
-    for name, _, decode, _, init in spec.columns:
-        if name in row:
-            value = row[name]
-            if value is not None and decode is not None:
-                value = decode(value)
-            (values if init else later)[name] = value
+    values = {name: row[name] for name in spec.names if name in row}
+    for name, decode in spec.decoders:
+        if values.get(name) is not None:
+            values[name] = decode(values[name])
+    later = {name: values.pop(name) for name in spec.late if name in values}
     found = cls(**values)
     for name, value in later.items():
         object.__setattr__(found, name, value)
@@ -2864,15 +2879,16 @@ class _IpcCompiler:
     def _column(self, name: str, field: pa.Field[Any]) -> None:
         """One value, with its null: a validity bitmap that is there only when it is needed."""
         kind = _ipc_kind(field.type)
+        other = f"type({name}) is not {kind}" + f" and type({name}) is not dict" * pa.types.is_map(field.type)
         if not field.nullable or pa.types.is_dictionary(field.type):
-            self._refuse(f"type({name}) is not {kind}")
+            self._refuse(other)
             self._nodes.append("1, 0")
             self._buffer("0")
             return self._value(name, field.type)
         self._flush()
         null = self._size()
         self._write += [f"{null} = {name} is None", f"if {null}: {name} = {kind}()"]
-        self._refuse(f"type({name}) is not {kind}")
+        self._refuse(other)
         self._pieces.append(f"NULL[{null}]")
         self._read += [
             f"{null} = data[nulls + {16 * len(self._nodes)}]",
@@ -2941,8 +2957,11 @@ class _IpcCompiler:
             self._read.append(f"{name} = list({name})")
             return
         keys, items = self._new("k"), self._new("k")
-        self._refuse(f"set(map(type, {name})) - tuples")
-        self._write += [f"{keys} = [key for key, _ in {name}]", f"{items} = [item for _, item in {name}]"]
+        self._write += [
+            f"if type({name}) is dict: {keys}, {items} = list({name}), list({name}.values())",
+            f"elif set(map(type, {name})) - tuples: return None",
+            f"else: {keys}, {items} = [key for key, _ in {name}], [item for _, item in {name}]",
+        ]
         self._nodes.append(f"{size}, 0")
         self._buffer("0")
         self._elements(keys, dtype.key_type, size)
@@ -5012,7 +5031,6 @@ def compute_protocol_hash(protocol_name: str, methods: Mapping[str, RpcMethodInf
 #   location / shm_offset            pointer to a batch that is elsewhere
 #   anything else                    data (void result, zero-row output)
 
-_WIRE_PLAIN = (str, bytes, int, float, bool)
 _WIRE_BYTES = (pa.binary(), pa.utf8())
 _WIRE_NOTHING: Mapping[bytes, bytes] = types.MappingProxyType({})
 _WIRE_DATA, _WIRE_LOG, _WIRE_ERROR, _WIRE_EXTERNAL, _WIRE_SHM = "data", "log", "error", "external", "shm"
@@ -5057,10 +5075,12 @@ class _WirePlan:
         hints = [None if raw else info.param_types[name] for name in self.names]
         converters = [(None, None) if raw else _wire_converters(hint) for hint in hints]
         self.encoders = tuple(encode for encode, _ in converters)
-        self.decoders = tuple(decode for _, decode in converters)
+        self.decoders = [
+            (name, decode) for name, (_, decode) in zip(self.names, converters, strict=True) if decode is not None
+        ]
         # Templates take values of exactly these types as they are; others are converted first.
-        self.plain = all(_types_strip(hint)[0] in _WIRE_PLAIN for hint in hints)
-        self.plain_result = not raw and info.has_return and _types_strip(info.result_type)[0] in _WIRE_PLAIN
+        self.plain = all(map(_types_is_plain, hints))
+        self.plain_result = not raw and info.has_return and _types_is_plain(info.result_type)
         converts = info.has_return and not raw
         self.encode_result, self.decode_result = _wire_converters(info.result_type) if converts else (None, None)
         self.result_nullable = info.has_return and info.result_schema.field(0).nullable
@@ -5150,12 +5170,17 @@ def _wire_is_stock(cls: type) -> bool:
 class _WireRecord:
     """A dataclass as one cell: a whole stream inside a binary value, by template and layouts where they fit."""
 
-    __slots__ = ("_cls", "_encoders", "_layouts", "_template")
+    __slots__ = ("_cls", "_encoders", "_layouts", "_names", "_template")
 
     def __init__(self, cls: type[ArrowSerializableDataclass]) -> None:
         spec = _types_spec(cls)
         self._cls = cls
-        self._encoders = tuple((column.name, column.encode) for column in spec.columns)
+        self._names = spec.names
+        self._encoders = [
+            (i, column.encode)
+            for i, column in enumerate(spec.columns)
+            if column.encode is not None and not column.plain
+        ]
         self._template = _ipc_template(spec.schema, None)
         self._layouts: list[tuple[_IpcLayout | _IpcCanonical, list[str]]] = []
 
@@ -5171,9 +5196,9 @@ class _WireRecord:
         return _types_encode_bytes(self._cls, value)
 
     def _cells(self, value: Any) -> list[Any]:
-        cells = [getattr(value, name) for name, _ in self._encoders]
-        for i, (_, encode) in enumerate(self._encoders):
-            if encode is not None and cells[i] is not None:
+        cells = [getattr(value, name) for name in self._names]
+        for i, encode in self._encoders:
+            if cells[i] is not None:
                 cells[i] = encode(cells[i])
         return cells
 
@@ -5457,11 +5482,7 @@ def _wire_arguments(plan: _WirePlan, batch: pa.RecordBatch) -> dict[str, Any]:
                 f"{plan.name}() declares: {', '.join(plan.names) or '(none)'}"
             )
     found = dict(zip(batch.schema.names, batch.columns, strict=True))
-    kwargs = {}
-    for name, decode in zip(plan.names, plan.decoders, strict=True):
-        if name in found:
-            value = _wire_cell(found[name])
-            kwargs[name] = value if decode is None or value is None else decode(value)
+    kwargs = _wire_decode(plan, {name: _wire_cell(found[name]) for name in plan.names if name in found})
     if not fits:
         _wire_check_schema(plan, batch.schema)
     for name, nullable in zip(plan.names, plan.nullable, strict=True):
@@ -5486,14 +5507,16 @@ def _wire_cell(column: pa.Array[Any]) -> Any:
 def _wire_row_arguments(plan: _WirePlan, row: Sequence[Any]) -> dict[str, Any] | None:
     """A row that a layout has read, as keyword arguments; None: let the pyarrow path decide."""
     kwargs = dict(zip(plan.names, row, strict=True))
-    if plan.plain:
-        return kwargs
     try:
-        for name, decode in zip(plan.names, plan.decoders, strict=True):
-            if decode is not None and kwargs[name] is not None:
-                kwargs[name] = decode(kwargs[name])
+        return _wire_decode(plan, kwargs) if plan.decoders else kwargs
     except Exception:
         return None
+
+
+def _wire_decode(plan: _WirePlan, kwargs: dict[str, Any]) -> dict[str, Any]:
+    for name, decode in plan.decoders:
+        if kwargs.get(name) is not None:
+            kwargs[name] = decode(kwargs[name])
     return kwargs
 
 
@@ -5656,7 +5679,7 @@ def _wire_row_value(plan: _WirePlan, row: Sequence[Any]) -> Any:
     if not row:
         return None
     value = row[0]
-    return value if plan.plain_result and value is not None else _wire_decode_result(plan, value)
+    return _wire_decode_result(plan, value) if value is None or plan.decode_result is not None else value
 
 
 def _wire_decode_result(plan: _WirePlan, value: Any) -> Any:

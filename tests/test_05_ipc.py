@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import random
 import struct
 import threading
@@ -498,7 +499,10 @@ def test_a_template_writes_what_pyarrow_writes(dtype: pa.DataType, values: tuple
     schema = pa.schema([pa.field("v", dtype, nullable=nullable), pa.field("i", pa.int32(), nullable=False)])
     template = core._ipc_template(schema, METADATA)
     for value in values:
-        assert template.encode((value, 5)) == by_pyarrow(schema, batch_of(schema, v=[value], i=[5]), metadata=METADATA)
+        written = by_pyarrow(schema, batch_of(schema, v=[value], i=[5]), metadata=METADATA)
+        assert template.encode((value, 5)) == written
+        if pa.types.is_map(dtype):
+            assert template.encode((dict(value), 5)) == written
 
 
 @needs_learning
@@ -558,7 +562,8 @@ def test_a_null_of_a_layout() -> None:
         (pa.list_(pa.int64()), [1, None]),
         (pa.list_(pa.int64()), [True]),
         (pa.list_(pa.utf8()), ["a", 1]),
-        (pa.map_(pa.utf8(), pa.int64()), {"a": 1}),
+        (pa.map_(pa.utf8(), pa.int64()), {"a": None}),
+        (pa.map_(pa.utf8(), pa.int64()), collections.OrderedDict(a=1)),
         (pa.map_(pa.utf8(), pa.int64()), [["a", 1]]),
         (pa.map_(pa.utf8(), pa.int64()), [(None, 1)]),
         (WORD, 3),
