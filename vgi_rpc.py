@@ -24,6 +24,16 @@
     with connect(Calc, ["python", "worker.py"]) as calc:
         calc.add(1.0, 2.0)
 
+Where to begin:
+
+    to call a service    connect, unix_connect, tcp_connect, http_connect, WorkerPool, with_options, map_calls, submit
+    to offer one         run_server, RpcServer, serve_pipe, serve_unix, serve_tcp, serve_http, make_wsgi_app
+    what travels         ArrowSerializableDataclass, ArrowType, Stream, ProducerState, ExchangeState, AnnotatedBatch
+    when it fails        RpcError and its subclasses; StatusError to raise in a method
+    who offers what      introspect, list_protocols, describe_protocol; python -m vgi_rpc --help
+
+Names with http or wsgi come from vgi_rpc_extras: help(vgi_rpc.http_connect).
+
 The file is a house of numbered rooms. Code in a room uses its own names and those of the rooms above it, never one
 from below; tests/test_NN_*.py covers room NN. Search for "= N. " to jump.
 
@@ -11176,7 +11186,7 @@ def _door_parser(prog: str | None = None) -> Any:
     """The flags of a worker (runtime.md section 10)."""
     import argparse
 
-    parser = argparse.ArgumentParser(prog=prog, description="Serve over stdio, a Unix socket or TCP.")
+    parser = argparse.ArgumentParser(prog=prog, description="Serve over stdio, a Unix socket, TCP or HTTP.")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--unix", metavar="PATH", help="serve on a Unix socket")
     where.add_argument("--tcp", metavar="[HOST:]PORT", help="serve on a TCP port, 0 for any")

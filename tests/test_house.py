@@ -28,6 +28,13 @@ def test_index_is_the_list_of_banners() -> None:
     assert [int(title.split(".")[0]) for title in titles] == list(range(1, len(titles) + 1))
 
 
+def test_names_to_begin_with_exist() -> None:
+    begin = (core.__doc__ or "").split("Where to begin:")[1].split("Names with http")[0]
+    names = re.findall(r"\b\w+_\w+\b|\b[A-Z]\w+[a-z][A-Z]\w+|\bStream\b", begin)
+    assert len(names) > 20
+    assert [name for name in names if name not in dir(core) and name != "vgi_rpc"] == []
+
+
 def test_banners_are_full_width() -> None:
     banners = [line for line in LINES if re.match(BANNER, line)]
     assert banners

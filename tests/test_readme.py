@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import re
@@ -93,6 +94,14 @@ def health(port: int, process: subprocess.Popen[bytes]) -> int:
             connection.close()
 
 
+def wait_for_workers(log: Path, count: int) -> None:
+    """Granian 2.8 never ends when SIGTERM comes while one of its workers is still starting."""
+    deadline = time.monotonic() + 30
+    while log.read_text().count("Started worker-") < count:
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+
+
 def serve(command: str, where: Path, bin_dir: Path) -> None:
     """Start a server on another port than the one it names; it must be healthy, and end well."""
     port = free_port()
@@ -100,14 +109,22 @@ def serve(command: str, where: Path, bin_dir: Path) -> None:
     command = f"exec {command.replace('8001', str(port))}"
     with open(where / "serve.log", "wb") as log:
         process = subprocess.Popen(
-            ["sh", "-c", command], cwd=where, env=environment(where, bin_dir), stdout=log, stderr=log
+            ["sh", "-c", command],
+            cwd=where,
+            env=environment(where, bin_dir),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # so that its workers can be ended too
         )
     try:
         assert health(port, process) == 200, command
+        if "granian" in command:
+            wait_for_workers(where / "serve.log", 2)
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0, f"{command}\n{(where / 'serve.log').read_text()}"
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
