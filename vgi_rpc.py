@@ -8829,7 +8829,7 @@ class _ClientLink:
         job.future = concurrent.futures.Future()
         if job.observed is not None:
             job.future.add_done_callback(job.settled)
-        if self._submitter is None:
+        if self._submitter is None or self._submitter.pid != _transport_pid:  # threads do not live on in a fork
             self._submitter = _ClientSubmitter(self)
         self._submitter.add(job)
         return job.future
@@ -9650,6 +9650,7 @@ class _ClientSubmitter:
     """The threads behind `submit`: one for a connection, some for a transport without conversations."""
 
     def __init__(self, link: _ClientLink) -> None:
+        self.pid = _transport_pid
         self._link = link
         self._jobs: collections.deque[_ClientJob] = collections.deque()
         self._wake = threading.Condition()

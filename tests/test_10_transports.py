@@ -545,7 +545,7 @@ def test_a_waiting_call_keeps_its_deadline(svc: ModuleType) -> None:
 FORK = """
 kind, address, mark = ARGS
 with lab.proxy(kind, address) as p:
-    assert p.echo(1) == 1
+    assert core.submit(p.echo, 1).result(10) == 1
     session = p.counter(4) if mark == "stream" else None
     if session is not None:
         session.tick()
@@ -554,6 +554,8 @@ with lab.proxy(kind, address) as p:
     child = os.fork()
     if child == 0:
         found = [outcome(lambda: p.echo(2)), outcome(lambda: bool(p.counter(1))), outcome(lambda: core.ping(p))]
+        found.append(outcome(lambda: core.submit(p.echo, 2).result(10)))
+        found.append(outcome(lambda: list(core.map_calls(p.echo, [{"n": 2}]))))
         if session is not None:
             found.append(outcome(session.tick))
             session = None
@@ -582,7 +584,7 @@ def test_a_forked_child_is_refused_and_the_parent_goes_on(lab: Lab, kind: str, s
     parent, found, right = lab.run(FORK, kind, lab.address(kind), state)
     assert right
     assert found.pop() == ["value", 3]
-    assert len(found) == (4 if state == "stream" else 3)
+    assert len(found) == (6 if state == "stream" else 5)
     for cls, text, sent in found:
         assert cls == "WrongProcessError"
         assert f"made in process {parent}; connect again" in text
