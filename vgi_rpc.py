@@ -10462,6 +10462,8 @@ class WorkerPool:
         return None, dead
 
     def _give_back(self, key: tuple[str, ...], transport: SubprocessTransport) -> None:
+        if self._pid != os.getpid():  # a fork leaves its parent's block: the worker, and perhaps the lock, is not ours
+            return
         evicted: SubprocessTransport | None = None
         usable = self._usable(transport)
         with self._lock:

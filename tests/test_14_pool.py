@@ -361,3 +361,27 @@ def test_a_forked_child_may_not_borrow(worker) -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         with pool.connect(Svc, worker) as svc:
             assert svc.pid() == pid
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_leaves_the_block_of_its_parent(worker) -> None:
+    with core.WorkerPool() as pool:
+        with pool.connect(Svc, worker) as proxy:
+            pid = proxy.pid()
+            pool._lock.acquire()  # as if another thread of the parent were inside
+            child = os.fork()
+            if child:
+                pool._lock.release()
+                assert proxy.pid() == pid
+        if not child:
+            os._exit(0 if pool.idle_count == 0 else 1)
+        deadline = time.monotonic() + 10
+        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if ended == (0, 0):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        assert ended == (child, 0)
+        with pool.connect(Svc, worker) as proxy:
+            assert proxy.pid() == pid
