@@ -3240,11 +3240,11 @@ def _ipc_array_reader(dtype: pa.DataType, node: int, buffer: int) -> tuple[_IpcR
 
 
 def _ipc_element(read: _IpcRead, node: int, buffer: int) -> _IpcRead:
-    """Elements: exactly as many as the offsets say, none of them null, no validity buffer."""
+    """Elements: exactly as many as the offsets say, none of them null; then nobody looks into a validity buffer."""
 
     def checked(data: bytes, body: int, size: int, nodes: _IpcHoles, buffers: _IpcHoles, count: int) -> Any:
-        at = buffers[2 * buffer]
-        if nodes[2 * node] != count or nodes[2 * node + 1] or buffers[2 * buffer + 1] or at < 0 or at & 7 or at > size:
+        at, length = buffers[2 * buffer], buffers[2 * buffer + 1]
+        if nodes[2 * node] != count or nodes[2 * node + 1] or at < 0 or at & 7 or length < 0 or at + length > size:
             raise _IpcUnfamiliar
         return read(data, body, size, nodes, buffers, count)
 
