@@ -3279,8 +3279,11 @@ def _ipc_read_bool(buffer: int) -> _IpcRead:
 
 def _ipc_read_offsets(data: bytes, body: int, size: int, at: int, length: int, count: int, limit: int) -> _IpcHoles:
     """Offsets of `count` values: from 0, never backwards, never beyond `limit`."""
-    if at < 0 or at & 7 or length < 4 * (count + 1) or at + length > size:
+    needed = 4 * (count + 1) if count or length else 0  # no value needs no offsets
+    if at < 0 or at & 7 or length < needed or at + length > size:
         raise _IpcUnfamiliar
+    if not needed:
+        return (0,)
     offsets = struct.unpack_from(f"<{count + 1}i", data, body + at)
     last = 0
     for offset in offsets:
@@ -3299,8 +3302,6 @@ def _ipc_read_bytes(buffer: int, text: bool) -> _IpcRead:
         at, length = buffers[b + 2], buffers[b + 3]
         if at < 0 or at & 7 or length < 0 or at + length > size:
             raise _IpcUnfamiliar
-        if count == 0:  # no value needs no offsets
-            return _ipc_no_values(buffers[b], buffers[b + 1], size)
         offsets = _ipc_read_offsets(data, body, size, buffers[b], buffers[b + 1], count, length)
         start = body + at
         pieces = [data[start + offsets[i] : start + offsets[i + 1]] for i in range(count)]
@@ -3309,19 +3310,10 @@ def _ipc_read_bytes(buffer: int, text: bool) -> _IpcRead:
     return read
 
 
-def _ipc_no_values(at: int, length: int, size: int) -> list[Any]:
-    if at < 0 or at & 7 or length < 0 or at + length > size:
-        raise _IpcUnfamiliar
-    return []
-
-
 def _ipc_read_list(buffer: int, child: _IpcRead) -> _IpcRead:
     b = 2 * buffer + 2
 
     def read(data: bytes, body: int, size: int, nodes: _IpcHoles, buffers: _IpcHoles, count: int) -> Any:
-        if count == 0:
-            child(data, body, size, nodes, buffers, 0)
-            return _ipc_no_values(buffers[b], buffers[b + 1], size)
         offsets = _ipc_read_offsets(data, body, size, buffers[b], buffers[b + 1], count, _IPC_EAGER)
         values = child(data, body, size, nodes, buffers, offsets[-1])
         return [list(values[offsets[i] : offsets[i + 1]]) for i in range(count)]
