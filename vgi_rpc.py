@@ -2380,7 +2380,7 @@ def _ipc_check_marker(source: _IpcSource) -> None:
             + (
                 "(this is HTTP, whose client is http_connect, or --url)"
                 if http
-                else "(a print() to the protocol's stream, another protocol, or pre-0.15 framing)"
+                else "(another protocol, or a print() to stdout: nothing may print before run_server())"
             )
         )
 
@@ -10643,6 +10643,8 @@ def _door_dial_unix(path: str, timeout: float | None) -> UnixTransport:
 def _door_unix_note(path: str) -> str:
     import stat
 
+    if path.startswith("UNIX:"):  # as a server prints it
+        return f"the prefix UNIX: is not part of the path {path[5:]}"
     start = f"no server answers on {path}; start one with --unix {path}"
     if len(os.fsencode(path)) > 107:
         return f"the path of a Unix socket has at most 107 bytes; {path} is longer"
@@ -11322,6 +11324,8 @@ def _cli_error(exc: RpcError, options: Any) -> str:
     text = f"Error: {exc}"
     if exc.remote_traceback:
         text += f"\n{exc.remote_traceback}" if options.verbose else "\n(--verbose shows the traceback of the server)"
+    if exc.error_code == Code.UNAUTHENTICATED:
+        text += "\n(credentials for --url: VGI_RPC_TOKEN in the environment, or --header 'NAME: VALUE')"
     return "\n".join(_cli_printable(line) for line in text.splitlines())
 
 
@@ -11344,6 +11348,8 @@ def _cli_mute() -> None:
 
 # ---- options
 
+_CLI_PATIENCE = 30.0  # seconds for a service to answer at all, unless --timeout says otherwise
+
 
 def _cli_parse(argv: list[str]) -> Any:
     parser = _cli_parser()
@@ -11363,7 +11369,8 @@ def _cli_parse(argv: list[str]) -> Any:
         parser.error(f"argument --{given[1]}: not allowed with argument --{given[0]}")
     if options.timeout is not None and not 0 < options.timeout < 1e9:
         parser.error(f"argument --timeout: expected a positive number of seconds, got {options.timeout}")
-    options.log_logger = [*(options.log_logger or ()), *(getattr(options, "log_logger_after", None) or ())]
+    for name in ("log_logger", "header"):
+        setattr(options, name, [*(getattr(options, name) or ()), *(getattr(options, f"{name}_after", None) or ())])
     return options
 
 
@@ -11371,9 +11378,9 @@ def _cli_parser() -> Any:
     import argparse
 
     before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    _cli_add_common(before, None, "log_logger")
+    _cli_add_common(before, None)
     after = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    _cli_add_common(after, argparse.SUPPRESS, "log_logger_after")  # only what is given replaces what came before
+    _cli_add_common(after, argparse.SUPPRESS, "_after")  # only what is given replaces what came before
     parser = argparse.ArgumentParser(
         prog="vgi-rpc", description="Look at, call and run services.", parents=[before], allow_abbrev=False
     )
@@ -11409,8 +11416,8 @@ def _cli_parser() -> Any:
     return parser
 
 
-def _cli_add_common(parser: Any, default: Any, log_logger: str) -> None:
-    """The options that may stand before and after the command."""
+def _cli_add_common(parser: Any, default: Any, suffix: str = "") -> None:
+    """The options that may stand before and after the command; `suffix` keeps the two lists of a repeated one apart."""
 
     def add(*names: str, **options: Any) -> None:
         parser.add_argument(*names, **{"default": default, **options})
@@ -11425,15 +11432,29 @@ def _cli_add_common(parser: Any, default: Any, log_logger: str) -> None:
     add("--protocol", metavar="NAME", help="one of several protocols; the server's first by default")
     add("--prefix", "-p", metavar="PATH", help="HTTP: where the service is mounted")
     formats = ("auto", "json", "table", "arrow")
+    text = "HTTP: send this too; may be repeated. A bearer token is better kept in the variable VGI_RPC_TOKEN"
+    add("--header", action="append", type=_cli_header, metavar="'NAME: VALUE'", dest=f"header{suffix}", help=text)
     add("--format", "-f", choices=formats, default=default or "auto", help="auto: table on a terminal, else json")
     add("--output", "-o", metavar="FILE", help="write results there")
-    add("--timeout", type=float, metavar="S", help="seconds for a call, or a turn of a stream")
+    text = f"seconds for a call, or a turn of a stream; by default {_CLI_PATIENCE:g} to describe itself, then no limit"
+    add("--timeout", type=float, metavar="S", help=text)
     flag("--verbose", "-v", text="show the server's messages")
     flag("--debug", text="log everything this side does")
     add("--log-level", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
-    add("--log-logger", action="append", metavar="NAME", dest=log_logger, help="only this logger; may be repeated")
+    text = "only this logger; may be repeated"
+    add("--log-logger", action="append", metavar="NAME", dest=f"log_logger{suffix}", help=text)
     add("--log-format", choices=("text", "json"), default=default or "text")
     add("--version", "-V", action="store_true", default=default or False, help="show the version and its file")
+
+
+def _cli_header(text: str) -> tuple[str, str]:
+    """Name and value of a --header. The error does not repeat the text, which may be a secret that lacks its quotes."""
+    import argparse
+
+    match = re.fullmatch(r"([\w!#$%&'*+.^`|~-]+):[ \t]*(.*\S)[ \t]*", text, re.ASCII)
+    if match is None:
+        raise argparse.ArgumentTypeError("expected 'NAME: VALUE', in quotes")
+    return match[1].title(), match[2]  # names have no case: a later one replaces an earlier one
 
 
 _CLI_LOGGERS = (
@@ -11501,13 +11522,15 @@ def _cli_dial(options: Any) -> Any:
     if options.url is not None:
         try:
             load = getattr(sys.modules[__name__], "_extras_load")  # noqa: B009 (room 17)
-            return load("http.client", "--url", "http").HttpTransport(options.url, prefix=options.prefix)
+            made = load("http.client", "--url", "http").HttpTransport
+            return made(options.url, prefix=options.prefix, headers=_cli_credentials(options))
         except ImportError as exc:
             raise _CliError(str(exc)) from None
         except ValueError as exc:
             raise _CliError(f"--url: {exc}", 2) from None
-    if options.prefix:
-        raise _CliError("--prefix goes with --url", 2)
+    for flag in ("prefix", "header"):
+        if getattr(options, flag):
+            raise _CliError(f"--{flag} goes with --url", 2)
     if options.cmd is not None:
         try:
             command = shlex.split(options.cmd)
@@ -11517,12 +11540,17 @@ def _cli_dial(options: Any) -> Any:
             raise _CliError("--cmd is empty", 2)
         return SubprocessTransport(command)
     if options.unix is not None:
-        return _door_dial_unix(options.unix, options.timeout)
+        return _door_dial_unix(options.unix, options.timeout or _CLI_PATIENCE)
     if options.tcp is not None:
         return _door_dial_tcp(*_door_host_port(options.tcp), options.timeout or 5.0)
     raise _CliError(
         'Either --url, --cmd, or --unix is required (or --tcp), such as --cmd "python worker.py --describe"'
     )
+
+
+def _cli_credentials(options: Any) -> dict[str, str]:
+    token = os.environ.get("VGI_RPC_TOKEN", "").strip()
+    return ({"Authorization": f"Bearer {token}"} if token else {}) | dict(options.header)
 
 
 def _cli_client_options(options: Any) -> _ClientOptions:
@@ -11572,9 +11600,11 @@ class _CliStore:
 
 def _cli_ask(transport: Any, options: Any) -> ServiceDescription:
     """The description of the named protocol, or of the server's first one."""
-    client = _client_proxy(_describe_wire().Reflection, _ClientLink(transport), _cli_client_options(options))
+    limit = options.timeout or _CLI_PATIENCE
+    bounded = _cli_client_options(options)._replace(timeout=limit)
+    client = _client_proxy(_describe_wire().Reflection, _ClientLink(transport), bounded)
     name = options.protocol
-    with _cli_patience("the server has not answered yet; a worker calls run_server() (--timeout S limits the wait)"):
+    with _cli_patience(limit):
         if name is None:
             hosted = [p.name for p in list_protocols(client) if not p.name.startswith(RESERVED_PROTOCOL_PREFIX)]
             if not hosted:
@@ -11584,16 +11614,17 @@ def _cli_ask(transport: Any, options: Any) -> ServiceDescription:
 
 
 @contextlib.contextmanager
-def _cli_patience(text: str) -> Iterator[None]:
-    """Say it on a terminal when the block lasts longer than a worker's start: a program that is none says nothing."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    timer = threading.Timer(5.0, lambda: print(text, file=sys.stderr, flush=True))
+def _cli_patience(limit: float) -> Iterator[None]:
+    """Say what may be wrong when the block lasts, on a terminal at once: a program that is no worker says nothing."""
+    hint = "a worker calls run_server()"
+    timer = threading.Timer(5.0, lambda: print(f"no answer yet; {hint}", file=sys.stderr, flush=True))
     timer.daemon = True
-    timer.start()
+    if sys.stderr.isatty():
+        timer.start()
     try:
         yield
+    except DeadlineExceededError as exc:
+        raise DeadlineExceededError(f"no answer within {limit:g} s; {hint}; --timeout S waits longer") from exc
     finally:
         timer.cancel()
 

@@ -333,6 +333,9 @@ def test_nobody_on_a_unix_socket(path: str) -> None:
     with pytest.raises(FileNotFoundError) as missing, core.unix_connect(Calc, path):
         pass
     assert missing.value.__notes__ == [note]
+    with pytest.raises(FileNotFoundError) as printed, core.unix_connect(Calc, f"UNIX:{path}"):
+        pass
+    assert printed.value.__notes__ == [f"the prefix UNIX: is not part of the path {path}"]
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(path)
     with pytest.raises(ConnectionRefusedError) as refused, core.unix_connect(Calc, path):

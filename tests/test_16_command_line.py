@@ -637,6 +637,27 @@ def test_a_worker_that_is_no_worker(place: Place) -> None:
     assert "Traceback (most recent" not in ran.stderr
 
 
+def test_a_program_that_says_nothing_is_given_up(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "_CLI_PATIENCE", 1.0)
+    began = time.monotonic()
+    ran = cli("describe", where=("--cmd", shlex.join([sys.executable, "-c", "import time; time.sleep(60)"])))
+    assert time.monotonic() - began < 20
+    assert (ran.status, ran.out) == (1, b"")
+    error = json.loads(ran.err)["error"]
+    assert error["type"] == "DeadlineExceededError"
+    assert error["message"] == "no answer within 1 s; a worker calls run_server(); --timeout S waits longer"
+    assert cli("call", "slow", "seconds=1.5").status == 0  # a call may last
+    ran = cli("describe", "--help")
+    assert "by default 1 to describe itself, then no limit" in " ".join(ran.out.decode().split())
+
+
+def test_credentials_are_for_http(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VGI_RPC_TOKEN", "t")
+    assert cli("call", "add", "a=1", "b=2").result == 3.0
+    ran = cli("call", "add", "a=1", "b=2", "--header", "X: y")
+    assert (ran.status, ran.err) == (2, "Error: --header goes with --url\n")
+
+
 # ---- as a program
 
 

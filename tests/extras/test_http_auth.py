@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import pytest
@@ -122,6 +123,85 @@ def test_every_request_of_a_stream_is_proven() -> None:
                 service.add(a=1.0)  # replayed
         assert caught.value.reason is AuthReason.PROXY_REQUIRED
         assert core.http_capabilities(url).accept_max_response_bytes_support  # health is open
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with served(make_app(TOKENS)) as where:
+        yield where
+
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def cli(url: str, capfd: pytest.CaptureFixture[str]) -> Cli:
+    """The command line in this process, against `url`: the exit status, stdout and stderr."""
+
+    def run(*args: str) -> tuple[int, str, str]:
+        status = core.main(["--url", url, *args])
+        return status, *capfd.readouterr()
+
+    return run
+
+
+def test_credentials_on_the_command_line(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, other = "Authorization: Bearer good", "authorization:Bearer other "
+    assert cli("call", "who", "--header", good) == (0, '{"result": "alice"}\n', "")
+    assert cli("--header", good, "call", "who", "--header", "X-Other: 1") == (0, '{"result": "alice"}\n', "")
+    monkeypatch.setenv("VGI_RPC_TOKEN", "good")
+    assert cli("call", "who") == (0, '{"result": "alice"}\n', "")
+    assert cli("call", "who", "--header", other) == (0, '{"result": "bob"}\n', "")
+    status, out, _ = cli("doctor")
+    assert (status, json.loads(out)["service"]["protocol"]) == (0, "Calc")
+    status, out, _ = cli("stub")
+    assert status == 0 and "class Calc(Protocol):" in out
+
+
+def test_a_command_without_credentials(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, out, err = cli("describe")
+    assert (status, out) == (1, "")
+    assert json.loads(err)["error"]["message"] == "authentication rejected (missing_credential)"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert "VGI_RPC_TOKEN in the environment, or --header 'NAME: VALUE'" in cli("describe")[2]
+
+
+@pytest.mark.parametrize(
+    ("args", "status"),
+    [
+        (["describe", "--debug", "--header", "Authorization: Bearer hunter2"], 1),
+        (["doctor", "--debug", "--header", "Authorization: Bearer hunter2"], 0),
+        (["describe", "--header", "hunter2"], 2),
+        (["describe", "--header", "Bearer hunter2: x"], 2),
+        (["describe", "--header", "X-Key: hunter2\nX: y"], 2),
+        (["describe", "--header", "X-Key: hunter2\x01"], 2),
+        (["describe", "--header", "X-Key:", "hunter2"], 2),
+        (["--header", "X-Key:", "hunter2", "describe"], 2),
+        (["call", "add", "--header", "X-Key:", "hunter2"], 2),
+    ],
+)
+def test_a_header_is_not_repeated(cli: Cli, args: list[str], status: int) -> None:
+    found, out, err = cli(*args)
+    assert found == status
+    assert "hunter2" not in out + err
+    assert status != 2 or "'NAME: VALUE', in quotes" in err or "control characters" in err
+
+
+@pytest.mark.parametrize(
+    ("token", "args", "status"),
+    [
+        ("hunter2", ["describe", "--debug"], 1),
+        ("hunter2\x01", ["describe"], 2),
+        ("hunter2", ["describe", "--help"], 0),
+    ],
+)
+def test_the_token_is_not_repeated(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, token: str, args: list[str], status: int
+) -> None:
+    monkeypatch.setenv("VGI_RPC_TOKEN", token)
+    found, out, err = cli(*args)
+    assert found == status
+    assert "hunter2" not in out + err and out + err
 
 
 def test_what_each_name_loads() -> None:

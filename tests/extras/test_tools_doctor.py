@@ -369,7 +369,7 @@ def test_a_service_that_wants_credentials(service: Any) -> None:
         thread.join()
     found = check(report, "describe")
     assert (found.status, report.healthy) == ("note", True)
-    assert "wants credentials" in found.advice
+    assert "wants credentials: VGI_RPC_TOKEN" in found.advice
 
 
 # ---- misuse

@@ -434,7 +434,7 @@ def _advice(exc: BaseException, kind: _Kind) -> str:
     if kind == "url" and isinstance(exc, core.RpcError):
         status = re.search(r"HTTP (\d{3})", exc.error_message)
         if exc.error_code == core.Code.UNAUTHENTICATED:
-            return "the service wants credentials, which this command does not have"
+            return "the service wants credentials: VGI_RPC_TOKEN in the environment, or --header 'NAME: VALUE'"
         if status and status[1] in ("404", "405", "501"):
             return "no service under this path: is it mounted under a prefix? Put it into the URL, or --prefix /PATH"
     for candidate in (exc.__cause__, exc):
