@@ -7719,15 +7719,15 @@ class _ServerConnection:
             return False
         channel.pos = end
         self._enter_shared(None if self._shared is None else channel.shm or self._segment)
-        observed = self.observed()
-        if observed or plan.is_stream or plan.name in binding.ctx_methods:
-            self._flush()
-            budget = layout.deadline(data, pos) if layout.deadline_at >= 0 else None
-            size = layout.buffer_bytes(data, pos, end) if observed else 0
-            request = _ServerInput(schema, 1 if row else 0, size, {}) if observed else None
-            self._dispatch(binding, plan, kwargs, _server_budget(budget), request)
-        else:
+        request = None
+        if self.observed():
+            request = _ServerInput(schema, 1 if row else 0, layout.buffer_bytes(data, pos, end), {})
+        elif not plan.is_stream and plan.name not in binding.ctx_methods:
             self._unary_plain(binding, plan, getattr(binding.impl, plan.name), kwargs)
+            return True
+        self._flush()
+        budget = layout.deadline(data, pos) if layout.deadline_at >= 0 else None
+        self._dispatch(binding, plan, kwargs, _server_budget(budget), request)
         return True
 
     def _answer(self, batch: pa.RecordBatch, metadata: _IpcMetadata, sample: bytes) -> None:
