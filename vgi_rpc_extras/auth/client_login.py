@@ -125,7 +125,7 @@ class VgiOAuthAuth(httpx.Auth):
         challenge = next((one for one in offered if one is not None), None)
         if response.status_code != 401 or challenge is None:
             return
-        response.read()
+        _leave_unread(response)
         tokens = self._log_in(challenge, str(request.url), rejected=tokens)
         request.headers["Authorization"] = f"Bearer {tokens.bearer_token()}"
         yield request
@@ -188,6 +188,14 @@ class VgiOAuthAuth(httpx.Auth):
             return resource, fetch_auth_server_metadata(issuer, client=self._client)
         except (ValueError, core.ConnectionLostError) as exc:
             raise OAuthTokenError(f"no login at {self._origin}: {exc}") from None
+
+
+def _leave_unread(response: httpx.Response) -> None:
+    """End a response before its body: httpx would read all of it, however long, before it sends the next request."""
+    assert isinstance(response.stream, httpx.SyncByteStream)
+    response.stream.close()
+    response.stream = httpx.ByteStream(b"")
+    response.headers.pop("Content-Encoding", None)
 
 
 def _covers(resource: str, url: str) -> bool:
