@@ -43,7 +43,7 @@ def request_upload_urls(
     prefix: str | None = None,
     client: Any = None,
     retry: HttpRetryConfig | None = None,
-    accepted_max_response_bytes: int | None = 256 << 20,
+    accepted_max_response_bytes: int | None = names.DEFAULT_MAX_RESPONSE_BYTES,
     headers: Mapping[str, str] | None = None,
     timeout: float | None = 30.0,
 ) -> list[UploadUrl]:
