@@ -448,6 +448,27 @@ def test_several_challenges_and_none() -> None:
     auth.close()
 
 
+def test_the_body_of_a_401_is_not_read() -> None:
+    class Endless(httpx.SyncByteStream):
+        closed = False
+
+        def __iter__(self) -> Iterator[bytes]:
+            raise AssertionError("it has no end")
+
+        def close(self) -> None:
+            self.closed = True
+
+    endless = Endless()
+    headers = {"WWW-Authenticate": 'Bearer resource_metadata="https://calc.example/m"', "Content-Encoding": "gzip"}
+    answers = [httpx.Response(401, headers=headers, stream=endless), httpx.Response(200, text="in")]
+    auth = VgiOAuthAuth(base_url="https://calc.example")
+    auth._log_in = lambda *args, **options: OAuthTokenSet("at")  # type: ignore[method-assign]
+    with httpx.Client(auth=auth, transport=httpx.MockTransport(lambda _: answers.pop(0))) as http:
+        assert http.get("https://calc.example/x").text == "in"
+    auth.close()
+    assert endless.closed
+
+
 def test_tokens_stay_with_their_origin() -> None:
     seen: list[str | None] = []
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -385,7 +386,28 @@ def test_nobody_listens() -> None:
                     calc.add(1.0, 2.0)
                 assert caught.value.sent == "no"
                 assert "secret" not in f"{caught.value!r}{calc!r}"
+                if given is None:
+                    assert f"is the server running? start it with --http --port {port}" in str(caught.value)
     assert isinstance(caught.value, ConnectionError)
+
+
+@pytest.mark.parametrize("through_httpx", [False, True])
+def test_tiny_chunks_cost_their_bytes(through_httpx: bool) -> None:
+    count = 200_000
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: {ARROW}\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    answer = then_close(head + b"2\r\nxy\r\n" * count + b"0\r\n\r\n")
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(Scripted(answer))
+        given = stack.enter_context(httpx.Client()) if through_httpx else None
+        calc = stack.enter_context(http_connect(Calc, server.url, client=given, timeout=30))
+        tracemalloc.start()
+        try:
+            with pytest.raises(core.RpcError):
+                calc.add(1.0, 2.0)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert peak < 12 * count  # a list of the chunks: 40 bytes each, and more
 
 
 BAD_ANSWERS: dict[str, tuple[Answer, Any, str]] = {
@@ -404,6 +426,11 @@ BAD_ANSWERS: dict[str, tuple[Answer, Any, str]] = {
         then_close(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\nhello\r\n"),
         core.ConnectionLostError,
         "chunk",
+    ),
+    "chunk of 1_0 bytes": (
+        then_close(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1_0\r\n" + bytes(16) + b"\r\n0\r\n\r\n"),
+        core.ConnectionLostError,
+        "chunk begins with b'1_0'",
     ),
     "endless interim": (then_close(b"HTTP/1.1 100 Continue\r\n\r\n" * 50), core.ConnectionLostError, "interim"),
     "no arrow": (reply(b"hello"), core.ConnectionLostError, "not an Arrow IPC stream"),

@@ -270,6 +270,11 @@ http {{
   access_log off;
   client_body_temp_path {dir}/body; proxy_temp_path {dir}/proxy; fastcgi_temp_path {dir}/f; uwsgi_temp_path {dir}/u;
   scgi_temp_path {dir}/s;
+  {http}
+}}
+"""
+
+REPLICAS = """
   upstream replicas {{ server 127.0.0.1:{one}; server 127.0.0.1:{two}; }}
   server {{
     listen 127.0.0.1:{port};
@@ -280,16 +285,16 @@ http {{
       proxy_next_upstream error timeout non_idempotent;
     }}
   }}
-}}
 """
 
 
 @contextlib.contextmanager
-def nginx(folder: Path, one: int, two: int) -> Iterator[int]:
+def nginx(folder: Path, http: str, one: int, two: int) -> Iterator[int]:
+    """Run nginx before two ports; `http` is what its http section holds. Its own port."""
     assert NGINX is not None
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    (folder / "conf").write_text(NGINX_CONF.format(dir=folder, one=one, two=two, port=port))
+    (folder / "conf").write_text(NGINX_CONF.format(dir=folder, http=http.format(one=one, two=two, port=port)))
     found = subprocess.Popen([NGINX, "-p", str(folder), "-c", str(folder / "conf"), "-e", str(folder / "error.log")])
     try:
         until_open(port)
@@ -307,7 +312,7 @@ def test_streams_survive_a_killed_replica(tmp_path: Path, server: str) -> None:
     with process("-c", SERVE, server) as (first, one), process("-c", SERVE, server) as (_, two):
         until_open(one)
         until_open(two)
-        with nginx(tmp_path, one, two) as port, Link(port) as link:
+        with nginx(tmp_path, REPLICAS, one, two) as port, Link(port) as link:
             made = Read(link.post("/Service/count/init", request("count", end=20)))
             summed = Read(link.post("/Service/running_sum/init", request("running_sum")))
             cursor, sums = dict(made.tokens), dict(summed.tokens)

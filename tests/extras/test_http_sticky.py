@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
 import json
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -29,7 +27,7 @@ import httpx
 
 from tests.extras.http_service import ARROW, Read, extra, numbers, stream, turn
 from tests.extras.sticky_service import KEY, Sticky, StickyImpl, Tally, make_sticky, principals
-from tests.extras.test_http_serve import NGINX, process, until_open
+from tests.extras.test_http_serve import NGINX, nginx, process
 
 if TYPE_CHECKING:
     import vgi_rpc as core
@@ -324,12 +322,18 @@ def test_delete_waits_for_the_call() -> None:
     assert Tally.made[0].closed == 1 and held().result == 10
 
 
-def test_delete_of_what_is_long_in_use() -> None:
+def held_for_long() -> tuple[Any, dict[str, str], Callable[[], Any]]:
+    """A client, a session of its whose state a call uses for longer than others wait, and that call's result."""
     client = make_client()
     sessions_of(client).lock_seconds = 0.1
     token = opened(client)
     held = in_thread(lambda: post(client, "hold", token, seconds=0.8))
     until_used()
+    return client, token, held
+
+
+def test_delete_of_what_is_long_in_use() -> None:
+    client, token, held = held_for_long()
     assert client.delete(DELETE, headers=token).status_code == 204
     assert Tally.made[0].closed == 0
     lost(post(client, "add", token, n=1))  # over for everybody else
@@ -426,11 +430,7 @@ def test_what_waits_for_a_session_that_is_closed_does_not_run() -> None:
 
 
 def test_waiting_has_an_end() -> None:
-    client = make_client()
-    sessions_of(client).lock_seconds = 0.1
-    token = opened(client)
-    held = in_thread(lambda: post(client, "hold", token, seconds=0.8))
-    until_used()
+    client, token, held = held_for_long()
     found = post(client, "add", token, n=1)
     assert (found.status, found.error_kind, found.error_code) == (200, "session_lost", "UNAVAILABLE")
     assert "in use" in found.error
@@ -1020,13 +1020,7 @@ def test_a_drain_has_an_end(tmp_path: Path) -> None:
     assert log.read_text() == f"closed 10 in {found.pid}\n"
 
 
-NGINX_CONF = """
-daemon off; pid {dir}/pid; error_log {dir}/error.log; worker_processes 1;
-events {{ worker_connections 64; }}
-http {{
-  access_log off;
-  client_body_temp_path {dir}/body; proxy_temp_path {dir}/proxy; fastcgi_temp_path {dir}/f; uwsgi_temp_path {dir}/u;
-  scgi_temp_path {dir}/s;
+STEERED = """
   upstream any {{ server 127.0.0.1:{one}; server 127.0.0.1:{two}; }}
   map $http_x_vgi_worker_affinity $replica {{
     default any;
@@ -1037,29 +1031,13 @@ http {{
     listen 127.0.0.1:{port};
     location / {{ proxy_pass http://$replica; proxy_http_version 1.1; proxy_set_header Connection ""; }}
   }}
-}}
 """
-
-
-@contextlib.contextmanager
-def nginx(folder: Path, one: int, two: int) -> Iterator[int]:
-    assert NGINX is not None
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    (folder / "conf").write_text(NGINX_CONF.format(dir=folder, one=one, two=two, port=port))
-    found = subprocess.Popen([NGINX, "-p", str(folder), "-c", str(folder / "conf"), "-e", str(folder / "error.log")])
-    try:
-        until_open(port)
-        yield port
-    finally:
-        found.terminate()
-        found.wait(10)
 
 
 @pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
 def test_echo_headers_steer_a_proxy(tmp_path: Path, peers: tuple[int, int, Path]) -> None:
     one, two, log = peers
-    with nginx(tmp_path, one, two) as port, connect(port) as proxy:
+    with nginx(tmp_path, STEERED, one, two) as port, connect(port) as proxy:
         assert len({proxy.pid() for _ in range(8)}) == 2
         homes = set()
         for start in range(6):

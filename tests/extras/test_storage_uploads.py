@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,10 @@ from vgi_rpc_extras.http import (
     http_introspect,
     make_sync_client,
     make_wsgi_app,
+    names,
     request_upload_urls,
 )
+from vgi_rpc_extras.http.uploads import vend_upload_urls
 
 if TYPE_CHECKING:
     import vgi_rpc as core
@@ -156,6 +159,41 @@ def test_what_the_control_route_refuses(store: Store) -> None:
         core.read_reply(answer.content)
     closed = make_sync_client(server, upload_url_provider=store, authenticate=lambda req: 1 / 0)
     assert closed.post(CONTROL, content=control(), headers=arrow).status_code == 500
+
+
+def test_a_count_of_very_many_rows_costs_nothing(store: Store) -> None:
+    rows = pa.RecordBatch.from_arrays([pa.nulls(1 << 24)], names=["count"])
+    body = stream(rows.schema, (rows, {"vgi_rpc.method": "__upload_url__", "vgi_rpc.request_version": "1"}))
+    client = make_sync_client(core.RpcServer(Service, Impl()), upload_url_provider=store)
+    tracemalloc.start()
+    try:
+        answer = client.post(CONTROL, content=body, headers={"Content-Type": ARROW})
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert core.read_reply(answer.content).num_rows == 1
+    assert len(body) < 1000 and peak < 10_000_000
+
+
+def test_answers_that_are_no_upload_urls() -> None:
+    class Answers:
+        def __init__(self, *columns: pa.Array) -> None:
+            rows = pa.RecordBatch.from_arrays(list(columns), schema=names.UPLOAD_URL_RESPONSE_SCHEMA)
+            self._body = core.serialize_record_batch_bytes(rows)
+
+        def builtin(self, name: str, body: bytes, **options: Any) -> bytes:
+            return self._body
+
+    def asked(expires_at: int, count: int) -> str:
+        times = pa.array([expires_at] * count, pa.timestamp("us", "UTC"))
+        transport: Any = Answers(pa.array(["u"] * count), pa.array(["d"] * count), times)
+        with pytest.raises(core.RpcError) as caught:
+            vend_upload_urls(transport, 1)
+        return str(caught.value)
+
+    assert "no time" in asked(2**62, 1)
+    assert "holds 101 upload URLs" in asked(0, 101)
+    assert "no upload URLs" in asked(0, 0)
 
 
 def test_an_argument_that_cannot_be_fetched_is_an_error_of_the_call(store: Store) -> None:

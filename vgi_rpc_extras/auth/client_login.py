@@ -11,7 +11,7 @@ machine), and a token is attached only to requests to that origin.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import threading
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Literal
@@ -21,7 +21,7 @@ import httpx
 
 from .. import core as _bound_core
 from .device_login import device_context, perform_device_code_flow
-from .fetch import bounded_client, check_url, origin_of
+from .fetch import bounded_client, check_url, origin_of, same_origin
 from .oauth import (
     OAuthResourceMetadataResponse,
     OAuthServerMetadata,
@@ -47,6 +47,7 @@ else:
 __all__ = ["OAuthFlow", "VgiOAuthAuth"]
 
 OAuthFlow = Literal["auto", "device_code", "pkce"]
+_Flow = Callable[..., tuple[OAuthTokenSet, OAuthRefreshContext]]
 
 
 class VgiOAuthAuth(httpx.Auth):
@@ -64,8 +65,6 @@ class VgiOAuthAuth(httpx.Auth):
 
     Raises OAuthTokenError, in every waiting thread, when no login comes about.
     """
-
-    requires_request_body = True  # a request is sent again after the login
 
     def __init__(
         self,
@@ -117,8 +116,7 @@ class VgiOAuthAuth(httpx.Auth):
         if origin_of(str(request.url)) != self._origin:
             yield request
             return
-        if self.requires_request_body:
-            request.read()
+        request.read()  # it is sent again after a login
         tokens = self._tokens
         if tokens is not None and tokens.is_valid():
             request.headers["Authorization"] = f"Bearer {tokens.bearer_token()}"
@@ -127,7 +125,7 @@ class VgiOAuthAuth(httpx.Auth):
         challenge = next((one for one in offered if one is not None), None)
         if response.status_code != 401 or challenge is None:
             return
-        response.read()
+        _leave_unread(response)
         tokens = self._log_in(challenge, str(request.url), rejected=tokens)
         request.headers["Authorization"] = f"Bearer {tokens.bearer_token()}"
         yield request
@@ -145,6 +143,7 @@ class VgiOAuthAuth(httpx.Auth):
             self._lock.release()
 
     def _obtain(self, challenge: OAuthChallenge, url: str) -> OAuthTokenSet:
+        """Tokens by the refresh token if there is one that still works, else by asking the user."""
         resource, server = self._discover(challenge, url)
         in_browser = self._flow == "pkce" or (self._flow == "auto" and not server.device_authorization_endpoint)
         if self._refresh_token:
@@ -161,25 +160,16 @@ class VgiOAuthAuth(httpx.Auth):
                 "the provider has no device-code login, and there is no browser here: flow='pkce' shows the URL to open"
             )
         self._interactive = True
-        if in_browser:
-            tokens, self._context = perform_pkce_flow(
-                challenge,
-                resource,
-                server,
-                http_client=self._client,
-                timeout_seconds=self._timeout,
-                prompt=self._prompt,
-                on_prompt=self._on_prompt,
-            )
-        else:
-            tokens, self._context = perform_device_code_flow(
-                challenge,
-                resource,
-                server,
-                http_client=self._client,
-                timeout_seconds=self._timeout,
-                on_prompt=self._on_prompt,
-            )
+        in_this_browser = functools.partial(perform_pkce_flow, prompt=self._prompt)
+        perform: _Flow = in_this_browser if in_browser else perform_device_code_flow
+        tokens, self._context = perform(
+            challenge,
+            resource,
+            server,
+            http_client=self._client,
+            timeout_seconds=self._timeout,
+            on_prompt=self._on_prompt,
+        )
         return tokens
 
     def _discover(
@@ -200,8 +190,16 @@ class VgiOAuthAuth(httpx.Auth):
             raise OAuthTokenError(f"no login at {self._origin}: {exc}") from None
 
 
+def _leave_unread(response: httpx.Response) -> None:
+    """End a response before its body: httpx would read all of it, however long, before it sends the next request."""
+    assert isinstance(response.stream, httpx.SyncByteStream)
+    response.stream.close()
+    response.stream = httpx.ByteStream(b"")
+    response.headers.pop("Content-Encoding", None)
+
+
 def _covers(resource: str, url: str) -> bool:
-    with contextlib.suppress(ValueError):
-        base, path = urlsplit(resource).path.rstrip("/"), urlsplit(url).path
-        return origin_of(resource) == origin_of(url) and (path == base or path.startswith(f"{base}/"))
-    return False
+    if not same_origin(resource, url):
+        return False
+    base, path = urlsplit(resource).path.rstrip("/"), urlsplit(url).path
+    return path == base or path.startswith(f"{base}/")

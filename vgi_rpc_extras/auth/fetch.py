@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-__all__ = ["FetchError", "bounded_client", "check_url", "get_json", "is_loopback_url", "origin_of"]
+__all__ = ["FetchError", "bounded_client", "check_url", "get_json", "is_loopback_url", "origin_of", "same_origin"]
 
 MAX_BYTES = 1 << 20  # a JWKS of 300 RSA keys is 150 KB
 SECONDS = 5.0
@@ -39,6 +39,14 @@ def origin_of(url: str) -> str:
     host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname or ""
     default = {"https": 443, "http": 80}.get(parts.scheme)
     return f"{parts.scheme}://{host}" + (f":{parts.port}" if parts.port not in (None, default) else "")
+
+
+def same_origin(url: str, other: str) -> bool:
+    """Whether two URLs have one origin; False for what is no URL."""
+    try:
+        return origin_of(url) == origin_of(other)
+    except ValueError:
+        return False
 
 
 def check_url(url: object, *, configured: str | None = None) -> str:

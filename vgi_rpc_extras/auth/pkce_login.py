@@ -25,7 +25,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import httpx
 
-from .fetch import origin_of
+from .fetch import same_origin
 from .oauth import OAuthResourceMetadataResponse, OAuthServerMetadata
 from .oauth_tokens import (
     OAuthChallenge,
@@ -86,15 +86,9 @@ def pkce_context(
     endpoint = server.token_endpoint
     if resource.token_endpoint and not client[1]:
         endpoint = resource.token_endpoint
-        if not _same_origin(endpoint, resource.resource):
+        if not same_origin(endpoint, resource.resource):
             raise OAuthTokenError("the service's token endpoint has another origin than the service")
     return login_context(challenge, resource, client, endpoint)
-
-
-def _same_origin(url: str, other: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return origin_of(url) == origin_of(other)
-    return False
 
 
 def perform_pkce_flow(

@@ -46,6 +46,7 @@ _READ = 65_536  # bytes of one read when the size is not known
 _READ_BODY = 1 << 20
 _STATUS = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\r\n\0]*)?")
 _DIGITS = re.compile(r"[0-9]{1,18}")
+_HEX = re.compile(rb"[0-9A-Fa-f]{1,16}")
 
 
 class Response(NamedTuple):
@@ -224,6 +225,8 @@ class PooledSender:
             connection = _Connection(self.origin, self._context, request.deadline)
         except (OSError, ValueError) as exc:
             doing = f"{request.doing}: connecting to {self.origin}"
+            if isinstance(exc, ConnectionRefusedError):
+                doing += f" (is the server running? start it with --http --port {self.origin.port})"
             if "WRONG_VERSION_NUMBER" in str(exc):
                 doing += " (it does not speak TLS: is it http://?)"
             raise lost(exc, doing, "no") from exc
@@ -366,26 +369,23 @@ class _Connection:
         return int(match[1]), int(match[2]), _join_headers(map(_parse_header, lines))
 
     def _read_chunks(self, limit: int) -> bytes | None:
-        chunks, total = [], 0
+        body = bytearray()  # a list of tiny chunks would take many times the limit
         while True:
             line = self._line()
-            try:
-                size = int(line.partition(b";")[0].strip(b" \t"), 16) if line[:1].isalnum() else -1
-            except ValueError:
-                size = -1
-            if size < 0:
+            digits = line.partition(b";")[0].rstrip(b" \t")
+            if _HEX.fullmatch(digits) is None:
                 raise _Malformed(f"a chunk begins with {line[:20]!r}")
+            size = int(digits, 16)
             if size == 0:
                 break
-            total += size
-            if total > limit:
+            if len(body) + size > limit:
                 return None
-            chunks.append(self._take(size))
+            body += self._take(size)
             if self._take(2) != b"\r\n":
                 raise _Malformed("a chunk does not end where it says")
         for _ in range(100):  # trailers, which nobody needs
             if not self._line():
-                return b"".join(chunks)
+                return bytes(body)
         raise _Malformed("too many trailers")
 
     def _read_to_end(self, limit: int) -> bytes | None:
@@ -522,15 +522,14 @@ class HttpxSender(_LentSender):
 
 
 def _bounded(iterate: Callable[[], Any], limit: int, deadline: float | None) -> bytes | None:
-    chunks, total = [], 0
+    body = bytearray()
     for chunk in iterate():
-        total += len(chunk)
-        if total > limit:
+        if len(body) + len(chunk) > limit:
             return None
-        chunks.append(chunk)
+        body += chunk
         if deadline is not None:
             _left(deadline)
-    return b"".join(chunks)
+    return bytes(body)
 
 
 # By name, so that httpx and its forks are treated alike without importing any of them.

@@ -82,7 +82,6 @@ _NOTHING: Mapping[bytes, bytes] = types.MappingProxyType({})
 _LOG_HTTP = logging.getLogger("vgi_rpc.wire.http")
 _LOG_RETRY = logging.getLogger("vgi_rpc.http.retry")
 
-DEFAULT_MAX_RESPONSE_BYTES = 268_435_456
 _COMPRESS_FROM = 4096  # bytes; measured: below, packing costs more than the two packets it may save
 _SAMPLE = 65_536  # bytes tried first; random doubles, say, would cost time on both sides for nothing
 _MAX_REDIRECTS = 3
@@ -284,7 +283,7 @@ class HttpTransport(core.RequestTransport):
         headers: Mapping[str, str] | None = None,
         retry: HttpRetryConfig | None = None,
         compression_level: int | None = 1,
-        accepted_max_response_bytes: int | None = DEFAULT_MAX_RESPONSE_BYTES,
+        accepted_max_response_bytes: int | None = names.DEFAULT_MAX_RESPONSE_BYTES,
         external_location: object = None,
     ) -> None:
         """As `http_connect`; ValueError for what cannot be meant."""
@@ -895,7 +894,7 @@ def http_connect(
     ipc_validation: core.IpcValidation = core.IpcValidation.FULL,
     retry: HttpRetryConfig | None = None,
     compression_level: int | None = 1,
-    accepted_max_response_bytes: int | None = DEFAULT_MAX_RESPONSE_BYTES,
+    accepted_max_response_bytes: int | None = names.DEFAULT_MAX_RESPONSE_BYTES,
     headers: Mapping[str, str] | None = None,
     timeout: float | None = None,
 ) -> contextlib.AbstractContextManager[_P]:
@@ -947,7 +946,7 @@ def http_introspect(
     client: Any = None,
     ipc_validation: core.IpcValidation = core.IpcValidation.FULL,
     retry: HttpRetryConfig | None = None,
-    accepted_max_response_bytes: int | None = DEFAULT_MAX_RESPONSE_BYTES,
+    accepted_max_response_bytes: int | None = names.DEFAULT_MAX_RESPONSE_BYTES,
     external_location: core.BatchStore | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> core.ServiceDescription:

@@ -46,6 +46,7 @@ _NO_ECHO = re.compile(
 )
 
 MIN_RESPONSE_BYTES: Final = 65_536
+DEFAULT_MAX_RESPONSE_BYTES: Final = 268_435_456  # what clients accept unless they are told otherwise
 MAX_SAFE_INTEGER: Final = 2**53 - 1  # what every language's JSON numbers hold
 
 

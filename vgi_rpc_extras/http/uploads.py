@@ -43,7 +43,7 @@ def request_upload_urls(
     prefix: str | None = None,
     client: Any = None,
     retry: HttpRetryConfig | None = None,
-    accepted_max_response_bytes: int | None = 256 << 20,
+    accepted_max_response_bytes: int | None = names.DEFAULT_MAX_RESPONSE_BYTES,
     headers: Mapping[str, str] | None = None,
     timeout: float | None = 30.0,
 ) -> list[UploadUrl]:
@@ -87,9 +87,14 @@ def vend_upload_urls(transport: HttpTransport, count: int, timeout: float | None
         ) from None
     if not reply.schema.equals(names.UPLOAD_URL_RESPONSE_SCHEMA) or not reply.num_rows:
         raise core.RpcError("ProtocolError", f"{doing}: the answer holds no upload URLs")
+    if reply.num_rows > names.MAX_UPLOAD_URL_COUNT:
+        raise core.RpcError("ProtocolError", f"{doing}: the answer holds {reply.num_rows} upload URLs")
     if any(column.null_count for column in reply.columns):
         raise core.RpcError("ProtocolError", f"{doing}: the answer has a null where a URL or a time should be")
-    columns: list[list[Any]] = [column.to_pylist() for column in reply.columns]
+    try:
+        columns: list[list[Any]] = [column.to_pylist() for column in reply.columns]
+    except (ValueError, OverflowError):  # a time that datetime does not have
+        raise core.RpcError("ProtocolError", f"{doing}: the answer has an expires_at that is no time") from None
     return [UploadUrl(*row) for row in zip(*columns, strict=True)]
 
 
@@ -195,7 +200,8 @@ def _count(body: bytes) -> int:
         raise ValueError(f"Method name mismatch: the path has '{names.UPLOAD_URL_METHOD}', the batch another one")
     if said.get(core.REQUEST_VERSION_KEY) != core.REQUEST_VERSION:
         raise core.VersionError(f"Unsupported request version, expected {core.REQUEST_VERSION!r}")
-    values = batch.column("count").to_pylist() if "count" in batch.schema.names else []
+    # One row of it: a column of nulls claims any number of rows in no bytes.
+    values = batch.column("count")[:1].to_pylist() if "count" in batch.schema.names else []
     asked = values[0] if values else 1
     if isinstance(asked, bool) or not isinstance(asked, int):
         asked = 1

@@ -377,15 +377,14 @@ class Fetcher:
             size = _number(response.headers.get("content-length", ""))
             if size is not None and size > limit:
                 raise self._too_large(size)
-            chunks, total = [], 0
+            body = bytearray()  # a list of tiny chunks would take many times the limit
             for chunk in response.body:
-                total += len(chunk)
-                if total > limit:
+                if len(body) + len(chunk) > limit:
                     raise self._too_large(None)
-                chunks.append(chunk)
+                body += chunk
                 if progress is not None:
-                    progress(total, size)
-            return b"".join(chunks), _coding(response.headers) or probe.coding
+                    progress(len(body), size)
+            return bytes(body), _coding(response.headers) or probe.coding
 
     def _too_large(self, size: int | None) -> core.ExternalLocationError:
         has = "more bytes" if size is None else f"{size} bytes, more"
