@@ -392,6 +392,9 @@ class Fetcher:
         return failed(text, code=core.Code.RESOURCE_EXHAUSTED)
 
 
+_CHUNKS = 4096  # that are kept as they came; tiny ones would take many times their bytes
+
+
 class _Ranges:
     """One object in parallel ranges; the slowest may be asked for a second time, and the first answer counts."""
 
@@ -478,16 +481,21 @@ class _Ranges:
                 raise TransientError(f"{redact_url(self._url)} changed while it was read, or has no ranges after all")
             if response.status != 206:
                 raise _status_error(response.status, self._url)
-            chunks, want = [], last - first + 1
+            blocks: list[bytes] = []
+            chunks: list[bytes] = []
+            want = last - first + 1
             span = response.headers.get("content-range", f"bytes {first}-{last}/{self._size}")
             for chunk in response.body:
                 chunks.append(chunk)
                 want -= len(chunk)
                 if want < 0:
                     break
+                if len(chunks) == _CHUNKS:
+                    blocks.append(b"".join(chunks))
+                    chunks.clear()
         if want or span.lower().replace("/*", f"/{self._size}") != f"bytes {first}-{last}/{self._size}":
             raise TransientError(f"{redact_url(self._url)}: range mismatch: asked for {first}-{last}, got {span}")
-        return chunks
+        return [*blocks, *chunks]
 
 
 def is_presigned(url: str) -> bool:
