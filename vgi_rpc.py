@@ -40,9 +40,9 @@ from below; tests/test_NN_*.py covers room NN. Search for "= N. " to jump.
     1. CONSTANTS        every key, number and name that goes on the wire
     2. ERRORS           what can be raised, as one tree; the one table that translates foreign errors
     3. LOGGING          messages to the caller, formatters, wire-debug text
-    4. TYPES            Python annotations <-> Arrow types, values <-> cells, dataclasses
-    5. IPC              Arrow messages in and out of byte streams, bounded and validated
-    6. SHARED MEMORY    batches that stay where they are
+    4. IPC              Arrow messages in and out of byte streams, bounded and validated
+    5. TYPES            Python annotations <-> Arrow types, values <-> cells, dataclasses
+    6. ELSEWHERE        batches that are not in the message: shared memory and stores
     7. CONTEXT          who calls, with what rights, at what cost
     8. METHODS          a Protocol class -> a table of methods; streams and their state; the contract hash
     9. WIRE             the shape of a call, without any transport
@@ -1283,44 +1283,17 @@ def _log_kwargs(kwargs: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}: {type(value).__name__}" for name, value in kwargs.items())
 
 
-# ==== 4. TYPES ========================================================================================================
-# Uses: 1, 2. Python annotations <-> Arrow types, values <-> cells (types.md). An annotation is read once and compiled
-# into a field, an encoder and a decoder; per value there is no introspection left. `None` as a converter means that
-# pyarrow's own conversion is right. Nothing here reads or writes a connection: a nested batch is a value, a complete
-# IPC stream in memory.
+# ==== 4. IPC ==========================================================================================================
+# Uses: 1, 2. The bytes of a connection (wire.md section 1). A direction is IPC streams back to back:
 #
-#   annotation                        parameter or result     dataclass field or element
-#   str bytes int float bool          utf8 binary int64 float64 bool
-#   datetime date time timedelta      timestamp[us] date32 time64[us] duration[us]
-#   list[T] set[T] frozenset[T]       list<item: T>
-#   dict[K, V]                        map<K, V>
-#   Enum                              dictionary<int16, utf8>, by member name
-#   ArrowSerializableDataclass        binary (its IPC stream) struct
-#   pa.RecordBatch, pa.Schema         binary
-#   Annotated[T, ArrowType(t)]        t
-#   T | None                          T, nullable
+#   stream  = schema message, (dictionary message | batch message)*, ff ff ff ff 00 00 00 00
+#   message = ff ff ff ff, int32 size of the metadata, metadata = a flatbuffer `Message`, body
+#   Message = slots: 0 version (4 = V5), 1 kind (1 schema, 2 dictionary, 3 batch), 2 header, 3 body size, 4 metadata
 #
-# Stricter than the reference: a float with a fraction is refused for int instead of truncated.
-
-
-class ArrowType(_Record):
-    """Annotated marker: use this Arrow type; `nullable` overrides what the annotation says."""
-
-    __slots__ = __match_args__ = ("arrow_type", "nullable")
-    arrow_type: pa.DataType
-    nullable: bool | None
-
-    def __init__(self, arrow_type: pa.DataType, nullable: bool | None = None) -> None:
-        self._set(arrow_type=arrow_type, nullable=nullable)
-
-    def __repr__(self) -> str:
-        return f"ArrowType({self.arrow_type!r}, nullable={self.nullable})"
-
-
-class Transient(_Record):
-    """Annotated marker: this field is not serialised and takes its default when read."""
-
-    __slots__ = ()
+# Message boundaries are found by hand, so that one read may hold half a message or ten, nothing is consumed beyond a
+# stream's end, and every size is checked before memory is allocated for it. Batches are decoded by pyarrow and
+# validated before anyone sees them. A reader reads to the end of its stream; whoever leaves earlier must poison the
+# connection, because the next reader would take the rest for its own answer.
 
 
 class IpcValidation(enum.Enum):
@@ -1358,675 +1331,6 @@ def validate_batch(batch: pa.RecordBatch, ipc_validation: IpcValidation) -> None
     except (pa.ArrowException, ValueError) as exc:
         raise IPCError(f"IPC batch validation failed: {exc}") from exc
 
-
-# ---- batches as values
-
-IPC_WRITE_OPTIONS: Final = ipc.IpcWriteOptions(compression=None, emit_dictionary_deltas=False)
-IPC_READ_OPTIONS: Final = ipc.IpcReadOptions()
-_TYPES_EMPTY_MAX = 256
-_types_empty: dict[int, tuple[pa.Schema, pa.RecordBatch]] = {}
-
-
-def new_ipc_stream(sink: Any, schema: pa.Schema) -> ipc.RecordBatchStreamWriter:
-    """Return a stream writer with the only options every implementation reads (PORTABILITY.md section 1)."""
-    return ipc.new_stream(sink, schema, options=IPC_WRITE_OPTIONS)
-
-
-def empty_batch(schema: pa.Schema) -> pa.RecordBatch:
-    """Return the zero-row batch of a schema, any type; cached."""
-    known = _types_empty.get(id(schema))
-    if known is not None:
-        return known[1]
-    batch = pa.RecordBatch.from_arrays([pa.nulls(0, field.type) for field in schema], schema=schema)
-    if len(_types_empty) >= _TYPES_EMPTY_MAX:
-        _types_empty.clear()
-    _types_empty[id(schema)] = schema, batch  # the schema stays alive, so its id is not reused
-    return batch
-
-
-def serialize_record_batch(
-    destination: Any, batch: pa.RecordBatch, custom_metadata: pa.KeyValueMetadata | None = None
-) -> None:
-    """Write a batch as a complete IPC stream."""
-    with new_ipc_stream(destination, batch.schema) as writer:
-        writer.write_batch(batch, custom_metadata=custom_metadata)
-
-
-def serialize_record_batch_bytes(batch: pa.RecordBatch, custom_metadata: pa.KeyValueMetadata | None = None) -> bytes:
-    """Return a batch as a complete IPC stream."""
-    sink = pa.BufferOutputStream()
-    serialize_record_batch(sink, batch, custom_metadata)
-    return bytes(sink.getvalue())
-
-
-def deserialize_record_batch(
-    data: bytes, ipc_validation: IpcValidation = IpcValidation.FULL
-) -> tuple[pa.RecordBatch, pa.KeyValueMetadata | None]:
-    """Read the first batch of an IPC stream; no data and no batch give an empty one."""
-    if not data:
-        return empty_batch(EMPTY_SCHEMA), None
-    reader = ipc.open_stream(pa.py_buffer(data))
-    try:
-        batch, metadata = reader.read_next_batch_with_custom_metadata()
-    except StopIteration:
-        return empty_batch(reader.schema), None
-    validate_batch(batch, ipc_validation)
-    return batch, metadata
-
-
-def read_single_record_batch(
-    stream: Any, context: str = "batch", ipc_validation: IpcValidation = IpcValidation.FULL
-) -> tuple[pa.RecordBatch, pa.KeyValueMetadata | None]:
-    """Read a stream of exactly one batch; IPCError when it holds none or several."""
-    try:
-        reader = ValidatedReader(ipc.open_stream(stream), ipc_validation)
-        try:
-            found = reader.read_next_batch_with_custom_metadata()
-        except StopIteration:
-            raise IPCError(f"No record batch found in {context} stream") from None
-        with contextlib.suppress(StopIteration):
-            reader.read_next_batch()
-            raise IPCError(f"Expected single record batch in {context} stream, but found multiple batches")
-        return found
-    except (pa.ArrowException, OSError, ValueError) as exc:
-        raise IPCError(f"Error reading record batch from {context} stream: {exc}") from exc
-
-
-class ValidatedReader:
-    """A stream reader whose batches are validated."""
-
-    def __init__(self, reader: ipc.RecordBatchStreamReader, ipc_validation: IpcValidation) -> None:
-        self._reader = reader
-        self.ipc_validation = ipc_validation
-
-    @property
-    def schema(self) -> pa.Schema:
-        """The stream's schema."""
-        return self._reader.schema
-
-    def read_next_batch(self) -> pa.RecordBatch:
-        """Return the next batch; StopIteration at the end, IPCError for an invalid one."""
-        return self.read_next_batch_with_custom_metadata()[0]
-
-    def read_next_batch_with_custom_metadata(self) -> tuple[pa.RecordBatch, pa.KeyValueMetadata | None]:
-        """Return the next batch and its metadata."""
-        batch, metadata = self._reader.read_next_batch_with_custom_metadata()
-        validate_batch(batch, self.ipc_validation)
-        return batch, metadata
-
-    def __enter__(self) -> Self:
-        self._reader.__enter__()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._reader.__exit__(*exc)
-
-
-# ---- annotations -> Arrow
-
-_TypesConvert = Callable[[Any], Any]
-_TYPES_ENUM = pa.dictionary(pa.int16(), pa.utf8())
-_TYPES_SCALARS: dict[Any, pa.DataType] = {
-    str: pa.utf8(),
-    bytes: pa.binary(),
-    int: pa.int64(),
-    float: pa.float64(),
-    bool: pa.bool_(),
-    pa.RecordBatch: pa.binary(),
-    pa.Schema: pa.binary(),
-}
-_TYPES_TEMPORAL = {
-    "datetime": pa.timestamp("us"),
-    "date": pa.date32(),
-    "time": pa.time64("us"),
-    "timedelta": pa.duration("us"),
-}
-
-
-def _types_strip(annotation: Any) -> tuple[Any, bool, ArrowType | None]:
-    """Take Annotated, Optional and NewType off an annotation -> (core, nullable, first ArrowType marker)."""
-    nullable, explicit, marker = False, None, None
-    while True:
-        origin = typing.get_origin(annotation)
-        if origin is Annotated:
-            for extra in annotation.__metadata__:
-                if isinstance(extra, ArrowType):
-                    marker = marker or extra
-                    explicit = extra.nullable if explicit is None else explicit
-            annotation = annotation.__origin__
-        elif origin in (typing.Union, types.UnionType):
-            members = [arg for arg in typing.get_args(annotation) if arg is not type(None)]
-            if len(members) != 1:
-                break
-            annotation, nullable = members[0], True
-        elif isinstance(annotation, typing.NewType):
-            annotation = annotation.__supertype__
-        else:
-            break
-    return annotation, nullable if explicit is None else explicit, marker
-
-
-def _types_field(name: str, annotation: Any, *, top: bool) -> pa.Field[Any]:
-    """The Arrow field of a parameter or result (`top`), or of a dataclass field or element."""
-    core, nullable, marker = _types_strip(annotation)
-    return pa.field(name, _types_arrow(core, marker, top), nullable=nullable)
-
-
-def _types_arrow(core: Any, marker: ArrowType | None, top: bool) -> pa.DataType:
-    if _types_is_dataclass(core):
-        if top:
-            return pa.binary()
-        return marker.arrow_type if marker is not None else pa.struct(list(_types_spec(core).schema))
-    if marker is not None:
-        return marker.arrow_type
-    origin, args = typing.get_origin(core), typing.get_args(core)
-    if origin in (list, frozenset, set) and args:
-        return pa.list_(_types_element(args[0]))
-    if origin is dict and args:
-        return pa.map_(_types_element(args[0]), _types_element(args[1]))
-    if isinstance(core, type):
-        if core in _TYPES_SCALARS:
-            return _TYPES_SCALARS[core]
-        if issubclass(core, enum.Enum):
-            return _TYPES_ENUM
-        if core.__module__ == "datetime" and core.__name__ in _TYPES_TEMPORAL:
-            return _TYPES_TEMPORAL[core.__name__]
-    refusal = TypeError(_types_refusal(core))
-    if hint := _types_hint(core):
-        refusal.add_note(hint)
-    raise refusal
-
-
-def _types_element(annotation: Any) -> pa.DataType:
-    core, _, marker = _types_strip(annotation)
-    return _types_arrow(core, marker, False)
-
-
-def _types_refusal(core: Any) -> str:
-    text = f"Cannot infer Arrow type for: {core}. "
-    if core is tuple or typing.get_origin(core) is tuple:
-        return text + (
-            "Arrow has no native heterogeneous-tuple type. Use a nested ArrowSerializableDataclass for fixed named"
-            " fields, or list[T] for homogeneous sequences."
-        )
-    return text + "Use Annotated[T, ArrowType(...)] to specify the Arrow type explicitly."
-
-
-def _types_hint(core: Any) -> str:
-    """What people usually mean by an annotation that says too little."""
-    origin = typing.get_origin(core) or core
-    if origin in (list, set, frozenset):
-        return f"Say what it holds, as in {origin.__name__}[float]"
-    if origin is dict:
-        return "Say what it holds, as in dict[str, float]"
-    if origin in (typing.Union, types.UnionType):
-        return "A value has one type, and perhaps None: T | None"
-    if not isinstance(origin, type):
-        return ""
-    if hasattr(origin, "__dataclass_fields__"):
-        return f"A dataclass that travels is a class {origin.__name__}(ArrowSerializableDataclass)"
-    if origin.__name__ in ("Table", "DataFrame"):
-        return "A table is a pa.RecordBatch (RecordBatch.from_pandas(df)), or a Stream of them (Stream.from_arrow)"
-    if issubclass(origin, Iterator):
-        return "A method that gives many values returns a Stream"
-    return ""
-
-
-def _types_is_dataclass(core: Any) -> bool:
-    return isinstance(core, type) and issubclass(core, ArrowSerializableDataclass)
-
-
-# ---- Python value -> what pa.array takes
-
-
-def _types_encoder(annotation: Any, *, top: bool) -> _TypesConvert | None:
-    """Compile the encoder of an annotation; it is never called with None."""
-    core, _, marker = _types_strip(annotation)
-    if _types_is_dataclass(core):
-        if top or (marker is not None and pa.types.is_binary(marker.arrow_type)):
-            return functools.partial(_types_encode_bytes, core)
-        return functools.partial(_types_encode_struct, core)
-    if core is pa.Schema:
-        return _types_encode_schema
-    if core is pa.RecordBatch:
-        return _types_encode_batch
-    if isinstance(core, type) and issubclass(core, enum.Enum):
-        return functools.partial(_types_encode_enum, core)
-    origin, args = typing.get_origin(core), typing.get_args(core)
-    if origin in (list, frozenset, set) and args:
-        return _types_sequence_encoder(args[0], keep=origin is list)
-    if origin is dict and args:
-        return _types_mapping_encoder(*args)
-    if core is int and (marker is None or pa.types.is_integer(marker.arrow_type)):
-        return _types_encode_int
-    return _types_encode_scalar if core in (str, bytes, float) else None
-
-
-def _types_is_plain(annotation: Any) -> bool:
-    """Whether values of exactly the annotated types go into the layouts of room 5 as they are."""
-    core = _types_strip(annotation)[0]
-    if typing.get_origin(core) in (list, dict):
-        return all(map(_types_is_plain, typing.get_args(core)))
-    return core in (str, bytes, int, float, bool)
-
-
-def _types_encode_bytes(cls: type, value: Any) -> bytes:
-    if not isinstance(value, cls):
-        raise TypeError(f"expected {cls.__name__}, got {type(value).__name__}")
-    return bytes(cast(ArrowSerializableDataclass, value).serialize_to_bytes())
-
-
-def _types_encode_struct(cls: type[ArrowSerializableDataclass], value: Any) -> Any:
-    if isinstance(value, dict):
-        return value
-    if not isinstance(value, cls):
-        raise TypeError(f"expected {cls.__name__}, got {type(value).__name__}")
-    found = {}
-    for field in _types_spec(cls).columns:
-        item = getattr(value, field.name)
-        found[field.name] = item if item is None or field.encode is None else field.encode(item)
-    return found
-
-
-def _types_encode_schema(value: Any) -> bytes:
-    if not isinstance(value, pa.Schema):
-        raise TypeError(f"expected pa.Schema, got {type(value).__name__}")
-    return bytes(value.serialize())
-
-
-def _types_encode_batch(value: Any) -> bytes:
-    if not isinstance(value, pa.RecordBatch):
-        raise TypeError(f"expected pa.RecordBatch, got {type(value).__name__}")
-    return serialize_record_batch_bytes(value)
-
-
-def _types_encode_enum(cls: type[enum.Enum], value: Any) -> str:
-    if isinstance(value, enum.Enum):
-        if not isinstance(value, cls):
-            raise TypeError(f"expected {cls.__name__}, got {type(value).__name__}")
-        if value.name is None or value.name not in cls.__members__:  # a combination of flags has no name of its own
-            raise KeyError(f"{value.name!r} is not a valid {cls.__name__} name or value")
-        return value.name
-    if not isinstance(value, str):
-        raise TypeError(f"expected {cls.__name__}, got {type(value).__name__}")
-    return value
-
-
-def _types_encode_int(value: Any) -> Any:
-    if type(value) is int:
-        return value
-    if not isinstance(value, str | bytes | enum.Enum) and hasattr(value, "__trunc__") and value != value.__trunc__():
-        raise TypeError(f"expected int, got {value!r}")
-    return _types_encode_scalar(value)
-
-
-def _types_encode_scalar(value: Any) -> Any:
-    return value.name if isinstance(value, enum.Enum) else value
-
-
-def _types_sequence_encoder(element: Any, *, keep: bool) -> _TypesConvert | None:
-    encode = _types_encoder(element, top=False)
-    if encode is None:
-        return None if keep else list
-    exact = _types_exact(element)
-
-    def sequence(value: Any) -> Any:
-        if exact and type(value) is list and exact.issuperset(map(type, value)):
-            return value
-        return [item if item is None else encode(item) for item in value]
-
-    return sequence
-
-
-def _types_exact(element: Any) -> set[type]:
-    """The types of elements that need no conversion; none: each must be looked at."""
-    core = _types_strip(element)[0]
-    return {core, type(None)} if core in (str, bytes, float, int) else set()
-
-
-def _types_mapping_encoder(key: Any, item: Any) -> _TypesConvert:
-    encode_key, encode_item = _types_encoder(key, top=False), _types_encoder(item, top=False)
-    exact_key, exact_item = _types_exact(key), _types_exact(item)
-
-    def mapping(value: Any) -> list[tuple[Any, Any]]:
-        if (
-            type(value) is dict
-            and exact_key.issuperset(map(type, value))
-            and exact_item.issuperset(map(type, value.values()))
-        ):
-            return list(value.items())
-        pairs = value.items() if isinstance(value, Mapping) else value
-        return [
-            (
-                k if encode_key is None or k is None else encode_key(k),
-                v if encode_item is None or v is None else encode_item(v),
-            )
-            for k, v in pairs
-        ]
-
-    return mapping
-
-
-# ---- what as_py() gives -> Python value
-
-
-def _types_decoder(annotation: Any, *, top: bool) -> _TypesConvert | None:
-    """Compile the decoder of an annotation; it is never called with None."""
-    core = _types_strip(annotation)[0]
-    if _types_is_dataclass(core):
-        return functools.partial(_types_decode_dataclass, core)
-    if core is pa.Schema:
-        return _types_decode_schema
-    if core is pa.RecordBatch:
-        return _types_decode_batch
-    if isinstance(core, type) and issubclass(core, enum.Enum):
-        return functools.partial(_types_decode_enum, core)
-    if isinstance(core, type) and hasattr(core, "deserialize_from_bytes"):
-        return functools.partial(_types_decode_foreign, core)
-    origin, args = typing.get_origin(core), typing.get_args(core)
-    if origin in (list, frozenset, set) and args:
-        return _types_sequence_decoder(origin, args[0])
-    if origin is dict and args:
-        return _types_mapping_decoder(*args)
-    return None
-
-
-def _types_decode_dataclass(cls: type[ArrowSerializableDataclass], value: Any) -> Any:
-    if isinstance(value, dict):
-        return _types_from_mapping(cls, value)
-    if not isinstance(value, bytes):
-        raise TypeError(f"Expected bytes for {cls.__name__} deserialization, got {type(value).__name__}")
-    if not value:
-        raise pa.ArrowInvalid(f"no bytes where an IPC stream of {cls.__name__} is expected")
-    return cls.deserialize_from_bytes(value)
-
-
-def _types_decode_foreign(cls: Any, value: Any) -> Any:
-    if not isinstance(value, bytes):
-        raise TypeError(f"Expected bytes for {cls.__name__} deserialization, got {type(value).__name__}")
-    return cls.deserialize_from_bytes(value, IpcValidation.FULL)
-
-
-def _types_decode_schema(value: Any) -> pa.Schema | None:
-    return ipc.read_schema(pa.py_buffer(value)) if value else None  # no bytes: absent (lenient peers)
-
-
-def _types_decode_batch(value: Any) -> pa.RecordBatch | None:
-    return deserialize_record_batch(value)[0] if value else None
-
-
-def _types_decode_enum(cls: type[enum.Enum], value: Any) -> enum.Enum:
-    if not isinstance(value, str):
-        raise TypeError(f"Expected str for {cls.__name__}, got {type(value).__name__}")
-    member = cls.__members__.get(value)
-    if member is not None:
-        return member
-    try:
-        return cls(value)
-    except ValueError:
-        raise KeyError(f"{value!r} is not a valid {cls.__name__} name or value") from None
-
-
-def _types_sequence_decoder(origin: Any, element: Any) -> _TypesConvert | None:
-    decode = _types_decoder(element, top=False)
-    if decode is None:
-        return None if origin is list else cast(_TypesConvert, origin)
-    return lambda value: origin([item if item is None else decode(item) for item in value])
-
-
-def _types_mapping_decoder(key: Any, item: Any) -> _TypesConvert:
-    decode_key, decode_item = _types_decoder(key, top=False), _types_decoder(item, top=False)
-    if decode_key is None and decode_item is None:
-        return dict
-
-    def mapping(value: Any) -> dict[Any, Any]:
-        return {
-            k if decode_key is None else decode_key(k): v if decode_item is None or v is None else decode_item(v)
-            for k, v in value
-        }
-
-    return mapping
-
-
-# ---- dataclasses
-
-
-class _TypesColumn(_NamedTuple):
-    name: str
-    encode: _TypesConvert | None
-    decode: _TypesConvert | None
-    plain: bool
-    required: bool
-    init: bool
-
-
-class _TypesSpec(_NamedTuple):
-    """A dataclass, compiled."""
-
-    schema: pa.Schema
-    columns: tuple[_TypesColumn, ...]
-    names: tuple[str, ...]
-    required: frozenset[str]  # columns that must be there
-    decoders: tuple[tuple[str, _TypesConvert], ...]  # of the columns that need one
-    late: frozenset[str]  # columns that the constructor does not take
-
-
-class _TypesSchema:
-    """`Cls.ARROW_SCHEMA`, computed at first use and for each class of its own."""
-
-    def __get__(self, instance: object, owner: type[ArrowSerializableDataclass]) -> pa.Schema:
-        if owner is ArrowSerializableDataclass:  # help() asks
-            raise AttributeError("ARROW_SCHEMA belongs to the dataclasses that are derived from this class")
-        return _types_spec(owner).schema
-
-
-class ArrowSerializableDataclass:
-    """Mixin for dataclasses whose fields are Arrow columns; an instance is a one-row IPC stream (types.md section 5).
-
-    `ARROW_SCHEMA` is the class's schema. `_ARROW_FIELD_OVERRIDES` may force Arrow types by field name. Reading
-    tolerates unknown columns, another order, and missing columns whose fields have defaults.
-    """
-
-    ARROW_SCHEMA: ClassVar[pa.Schema] = cast(pa.Schema, _TypesSchema())
-    _ARROW_FIELD_OVERRIDES: ClassVar[dict[str, pa.DataType]] = {}
-
-    def serialize(self, dest: Any) -> None:
-        """Write this instance as an IPC stream of one row."""
-        dest.write(self.serialize_to_bytes())
-
-    def serialize_to_bytes(self) -> bytes:
-        """Return this instance as an IPC stream of one row."""
-        return serialize_record_batch_bytes(_types_row_batch(self))
-
-    @classmethod
-    def deserialize_from_bytes(cls, data: bytes, ipc_validation: IpcValidation = IpcValidation.FULL) -> Self:
-        """Read an instance from an IPC stream of one row.
-
-        Raises ValueError (no row, several rows, missing fields), IPCError or pa.ArrowInvalid (not a valid stream),
-        KeyError (unknown enum name), TypeError (a value of the wrong kind).
-        """
-        batch, _ = deserialize_record_batch(data, ipc_validation)
-        return _types_from_batch(cls, batch)
-
-    @classmethod
-    def deserialize_from_batch(
-        cls,
-        batch: pa.RecordBatch,
-        custom_metadata: pa.KeyValueMetadata | None = None,
-        *,
-        ipc_validation: IpcValidation = IpcValidation.FULL,
-    ) -> Self:
-        """Read an instance from a one-row batch; errors as in `deserialize_from_bytes`."""
-        validate_batch(batch, ipc_validation)
-        return _types_from_batch(cls, batch)
-
-
-_types_building = threading.local()  # the classes whose schema is being computed: finds direct recursion
-
-
-def _types_spec(cls: type[ArrowSerializableDataclass]) -> _TypesSpec:
-    """Compile a dataclass once; kept in the class itself."""
-    known = cls.__dict__.get("_vgi_rpc_spec")
-    if known is not None:
-        return cast(_TypesSpec, known)
-    busy: list[type] = _types_building.__dict__.setdefault("classes", [])
-    if cls in busy:
-        raise TypeError(f"{cls.__name__} contains itself; Arrow schemas cannot be recursive")
-    busy.append(cls)
-    try:
-        spec = _types_compile(cls)
-    finally:
-        busy.pop()
-    cls._vgi_rpc_spec = spec  # type: ignore[attr-defined]
-    return spec
-
-
-def _types_compile(cls: type[ArrowSerializableDataclass]) -> _TypesSpec:
-    import dataclasses
-
-    if not dataclasses.is_dataclass(cls):
-        raise TypeError(f"{cls.__name__}: must be called with a dataclass type or instance; add @dataclass")
-    hints = typing.get_type_hints(cls, include_extras=True)
-    fields: list[pa.Field[Any]] = []
-    columns: list[_TypesColumn] = []
-    for field in dataclasses.fields(cls):
-        hint = hints[field.name]
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if _types_is_transient(hint):
-            if required and field.init:
-                raise TypeError(
-                    f"Transient field {cls.__name__}.{field.name} must have a default value or default_factory"
-                )
-            continue
-        try:
-            fields.append(_types_column_field(cls, field.name, hint))
-            encode, decode = _types_encoder(hint, top=False), _types_decoder(hint, top=False)
-        except TypeError as exc:
-            raise TypeError(f"Cannot generate Arrow schema for {cls.__name__}.{field.name}: {exc}") from exc
-        plain = _types_is_plain(hint)
-        columns.append(_TypesColumn(field.name, encode, decode, plain, required and field.init, field.init))
-    return _TypesSpec(
-        pa.schema(fields),
-        tuple(columns),
-        tuple(column.name for column in columns),
-        frozenset(column.name for column in columns if column.required),
-        tuple((column.name, column.decode) for column in columns if column.decode is not None),
-        frozenset(column.name for column in columns if not column.init),
-    )
-
-
-def _types_is_transient(hint: Any) -> bool:
-    if any(isinstance(extra, Transient) for extra in getattr(hint, "__metadata__", ())):
-        return True
-    origin = typing.get_origin(hint)
-    if origin is Annotated:
-        return _types_is_transient(hint.__origin__)
-    if origin not in (typing.Union, types.UnionType):
-        return False
-    return any(map(_types_is_transient, typing.get_args(hint)))
-
-
-def _types_column_field(cls: type[ArrowSerializableDataclass], name: str, hint: Any) -> pa.Field[Any]:
-    override = cls._ARROW_FIELD_OVERRIDES.get(name)
-    if override is None:
-        return _types_field(name, hint, top=False)
-    return pa.field(name, override, nullable=_types_strip(hint)[1])
-
-
-def _types_row_batch(obj: ArrowSerializableDataclass) -> pa.RecordBatch:
-    """The one-row batch of an instance."""
-    spec = _types_spec(type(obj))
-    arrays = []
-    for column, field in zip(spec.columns, spec.schema, strict=True):
-        value = getattr(obj, column.name)
-        try:
-            arrays.append(_types_cell(value, column.encode, field.type))
-        except Exception as exc:
-            exc.add_note(f"in field {type(obj).__name__}.{column.name}")
-            raise
-    return pa.RecordBatch.from_arrays(arrays, schema=spec.schema)
-
-
-@functools.lru_cache(1024)
-def _types_plain(dtype: pa.DataType) -> pa.DataType:
-    """The type with which to build cells: pyarrow makes invalid arrays for an absent struct with a dictionary in it."""
-
-    def plain(of: pa.DataType) -> pa.DataType:
-        if pa.types.is_dictionary(of):
-            return of.value_type
-        if pa.types.is_map(of):
-            return pa.map_(of.key_field.with_type(plain(of.key_type)), of.item_field.with_type(plain(of.item_type)))
-        if pa.types.is_list(of):
-            return pa.list_(of.value_field.with_type(plain(of.value_type)))
-        if pa.types.is_struct(of):
-            return pa.struct([field.with_type(plain(field.type)) for field in of])
-        return of
-
-    found = plain(dtype)
-    return dtype if found.equals(dtype) else found
-
-
-def _types_cell(value: Any, encode: _TypesConvert | None, dtype: pa.DataType) -> pa.Array[Any]:
-    """The one-value array of a cell."""
-    if value is not None:
-        if encode is not None:
-            value = encode(value)
-        if pa.types.is_binary(dtype) and hasattr(value, "serialize_to_bytes"):
-            value = value.serialize_to_bytes()
-    plain = _types_plain(dtype) if pa.types.is_nested(dtype) else dtype
-    array = pa.array([value], type=plain)
-    if plain is not dtype:
-        array = array.cast(dtype)
-    return array if isinstance(array, pa.Array) else array.combine_chunks()
-
-
-def _types_from_batch(cls: type[_T], batch: pa.RecordBatch) -> _T:
-    if batch.num_columns == 0:
-        return _types_from_mapping(cls, {})
-    if batch.num_rows == 0:
-        raise ValueError(f"Cannot deserialize {cls.__name__} from empty RecordBatch")
-    if batch.num_rows > 1:
-        raise ValueError(
-            f"Expected single-row RecordBatch for {cls.__name__} deserialization, got {batch.num_rows} rows"
-        )
-    known = _types_spec(cast("type[ArrowSerializableDataclass]", cls)).names
-    row = {}
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        try:
-            row[name] = column[0].as_py() if name in known else None
-        except OverflowError as exc:  # a date that Python cannot say
-            raise ValueError(f"{cls.__name__}.{name}: {exc}") from exc
-    return _types_from_mapping(cls, row)
-
-
-def _types_from_mapping(cls: type[_T], row: Mapping[str, Any]) -> _T:
-    """Build an instance from raw values; a missing one takes the field's default."""
-    spec = _types_spec(cast("type[ArrowSerializableDataclass]", cls))
-    if row and not spec.required <= row.keys():
-        missing = [name for name in spec.names if name in spec.required and name not in row]
-        raise ValueError(f"Missing fields in {cls.__name__} RecordBatch: {missing}. Found: {list(row)}")
-    values = {name: row[name] for name in spec.names if name in row}
-    for name, decode in spec.decoders:
-        if values.get(name) is not None:
-            values[name] = decode(values[name])
-    later = {name: values.pop(name) for name in spec.late if name in values}
-    found = cls(**values)
-    for name, value in later.items():
-        object.__setattr__(found, name, value)
-    return found
-
-
-# ==== 5. IPC ==========================================================================================================
-# Uses: 1, 2, 4. The bytes of a connection (wire.md section 1). A direction is IPC streams back to back:
-#
-#   stream  = schema message, (dictionary message | batch message)*, ff ff ff ff 00 00 00 00
-#   message = ff ff ff ff, int32 size of the metadata, metadata = a flatbuffer `Message`, body
-#   Message = slots: 0 version (4 = V5), 1 kind (1 schema, 2 dictionary, 3 batch), 2 header, 3 body size, 4 metadata
-#
-# Message boundaries are found by hand, so that one read may hold half a message or ten, nothing is consumed beyond a
-# stream's end, and every size is checked before memory is allocated for it. Batches are decoded by pyarrow and
-# validated before anyone sees them. A reader reads to the end of its stream; whoever leaves earlier must poison the
-# connection, because the next reader would take the rest for its own answer.
 
 _IPC_SCHEMA, _IPC_DICTIONARY, _IPC_BATCH = 1, 2, 3
 _IPC_V5 = 4
@@ -2554,6 +1858,108 @@ def _ipc_kind_name(message: _IpcMessage | None) -> str:
     )
 
 
+# ---- batches as values
+
+IPC_WRITE_OPTIONS: Final = ipc.IpcWriteOptions(compression=None, emit_dictionary_deltas=False)
+IPC_READ_OPTIONS: Final = ipc.IpcReadOptions()
+_TYPES_EMPTY_MAX = 256
+_types_empty: dict[int, tuple[pa.Schema, pa.RecordBatch]] = {}
+
+
+def new_ipc_stream(sink: Any, schema: pa.Schema) -> ipc.RecordBatchStreamWriter:
+    """Return a stream writer with the only options every implementation reads (PORTABILITY.md section 1)."""
+    return ipc.new_stream(sink, schema, options=IPC_WRITE_OPTIONS)
+
+
+def empty_batch(schema: pa.Schema) -> pa.RecordBatch:
+    """Return the zero-row batch of a schema, any type; cached."""
+    known = _types_empty.get(id(schema))
+    if known is not None:
+        return known[1]
+    batch = pa.RecordBatch.from_arrays([pa.nulls(0, field.type) for field in schema], schema=schema)
+    if len(_types_empty) >= _TYPES_EMPTY_MAX:
+        _types_empty.clear()
+    _types_empty[id(schema)] = schema, batch  # the schema stays alive, so its id is not reused
+    return batch
+
+
+def serialize_record_batch(
+    destination: Any, batch: pa.RecordBatch, custom_metadata: pa.KeyValueMetadata | None = None
+) -> None:
+    """Write a batch as a complete IPC stream."""
+    with new_ipc_stream(destination, batch.schema) as writer:
+        writer.write_batch(batch, custom_metadata=custom_metadata)
+
+
+def serialize_record_batch_bytes(batch: pa.RecordBatch, custom_metadata: pa.KeyValueMetadata | None = None) -> bytes:
+    """Return a batch as a complete IPC stream."""
+    sink = pa.BufferOutputStream()
+    serialize_record_batch(sink, batch, custom_metadata)
+    return bytes(sink.getvalue())
+
+
+def deserialize_record_batch(
+    data: bytes, ipc_validation: IpcValidation = IpcValidation.FULL
+) -> tuple[pa.RecordBatch, pa.KeyValueMetadata | None]:
+    """Read the first batch of an IPC stream; no data and no batch give an empty one."""
+    if not data:
+        return empty_batch(EMPTY_SCHEMA), None
+    try:
+        reader = _IpcReader(_IpcSource(data), ipc_validation)
+        item = reader.read()
+    except (EOFError, struct.error) as exc:
+        raise pa.ArrowInvalid(f"the IPC stream is cut short: {exc}") from exc
+    return (empty_batch(reader.schema), None) if item is None else (item[0], _ipc_key_values(item[1]))
+
+
+def read_single_record_batch(
+    stream: Any, context: str = "batch", ipc_validation: IpcValidation = IpcValidation.FULL
+) -> tuple[pa.RecordBatch, pa.KeyValueMetadata | None]:
+    """Read a stream of exactly one batch; IPCError when it holds none or several."""
+    try:
+        reader = ValidatedReader(ipc.open_stream(stream), ipc_validation)
+        try:
+            found = reader.read_next_batch_with_custom_metadata()
+        except StopIteration:
+            raise IPCError(f"No record batch found in {context} stream") from None
+        with contextlib.suppress(StopIteration):
+            reader.read_next_batch()
+            raise IPCError(f"Expected single record batch in {context} stream, but found multiple batches")
+        return found
+    except (pa.ArrowException, OSError, ValueError) as exc:
+        raise IPCError(f"Error reading record batch from {context} stream: {exc}") from exc
+
+
+class ValidatedReader:
+    """A stream reader whose batches are validated."""
+
+    def __init__(self, reader: ipc.RecordBatchStreamReader, ipc_validation: IpcValidation) -> None:
+        self._reader = reader
+        self.ipc_validation = ipc_validation
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The stream's schema."""
+        return self._reader.schema
+
+    def read_next_batch(self) -> pa.RecordBatch:
+        """Return the next batch; StopIteration at the end, IPCError for an invalid one."""
+        return self.read_next_batch_with_custom_metadata()[0]
+
+    def read_next_batch_with_custom_metadata(self) -> tuple[pa.RecordBatch, pa.KeyValueMetadata | None]:
+        """Return the next batch and its metadata."""
+        batch, metadata = self._reader.read_next_batch_with_custom_metadata()
+        validate_batch(batch, self.ipc_validation)
+        return batch, metadata
+
+    def __enter__(self) -> Self:
+        self._reader.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._reader.__exit__(*exc)
+
+
 # ---- learned layouts (hot-path law 3; FINDINGS.md section 3)
 #
 # A one-row stream of one schema is always the same bytes, except for the body and three holes in front of it: the
@@ -2561,8 +1967,6 @@ def _ipc_kind_name(message: _IpcMessage | None) -> str:
 #
 #   _IpcCanonical   the layout that pyarrow writes. What is in the holes follows from the sizes of the values, so both
 #                   directions compute it: writing puts it there, reading demands it. Columns become compiled code.
-#   _IpcLayout      any other layout of a peer, learned from a message that pyarrow has read and validated. Reading
-#                   demands that every byte outside the holes is equal, and checks every number in them.
 #
 # Whatever is unfamiliar (a value of another type, a null in an element, more than one row) is "no match", and the one
 # pyarrow path decides.
@@ -2593,9 +1997,6 @@ _IPC_PACK_I64 = struct.Struct("<q").pack_into
 _IPC_LAYOUTS_MAX = 16  # per schema or method; what does not fit stays on the pyarrow path
 _IPC_DEADLINE = b"%016d" % 9_876_543_210_123_456  # a value to find again where the deadline will be
 _ipc_learning = os.environ.get("VGI_RPC_FAST_PATH", "1") != "0"  # the tests run once with and once without
-
-_IpcHoles = tuple[int, ...]
-_IpcRead = Callable[[bytes, int, int, _IpcHoles, _IpcHoles, int], Any]  # data, body, size, nodes, buffers, count
 
 
 class _IpcUnfamiliar(Exception):
@@ -2646,28 +2047,6 @@ def _ipc_split(stream: bytes) -> list[bytes]:
     return messages
 
 
-def _ipc_dictionary_ids(schema_message: bytes) -> list[int | None]:
-    """Return the dictionary id of each top-level column, None for plain ones."""
-    meta = schema_message
-    at = _ipc_slot(meta, 8 + _IPC_U32(meta, 8)[0], 2)
-    at = _ipc_slot(meta, at + _IPC_U32(meta, at)[0], 1)
-    vector = at + _IPC_U32(meta, at)[0]
-    ids: list[int | None] = []
-    for entry in range(vector + 4, vector + 4 + 4 * _IPC_U32(meta, vector)[0], 4):
-        slot = _ipc_slot(meta, entry + _IPC_U32(meta, entry)[0], 4)
-        encoding = slot + _IPC_U32(meta, slot)[0] if slot else 0
-        number = _ipc_slot(meta, encoding, 0) if encoding else 0
-        ids.append((_IPC_I64(meta, number)[0] if number else 0) if encoding else None)
-    return ids
-
-
-def _ipc_dictionary_id(message: bytes) -> int:
-    meta = message
-    at = _ipc_slot(meta, 8 + _IPC_U32(meta, 8)[0], 2)
-    number = _ipc_slot(meta, at + _IPC_U32(meta, at)[0], 0)
-    return int(_IPC_I64(meta, number)[0]) if number else 0
-
-
 # -- the usual layout
 
 
@@ -2676,14 +2055,12 @@ class _IpcCanonical:
 
     Everything in front of the body follows from the sizes of the values. Writing computes it; reading computes what
     it would have to be for the sizes found, and demands equal bytes: what is accepted is what we would have written.
-    Columns of an enum are written (their values stand in messages of their own), not read.
     """
 
     __slots__ = (
         "_batch_at",
         "_buffers",
         "_code",
-        "_dictionaries",
         "_first",
         "_fixed_bytes",
         "_head",
@@ -2694,6 +2071,7 @@ class _IpcCanonical:
         "_shape",
         "_size",
         "_types",
+        "_words",
         "deadline_at",
     )
 
@@ -2706,6 +2084,7 @@ class _IpcCanonical:
         self._first, self._rest = self._cut(self._head)
         names = [str(field.type) for field in schema]
         self._row: struct.Struct | None = None
+        self._words: list[_IpcWord] = []
         if all(name in _IPC_FIXED and not field.nullable for name, field in zip(names, schema, strict=True)):
             # Numbers only: nothing in front of the body ever changes, and the body is one struct.
             self._row = struct.Struct("<" + "".join(_ipc_padded(_IPC_FIXED[name]) for name in names))
@@ -2718,7 +2097,8 @@ class _IpcCanonical:
         self._nulls_at = self._batch_at + self._shape.nodes + 8
         self._buffers = struct.Struct("<" + "8xq" * self._shape.buffer_count).unpack_from
         self._code = _ipc_compile(schema)
-        self._dictionaries = _ipc_dictionary_writers(schema, messages)
+        columns = [i for i, field in enumerate(schema) if pa.types.is_dictionary(field.type)]
+        self._words = [_IpcWord(*each) for each in zip(messages[1:-1], columns, strict=True)]
 
     def encode(self, values: Sequence[Any], deadline: bytes = b"") -> _IpcMessages | None:
         """Return the complete stream, or None when pyarrow has to look at the values."""
@@ -2752,14 +2132,17 @@ class _IpcCanonical:
     def deadline(self, data: bytes, pos: int) -> bytes:
         """Return the 16 digits of a stream that matches."""
         at = pos + self.deadline_at
+        for word in self._words:
+            _, end = word.read(data, pos + self._batch_at) or ("", 0)
+            at, pos = at + end - pos - self._batch_at, end - self._batch_at
         return data[at : at + 16]
 
     def buffer_bytes(self, data: bytes, pos: int, end: int) -> int:
         """`get_total_buffer_size()` of the batch in a stream that matches, or that this one wrote."""
         if self._row is not None:
             return self._fixed_bytes
-        if self._dictionaries:
-            return _ipc_buffer_bytes(data[pos:end])
+        if self._words:
+            return int(ipc.open_stream(data[pos:end]).read_next_batch().get_total_buffer_size())
         return sum(self._buffers(data, pos + self._batch_at + self._shape.buffers))
 
     def _encode(self, values: Sequence[Any], deadline: bytes) -> _IpcMessages | None:
@@ -2768,20 +2151,33 @@ class _IpcCanonical:
             return None
         sizes, body = found
         first, rest = self._heads.get(sizes) or self._divide(sizes)
-        if self._dictionaries:
+        if self._words:
             at = self._batch_at
-            first = b"".join((first[:at], *[write(values) for write in self._dictionaries], first[at:]))
+            first = b"".join((first[:at], *[word.write(values[word.column]) for word in self._words], first[at:]))
         if sum(sizes) > _IPC_LARGE:  # left in pieces: joining would copy
             return [b"".join((first, deadline, rest)), *body, _EOS]
         return b"".join((first, deadline, rest, *body, _EOS))
 
     def _match(self, data: bytes, pos: int) -> tuple[Sequence[Any], int] | None:
-        found = self._code.read(data, pos + len(self._head), pos + self._nulls_at)
+        texts = []
+        if self._words:
+            schema, at = self._head[: self._batch_at], pos + self._batch_at
+            if not data.startswith(schema, pos):
+                return None
+            for word in self._words:
+                entry = word.read(data, at)
+                if entry is None:
+                    return None
+                texts.append(entry[0])
+                at = entry[1]
+            pos = at - self._batch_at
+        found = self._code.read(data, pos + len(self._head), pos + self._nulls_at, texts)
         if found is None:
             return None
         row, sizes, end = found
         first, rest = self._heads.get(sizes) or self._divide(sizes)
-        if not data.startswith(first, pos) or not data.startswith(_EOS, end):
+        at = self._batch_at if texts else 0
+        if not data.startswith(first[at:], pos + at) or not data.startswith(_EOS, end):
             return None
         if rest and not data.startswith(rest, pos + self.deadline_at + 16):
             return None
@@ -2814,7 +2210,9 @@ class _IpcCode(_NamedTuple):
     """What is compiled for the columns of a schema."""
 
     write: Callable[[Sequence[Any]], tuple[tuple[int, ...], tuple[bytes, ...]] | None]  # values -> sizes, body
-    read: Callable[[bytes, int, int], tuple[Sequence[Any], tuple[int, ...], int] | None]  # -> row, sizes, end
+    read: Callable[
+        [bytes, int, int, list[str]], tuple[Sequence[Any], tuple[int, ...], int] | None
+    ]  # -> row, sizes, end
     place: Callable[..., tuple[tuple[int, ...], tuple[int, ...], int]]  # sizes -> nodes, buffers, size of the body
 
 
@@ -2846,7 +2244,7 @@ class _IpcCompiler:
         self._nodes: list[str] = []
         self._buffers: list[str] = []
         self._run: list[tuple[str, str]] = []  # neighbours of fixed width: one struct
-        self._unique = 0
+        self._unique = self._words = 0
         self._row = "".join(f"v{i}, " for i in range(len(schema)))
         for i, field in enumerate(schema):
             self._column(f"v{i}", field)
@@ -2860,7 +2258,7 @@ class _IpcCompiler:
         source = [
             "def write(values):",
             *(f"    {line}" for line in (f"{self._row}= values", *self._write, f"return ({sizes}), ({pieces})")),
-            "def read(data, at, nulls):",
+            "def read(data, at, nulls, texts):",
             *(f"    {line}" for line in (*self._read, f"return ({self._row}), ({sizes}), at")),
             f"def place({sizes}):",
             *(f"    {line}" for line in ("at = 0", *self._place, f"return ({nodes}), ({buffers}), at")),
@@ -2921,6 +2319,8 @@ class _IpcCompiler:
         self._flush()
         if pa.types.is_dictionary(dtype):  # one entry, which stands in a message of its own
             self._pieces.append("NULL[1]")
+            self._read += ["if data[at] or data[at + 1]: return None", "at += 8", f"{name} = texts[{self._words}]"]
+            self._words += 1
             self._buffer("2")
         elif pa.types.is_list(dtype) or pa.types.is_map(dtype):
             self._container(name, dtype)
@@ -3047,11 +2447,6 @@ def _ipc_kind(dtype: pa.DataType) -> str:
     raise _IpcUnfamiliar(str(dtype))
 
 
-def _ipc_buffer_bytes(stream: bytes) -> int:
-    """What pyarrow says of the only batch of a stream."""
-    return int(ipc.open_stream(stream).read_next_batch().get_total_buffer_size())
-
-
 def _ipc_padding(size: str) -> str:
     """Source of a size together with what fills it up to 8 bytes."""
     return f"{size} + (-({size}) & 7)"
@@ -3067,268 +2462,6 @@ def _ipc_compile(schema: pa.Schema) -> _IpcCode:
     return _IpcCompiler(schema).compile()
 
 
-# -- other layouts, read only
-
-
-class _IpcLayout:
-    """Reads one-row streams that look like `sample`, a complete stream that pyarrow has validated."""
-
-    __slots__ = ("_parts", "_readers", "_schema_message", "_sizes", "deadline_at")
-
-    def __init__(self, sample: bytes, schema: pa.Schema, messages: list[bytes], deadline: bytes | None) -> None:
-        """`deadline` is the value of a metadata entry that differs from message to message (a hole more)."""
-        self._schema_message = messages[0]
-        self.deadline_at = -1 if deadline is None else sample.index(deadline)
-        self._sizes = [len(message) for message in messages[1:-1]]
-        self._parts = [_IpcPart(message, None if message is not messages[-1] else deadline) for message in messages[1:]]
-        self._readers = _ipc_column_readers(schema, messages)
-
-    def deadline(self, data: bytes, pos: int) -> bytes:
-        """Return the 16 digits of a stream that matches; dictionaries in front of them vary in size."""
-        at = pos + self.deadline_at
-        for part, size in zip(self._parts[:-1], self._sizes, strict=True):
-            found = part.match(data, pos + len(self._schema_message))
-            if found is not None:
-                body, body_size, _, _ = found
-                at += body + body_size - pos - len(self._schema_message) - size
-                pos = body + body_size - len(self._schema_message)
-        return data[at : at + 16]
-
-    def match(self, data: bytes, pos: int) -> tuple[Sequence[Any], int] | None:
-        """Return (the row, the position after the stream); None when it is not this layout, or not all there."""
-        try:
-            return self._match(data, pos)
-        except (_IpcUnfamiliar, struct.error, UnicodeDecodeError, IndexError):
-            return None
-
-    def buffer_bytes(self, data: bytes, pos: int, end: int) -> int:
-        """`get_total_buffer_size()` of the batch in a stream that matches."""
-        return _ipc_buffer_bytes(data[pos:end])
-
-    def _match(self, data: bytes, pos: int) -> tuple[Sequence[Any], int] | None:
-        if not data.startswith(self._schema_message, pos):
-            return None
-        pos += len(self._schema_message)
-        dictionaries: list[tuple[int, int, _IpcHoles, _IpcHoles]] = []
-        for part in self._parts:
-            found = part.match(data, pos)
-            if found is None:
-                return None
-            body, size, _, _ = found
-            dictionaries.append(found)
-            pos = body + size
-        if not data.startswith(_EOS, pos):
-            return None
-        row = [read(data, dictionaries) for read in self._readers]
-        return row, pos + 8
-
-
-class _IpcPart:
-    """One batch or dictionary message of a layout: the bytes between its holes, and where the holes are."""
-
-    __slots__ = ("_body_size_at", "_buffers", "_buffers_at", "_head", "_nodes", "_nodes_at", "_segments")
-
-    def __init__(self, message: bytes, deadline: bytes | None) -> None:
-        shape = _ipc_shape(message)
-        self._head = shape.head
-        self._body_size_at, self._nodes_at, self._buffers_at = shape.body_size, shape.nodes, shape.buffers
-        self._nodes = struct.Struct(f"<{2 * shape.node_count}q").unpack_from
-        self._buffers = struct.Struct(f"<{2 * shape.buffer_count}q").unpack_from
-        holes = [(shape.body_size, 8), (shape.nodes, 16 * shape.node_count), (shape.buffers, 16 * shape.buffer_count)]
-        if deadline is not None:
-            holes.append((message.index(deadline), len(deadline)))
-        self._segments = []
-        at = 0
-        for start, size in [*sorted(holes), (shape.head, 0)]:
-            if start > at:
-                self._segments.append((at, message[at:start]))
-            at = start + size
-
-    def match(self, data: bytes, pos: int) -> tuple[int, int, _IpcHoles, _IpcHoles] | None:
-        """Return (body position, body size, nodes, buffers) when all fixed bytes are there."""
-        for at, segment in self._segments:
-            if not data.startswith(segment, pos + at):
-                return None
-        size = _IPC_I64(data, pos + self._body_size_at)[0]
-        body = pos + self._head
-        if size < 0 or body + size > len(data):
-            return None
-        return body, size, self._nodes(data, pos + self._nodes_at), self._buffers(data, pos + self._buffers_at)
-
-
-_IpcColumn = Callable[[bytes, list[tuple[int, int, _IpcHoles, _IpcHoles]]], Any]
-
-
-def _ipc_column_readers(schema: pa.Schema, messages: list[bytes]) -> list[_IpcColumn]:
-    """One reader per column, with the places of its nodes and buffers compiled in."""
-    order = {_ipc_dictionary_id(message): at for at, message in enumerate(messages[1:-1])}
-    ids = _ipc_dictionary_ids(messages[0]) if len(schema) else []
-    if len(order) != len(messages) - 2 or len(order) != sum(i is not None for i in ids):
-        raise _IpcUnfamiliar("dictionaries do not belong to top-level columns")
-    readers: list[_IpcColumn] = []
-    node = buffer = 0
-    for field, number in zip(schema, ids, strict=True):
-        dtype = field.type
-        if number is not None:
-            if dtype != pa.dictionary(pa.int16(), pa.utf8()):
-                raise _IpcUnfamiliar("another dictionary type")
-            dtype = pa.int16()
-        read, next_node, next_buffer = _ipc_array_reader(dtype, node, buffer)
-        column = _ipc_root(read, node, buffer, field.nullable)
-        readers.append(column if number is None else _ipc_dictionary_column(column, order[number]))
-        node, buffer = next_node, next_buffer
-    return readers
-
-
-def _ipc_root(read: _IpcRead, node: int, buffer: int, nullable: bool) -> _IpcColumn:
-    """A column: one value or one null, the null count in step with the validity bit (FINDINGS.md section 3)."""
-
-    def column(data: bytes, parts: list[tuple[int, int, _IpcHoles, _IpcHoles]]) -> Any:
-        body, size, nodes, buffers = parts[-1]
-        nulls = nodes[2 * node + 1]
-        at, length = buffers[2 * buffer], buffers[2 * buffer + 1]
-        if nodes[2 * node] != 1 or at < 0 or at & 7 or length < 0 or at + length > size:
-            raise _IpcUnfamiliar
-        if (length or nulls) and (not 0 <= nulls <= nullable or length < 1 or (data[body + at] & 1) != 1 - nulls):
-            raise _IpcUnfamiliar
-        value = read(data, body, size, nodes, buffers, 1)
-        return None if nulls else value[0]
-
-    return column
-
-
-def _ipc_dictionary_column(indices: _IpcColumn, part: int) -> _IpcColumn:
-    """A dictionary of one entry: the index is 0, the value is in the dictionary's own message."""
-    read, _, _ = _ipc_array_reader(pa.utf8(), 0, 0)
-    entry = _ipc_root(read, 0, 0, False)
-
-    def column(data: bytes, parts: list[tuple[int, int, _IpcHoles, _IpcHoles]]) -> Any:
-        text = entry(data, parts[part : part + 1])
-        index = indices(data, parts)
-        if index is None:
-            return None
-        if index != 0:
-            raise _IpcUnfamiliar
-        return text
-
-    return column
-
-
-def _ipc_array_reader(dtype: pa.DataType, node: int, buffer: int) -> tuple[_IpcRead, int, int]:
-    """Compile the reader of an array whose nodes and buffers begin here -> (reader, next node, next buffer)."""
-    code = _IPC_FIXED.get(str(dtype))
-    if code is not None:
-        return _ipc_read_fixed(code, buffer), node + 1, buffer + 2
-    if pa.types.is_boolean(dtype):
-        return _ipc_read_bool(buffer), node + 1, buffer + 2
-    if pa.types.is_string(dtype) or pa.types.is_binary(dtype):
-        return _ipc_read_bytes(buffer, pa.types.is_string(dtype)), node + 1, buffer + 3
-    if pa.types.is_list(dtype):
-        child, next_node, next_buffer = _ipc_array_reader(dtype.value_type, node + 1, buffer + 2)
-        return _ipc_read_list(buffer, _ipc_element(child, node + 1, buffer + 2)), next_node, next_buffer
-    if pa.types.is_map(dtype):
-        keys, values_node, values_buffer = _ipc_array_reader(dtype.key_type, node + 2, buffer + 3)
-        items, next_node, next_buffer = _ipc_array_reader(dtype.item_type, values_node, values_buffer)
-        entries = _ipc_read_entries(
-            node + 1,
-            buffer + 2,
-            _ipc_element(keys, node + 2, buffer + 3),
-            _ipc_element(items, values_node, values_buffer),
-        )
-        return _ipc_read_list(buffer, entries), next_node, next_buffer
-    raise _IpcUnfamiliar(str(dtype))
-
-
-def _ipc_element(read: _IpcRead, node: int, buffer: int) -> _IpcRead:
-    """Elements: exactly as many as the offsets say, none of them null; then nobody looks into a validity buffer."""
-
-    def checked(data: bytes, body: int, size: int, nodes: _IpcHoles, buffers: _IpcHoles, count: int) -> Any:
-        at, length = buffers[2 * buffer], buffers[2 * buffer + 1]
-        if nodes[2 * node] != count or nodes[2 * node + 1] or at < 0 or at & 7 or length < 0 or at + length > size:
-            raise _IpcUnfamiliar
-        return read(data, body, size, nodes, buffers, count)
-
-    return checked
-
-
-def _ipc_read_fixed(code: str, buffer: int) -> _IpcRead:
-    width = struct.calcsize(f"<{code}")
-    one = struct.Struct(f"<{code}").unpack_from
-    at_, size_ = 2 * buffer + 2, 2 * buffer + 3
-
-    def read(data: bytes, body: int, size: int, nodes: _IpcHoles, buffers: _IpcHoles, count: int) -> Any:
-        at, length = buffers[at_], buffers[size_]
-        if at < 0 or at & 7 or length < count * width or at + length > size:
-            raise _IpcUnfamiliar
-        return one(data, body + at) if count == 1 else struct.unpack_from(f"<{count}{code}", data, body + at)
-
-    return read
-
-
-def _ipc_read_bool(buffer: int) -> _IpcRead:
-    at_, size_ = 2 * buffer + 2, 2 * buffer + 3
-
-    def read(data: bytes, body: int, size: int, nodes: _IpcHoles, buffers: _IpcHoles, count: int) -> Any:
-        at, length = buffers[at_], buffers[size_]
-        if count != 1 or at < 0 or at & 7 or length < 1 or at + length > size:
-            raise _IpcUnfamiliar
-        return (bool(data[body + at] & 1),)
-
-    return read
-
-
-def _ipc_read_offsets(data: bytes, body: int, size: int, at: int, length: int, count: int, limit: int) -> _IpcHoles:
-    """Offsets of `count` values: from 0, never backwards, never beyond `limit`."""
-    needed = 4 * (count + 1) if count or length else 0  # no value needs no offsets
-    if at < 0 or at & 7 or length < needed or at + length > size:
-        raise _IpcUnfamiliar
-    if not needed:
-        return (0,)
-    offsets = struct.unpack_from(f"<{count + 1}i", data, body + at)
-    last = 0
-    for offset in offsets:
-        if offset < last:
-            raise _IpcUnfamiliar
-        last = offset
-    if offsets[0] or last > limit:
-        raise _IpcUnfamiliar
-    return offsets
-
-
-def _ipc_read_bytes(buffer: int, text: bool) -> _IpcRead:
-    b = 2 * buffer + 2
-
-    def read(data: bytes, body: int, size: int, nodes: _IpcHoles, buffers: _IpcHoles, count: int) -> Any:
-        at, length = buffers[b + 2], buffers[b + 3]
-        if at < 0 or at & 7 or length < 0 or at + length > size:
-            raise _IpcUnfamiliar
-        offsets = _ipc_read_offsets(data, body, size, buffers[b], buffers[b + 1], count, length)
-        start = body + at
-        pieces = [data[start + offsets[i] : start + offsets[i + 1]] for i in range(count)]
-        return [piece.decode() for piece in pieces] if text else pieces
-
-    return read
-
-
-def _ipc_read_list(buffer: int, child: _IpcRead) -> _IpcRead:
-    b = 2 * buffer + 2
-
-    def read(data: bytes, body: int, size: int, nodes: _IpcHoles, buffers: _IpcHoles, count: int) -> Any:
-        offsets = _ipc_read_offsets(data, body, size, buffers[b], buffers[b + 1], count, _IPC_EAGER)
-        values = child(data, body, size, nodes, buffers, offsets[-1])
-        return [list(values[offsets[i] : offsets[i + 1]]) for i in range(count)]
-
-    return read
-
-
-def _ipc_read_entries(node: int, buffer: int, keys: _IpcRead, items: _IpcRead) -> _IpcRead:
-    def read(data: bytes, body: int, size: int, nodes: _IpcHoles, buffers: _IpcHoles, count: int) -> Any:
-        pairs_of = keys(data, body, size, nodes, buffers, count), items(data, body, size, nodes, buffers, count)
-        return list(zip(*pairs_of, strict=True))
-
-    return _ipc_element(read, node, buffer)
-
-
 def _ipc_template(schema: pa.Schema, metadata: _IpcMetadata | None) -> _IpcCanonical | None:
     """What writes one-row streams of a schema with constant metadata, or None when pyarrow has to write them."""
     if not _ipc_learning:
@@ -3340,9 +2473,7 @@ def _ipc_template(schema: pa.Schema, metadata: _IpcMetadata | None) -> _IpcCanon
         return None
 
 
-def _ipc_learn(
-    sample: bytes, batch: pa.RecordBatch, deadline: bytes | None = None
-) -> _IpcLayout | _IpcCanonical | None:
+def _ipc_learn(sample: bytes, batch: pa.RecordBatch, deadline: bytes | None = None) -> _IpcCanonical | None:
     """Learn how a stream looks that pyarrow has read; it must read the same from it, or it is not learned."""
     if not _ipc_learning or len(sample) > _IPC_LARGE or (deadline is not None and sample.count(deadline) != 1):
         return None
@@ -3350,20 +2481,11 @@ def _ipc_learn(
         validate_batch(batch, IpcValidation.FULL)
         messages = _ipc_split(sample)
         row = [column[0].as_py() for column in batch.columns]
-        if len(messages) == 2:
-            with contextlib.suppress(_IpcUnfamiliar):
-                usual = _IpcCanonical(batch.schema, messages, deadline)
-                if _ipc_reads(usual, sample, row):
-                    return usual
-        layout = _IpcLayout(sample, batch.schema, messages, deadline)
-        return layout if _ipc_reads(layout, sample, row) else None
-    except (_IpcUnfamiliar, IPCError, pa.ArrowException, struct.error, IndexError, ValueError):
+        layout = _IpcCanonical(batch.schema, messages, deadline)
+        found = layout.match(sample, 0)
+        return layout if found is not None and list(found[0]) == row and found[1] == len(sample) else None
+    except (_IpcUnfamiliar, IPCError, pa.ArrowException, EOFError, struct.error, IndexError, ValueError):
         return None
-
-
-def _ipc_reads(layout: _IpcLayout | _IpcCanonical, sample: bytes, row: list[Any]) -> bool:
-    found = layout.match(sample, 0)
-    return found is not None and list(found[0]) == row and found[1] == len(sample)
 
 
 def _ipc_sample_stream(schema: pa.Schema, metadata: _IpcMetadata | None) -> bytes:
@@ -3378,40 +2500,680 @@ def _ipc_sample_stream(schema: pa.Schema, metadata: _IpcMetadata | None) -> byte
 _IPC_SAMPLES = {"int": 0, "float": 0.0, "bool": False, "str": "x", "bytes": b"", "list": []}
 
 
-def _ipc_dictionary_writers(schema: pa.Schema, messages: list[bytes]) -> list[Callable[[Sequence[Any]], bytes]]:
-    """Writers of the dictionary messages in front of a batch, one for each dictionary column."""
-    if len(messages) == 2:
-        return []
-    columns = {number: at for at, number in enumerate(_ipc_dictionary_ids(messages[0])) if number is not None}
-    return [_ipc_dictionary_writer(message, columns[_ipc_dictionary_id(message)]) for message in messages[1:-1]]
+class _IpcWord:
+    """The dictionary message in front of a batch for one column of an enum: one entry, its text."""
 
+    __slots__ = ("_head", "_known", "_shape", "column")
 
-def _ipc_dictionary_writer(message: bytes, column: int) -> Callable[[Sequence[Any]], bytes]:
-    shape = _ipc_shape(message)
-    template = message[: shape.head]
-    known: dict[str, bytes] = {}  # enum members; bounded, because the type also carries any other string
+    def __init__(self, message: bytes, column: int) -> None:
+        self.column = column
+        self._shape = _ipc_shape(message)
+        self._head = message[: self._shape.head]
+        self._known: dict[str, bytes] = {}  # enum members; bounded, because the type also carries any other string
 
-    def write(values: Sequence[Any]) -> bytes:
-        text = values[column]
-        found = known.get(text)
+    def write(self, text: str) -> bytes:
+        """Return the message of a text."""
+        found = self._known.get(text)
         if found is not None:
             return found
-        encoded = text.encode()
+        shape, encoded = self._shape, text.encode()
         size, pad = len(encoded), _IPC_PAD[len(encoded) & 7]
-        head = bytearray(template)
+        head = bytearray(self._head)
         _IPC_PACK_I64(head, shape.body_size, 8 + size + len(pad))
         struct.pack_into("<2q", head, shape.nodes, 1, 0)
         struct.pack_into("<6q", head, shape.buffers, 0, 0, 0, 8, 8, size)
         data = b"".join((head, struct.pack("<ii", 0, size), encoded, pad))
-        if len(known) < 64 and len(data) < 1024:
-            known[text] = data
+        if len(self._known) < 64 and len(data) < 1024:
+            self._known[text] = data
         return data
 
-    return write
+    def read(self, data: bytes, pos: int) -> tuple[str, int] | None:
+        """Return (the text, the position after it) when the message is what `write` makes of its text."""
+        at = pos + self._shape.head
+        text = data[at + 8 : at + 8 + max(_IPC_I32(data, at + 4)[0], 0)].decode()
+        message = self.write(text)
+        return (text, pos + len(message)) if data.startswith(message, pos) else None
 
 
-# ==== 6. SHARED MEMORY ================================================================================================
-# Uses: 1, 2, 3, 4, 5. A segment that both processes map, for batches too large for a pipe (wire.md 11).
+# ==== 5. TYPES ========================================================================================================
+# Uses: 1, 2, 4. Python annotations <-> Arrow types, values <-> cells (types.md). An annotation is read once and
+# compiled into a field, an encoder and a decoder; per value there is no introspection left. `None` as a converter means
+# that pyarrow's own conversion is right. Nothing here reads or writes a connection: a nested batch is a value, a
+# complete IPC stream in memory.
+#
+#   annotation                        parameter or result     dataclass field or element
+#   str bytes int float bool          utf8 binary int64 float64 bool
+#   datetime date time timedelta      timestamp[us] date32 time64[us] duration[us]
+#   list[T] set[T] frozenset[T]       list<item: T>
+#   dict[K, V]                        map<K, V>
+#   Enum                              dictionary<int16, utf8>, by member name
+#   ArrowSerializableDataclass        binary (its IPC stream) struct
+#   pa.RecordBatch, pa.Schema         binary
+#   Annotated[T, ArrowType(t)]        t
+#   T | None                          T, nullable
+#
+# Stricter than the reference: a float with a fraction is refused for int instead of truncated.
+
+
+class ArrowType(_Record):
+    """Annotated marker: use this Arrow type; `nullable` overrides what the annotation says."""
+
+    __slots__ = __match_args__ = ("arrow_type", "nullable")
+    arrow_type: pa.DataType
+    nullable: bool | None
+
+    def __init__(self, arrow_type: pa.DataType, nullable: bool | None = None) -> None:
+        self._set(arrow_type=arrow_type, nullable=nullable)
+
+    def __repr__(self) -> str:
+        return f"ArrowType({self.arrow_type!r}, nullable={self.nullable})"
+
+
+class Transient(_Record):
+    """Annotated marker: this field is not serialised and takes its default when read."""
+
+    __slots__ = ()
+
+
+# ---- annotations -> Arrow
+
+_TypesConvert = Callable[[Any], Any]
+_TYPES_ENUM = pa.dictionary(pa.int16(), pa.utf8())
+_TYPES_SCALARS: dict[Any, pa.DataType] = {
+    str: pa.utf8(),
+    bytes: pa.binary(),
+    int: pa.int64(),
+    float: pa.float64(),
+    bool: pa.bool_(),
+    pa.RecordBatch: pa.binary(),
+    pa.Schema: pa.binary(),
+}
+_TYPES_TEMPORAL = {
+    "datetime": pa.timestamp("us"),
+    "date": pa.date32(),
+    "time": pa.time64("us"),
+    "timedelta": pa.duration("us"),
+}
+
+
+def _types_strip(annotation: Any) -> tuple[Any, bool, ArrowType | None]:
+    """Take Annotated, Optional and NewType off an annotation -> (core, nullable, first ArrowType marker)."""
+    nullable, explicit, marker = False, None, None
+    while True:
+        origin = typing.get_origin(annotation)
+        if origin is Annotated:
+            for extra in annotation.__metadata__:
+                if isinstance(extra, ArrowType):
+                    marker = marker or extra
+                    explicit = extra.nullable if explicit is None else explicit
+            annotation = annotation.__origin__
+        elif origin in (typing.Union, types.UnionType):
+            members = [arg for arg in typing.get_args(annotation) if arg is not type(None)]
+            if len(members) != 1:
+                break
+            annotation, nullable = members[0], True
+        elif isinstance(annotation, typing.NewType):
+            annotation = annotation.__supertype__
+        else:
+            break
+    return annotation, nullable if explicit is None else explicit, marker
+
+
+def _types_field(name: str, annotation: Any, *, top: bool) -> pa.Field[Any]:
+    """The Arrow field of a parameter or result (`top`), or of a dataclass field or element."""
+    core, nullable, marker = _types_strip(annotation)
+    return pa.field(name, _types_arrow(core, marker, top), nullable=nullable)
+
+
+def _types_arrow(core: Any, marker: ArrowType | None, top: bool) -> pa.DataType:
+    if _types_is_dataclass(core):
+        if top:
+            return pa.binary()
+        return marker.arrow_type if marker is not None else pa.struct(list(_types_spec(core).schema))
+    if marker is not None:
+        return marker.arrow_type
+    origin, args = typing.get_origin(core), typing.get_args(core)
+    if origin in (list, frozenset, set) and args:
+        return pa.list_(_types_element(args[0]))
+    if origin is dict and args:
+        return pa.map_(_types_element(args[0]), _types_element(args[1]))
+    if isinstance(core, type):
+        if core in _TYPES_SCALARS:
+            return _TYPES_SCALARS[core]
+        if issubclass(core, enum.Enum):
+            return _TYPES_ENUM
+        if core.__module__ == "datetime" and core.__name__ in _TYPES_TEMPORAL:
+            return _TYPES_TEMPORAL[core.__name__]
+    refusal = TypeError(_types_refusal(core))
+    if hint := _types_hint(core):
+        refusal.add_note(hint)
+    raise refusal
+
+
+def _types_element(annotation: Any) -> pa.DataType:
+    core, _, marker = _types_strip(annotation)
+    return _types_arrow(core, marker, False)
+
+
+def _types_refusal(core: Any) -> str:
+    text = f"Cannot infer Arrow type for: {core}. "
+    if core is tuple or typing.get_origin(core) is tuple:
+        return text + (
+            "Arrow has no native heterogeneous-tuple type. Use a nested ArrowSerializableDataclass for fixed named"
+            " fields, or list[T] for homogeneous sequences."
+        )
+    return text + "Use Annotated[T, ArrowType(...)] to specify the Arrow type explicitly."
+
+
+def _types_hint(core: Any) -> str:
+    """What people usually mean by an annotation that says too little."""
+    origin = typing.get_origin(core) or core
+    if origin in (list, set, frozenset):
+        return f"Say what it holds, as in {origin.__name__}[float]"
+    if origin is dict:
+        return "Say what it holds, as in dict[str, float]"
+    if origin in (typing.Union, types.UnionType):
+        return "A value has one type, and perhaps None: T | None"
+    if not isinstance(origin, type):
+        return ""
+    if hasattr(origin, "__dataclass_fields__"):
+        return f"A dataclass that travels is a class {origin.__name__}(ArrowSerializableDataclass)"
+    if origin.__name__ in ("Table", "DataFrame"):
+        return "A table is a pa.RecordBatch (RecordBatch.from_pandas(df)), or a Stream of them (Stream.from_arrow)"
+    if issubclass(origin, Iterator):
+        return "A method that gives many values returns a Stream"
+    return ""
+
+
+def _types_is_dataclass(core: Any) -> bool:
+    return isinstance(core, type) and issubclass(core, ArrowSerializableDataclass)
+
+
+# ---- Python value -> what pa.array takes
+
+
+def _types_encoder(annotation: Any, *, top: bool) -> _TypesConvert | None:
+    """Compile the encoder of an annotation; it is never called with None."""
+    core, _, marker = _types_strip(annotation)
+    if _types_is_dataclass(core):
+        if top or (marker is not None and pa.types.is_binary(marker.arrow_type)):
+            return functools.partial(_types_encode_bytes, core)
+        return functools.partial(_types_encode_struct, core)
+    if core is pa.Schema:
+        return _types_encode_schema
+    if core is pa.RecordBatch:
+        return _types_encode_batch
+    if isinstance(core, type) and issubclass(core, enum.Enum):
+        return functools.partial(_types_encode_enum, core)
+    origin, args = typing.get_origin(core), typing.get_args(core)
+    if origin in (list, frozenset, set) and args:
+        return _types_sequence_encoder(args[0], keep=origin is list)
+    if origin is dict and args:
+        return _types_mapping_encoder(*args)
+    if core is int and (marker is None or pa.types.is_integer(marker.arrow_type)):
+        return _types_encode_int
+    return _types_encode_scalar if core in (str, bytes, float) else None
+
+
+def _types_is_plain(annotation: Any) -> bool:
+    """Whether values of exactly the annotated types go into the layouts of room 5 as they are."""
+    core = _types_strip(annotation)[0]
+    if typing.get_origin(core) in (list, dict):
+        return all(map(_types_is_plain, typing.get_args(core)))
+    return core in (str, bytes, int, float, bool)
+
+
+def _types_encode_bytes(cls: type, value: Any) -> bytes:
+    if not isinstance(value, cls):
+        raise TypeError(f"expected {cls.__name__}, got {type(value).__name__}")
+    return bytes(cast(ArrowSerializableDataclass, value).serialize_to_bytes())
+
+
+def _types_encode_struct(cls: type[ArrowSerializableDataclass], value: Any) -> Any:
+    if isinstance(value, dict):
+        return value
+    if not isinstance(value, cls):
+        raise TypeError(f"expected {cls.__name__}, got {type(value).__name__}")
+    found = {}
+    for field in _types_spec(cls).columns:
+        item = getattr(value, field.name)
+        found[field.name] = item if item is None or field.encode is None else field.encode(item)
+    return found
+
+
+def _types_encode_schema(value: Any) -> bytes:
+    if not isinstance(value, pa.Schema):
+        raise TypeError(f"expected pa.Schema, got {type(value).__name__}")
+    return bytes(value.serialize())
+
+
+def _types_encode_batch(value: Any) -> bytes:
+    if not isinstance(value, pa.RecordBatch):
+        raise TypeError(f"expected pa.RecordBatch, got {type(value).__name__}")
+    return serialize_record_batch_bytes(value)
+
+
+def _types_encode_enum(cls: type[enum.Enum], value: Any) -> str:
+    if isinstance(value, enum.Enum):
+        if not isinstance(value, cls):
+            raise TypeError(f"expected {cls.__name__}, got {type(value).__name__}")
+        if value.name is None or value.name not in cls.__members__:  # a combination of flags has no name of its own
+            raise KeyError(f"{value.name!r} is not a valid {cls.__name__} name or value")
+        return value.name
+    if not isinstance(value, str):
+        raise TypeError(f"expected {cls.__name__}, got {type(value).__name__}")
+    return value
+
+
+def _types_encode_int(value: Any) -> Any:
+    if type(value) is int:
+        return value
+    if not isinstance(value, str | bytes | enum.Enum) and hasattr(value, "__trunc__") and value != value.__trunc__():
+        raise TypeError(f"expected int, got {value!r}")
+    return _types_encode_scalar(value)
+
+
+def _types_encode_scalar(value: Any) -> Any:
+    return value.name if isinstance(value, enum.Enum) else value
+
+
+def _types_sequence_encoder(element: Any, *, keep: bool) -> _TypesConvert | None:
+    encode = _types_encoder(element, top=False)
+    if encode is None:
+        return None if keep else list
+    exact = _types_exact(element)
+
+    def sequence(value: Any) -> Any:
+        if exact and type(value) is list and exact.issuperset(map(type, value)):
+            return value
+        return [item if item is None else encode(item) for item in value]
+
+    return sequence
+
+
+def _types_exact(element: Any) -> set[type]:
+    """The types of elements that need no conversion; none: each must be looked at."""
+    core = _types_strip(element)[0]
+    return {core, type(None)} if core in (str, bytes, float, int) else set()
+
+
+def _types_mapping_encoder(key: Any, item: Any) -> _TypesConvert:
+    encode_key, encode_item = _types_encoder(key, top=False), _types_encoder(item, top=False)
+    exact_key, exact_item = _types_exact(key), _types_exact(item)
+
+    def mapping(value: Any) -> list[tuple[Any, Any]]:
+        if (
+            type(value) is dict
+            and exact_key.issuperset(map(type, value))
+            and exact_item.issuperset(map(type, value.values()))
+        ):
+            return list(value.items())
+        pairs = value.items() if isinstance(value, Mapping) else value
+        return [
+            (
+                k if encode_key is None or k is None else encode_key(k),
+                v if encode_item is None or v is None else encode_item(v),
+            )
+            for k, v in pairs
+        ]
+
+    return mapping
+
+
+# ---- what as_py() gives -> Python value
+
+
+def _types_decoder(annotation: Any, *, top: bool) -> _TypesConvert | None:
+    """Compile the decoder of an annotation; it is never called with None."""
+    core = _types_strip(annotation)[0]
+    if _types_is_dataclass(core):
+        return functools.partial(_types_decode_dataclass, core)
+    if core is pa.Schema:
+        return _types_decode_schema
+    if core is pa.RecordBatch:
+        return _types_decode_batch
+    if isinstance(core, type) and issubclass(core, enum.Enum):
+        return functools.partial(_types_decode_enum, core)
+    if isinstance(core, type) and hasattr(core, "deserialize_from_bytes"):
+        return functools.partial(_types_decode_foreign, core)
+    origin, args = typing.get_origin(core), typing.get_args(core)
+    if origin in (list, frozenset, set) and args:
+        return _types_sequence_decoder(origin, args[0])
+    if origin is dict and args:
+        return _types_mapping_decoder(*args)
+    return None
+
+
+def _types_decode_dataclass(cls: type[ArrowSerializableDataclass], value: Any) -> Any:
+    if isinstance(value, dict):
+        return _types_from_mapping(cls, value)
+    if not isinstance(value, bytes):
+        raise TypeError(f"Expected bytes for {cls.__name__} deserialization, got {type(value).__name__}")
+    if not value:
+        raise pa.ArrowInvalid(f"no bytes where an IPC stream of {cls.__name__} is expected")
+    return cls.deserialize_from_bytes(value)
+
+
+def _types_decode_foreign(cls: Any, value: Any) -> Any:
+    if not isinstance(value, bytes):
+        raise TypeError(f"Expected bytes for {cls.__name__} deserialization, got {type(value).__name__}")
+    return cls.deserialize_from_bytes(value, IpcValidation.FULL)
+
+
+def _types_decode_schema(value: Any) -> pa.Schema | None:
+    return ipc.read_schema(pa.py_buffer(value)) if value else None  # no bytes: absent (lenient peers)
+
+
+def _types_decode_batch(value: Any) -> pa.RecordBatch | None:
+    return deserialize_record_batch(value)[0] if value else None
+
+
+def _types_decode_enum(cls: type[enum.Enum], value: Any) -> enum.Enum:
+    if not isinstance(value, str):
+        raise TypeError(f"Expected str for {cls.__name__}, got {type(value).__name__}")
+    member = cls.__members__.get(value)
+    if member is not None:
+        return member
+    try:
+        return cls(value)
+    except ValueError:
+        raise KeyError(f"{value!r} is not a valid {cls.__name__} name or value") from None
+
+
+def _types_sequence_decoder(origin: Any, element: Any) -> _TypesConvert | None:
+    decode = _types_decoder(element, top=False)
+    if decode is None:
+        return None if origin is list else cast(_TypesConvert, origin)
+    return lambda value: origin([item if item is None else decode(item) for item in value])
+
+
+def _types_mapping_decoder(key: Any, item: Any) -> _TypesConvert:
+    decode_key, decode_item = _types_decoder(key, top=False), _types_decoder(item, top=False)
+    if decode_key is None and decode_item is None:
+        return dict
+
+    def mapping(value: Any) -> dict[Any, Any]:
+        return {
+            k if decode_key is None else decode_key(k): v if decode_item is None or v is None else decode_item(v)
+            for k, v in value
+        }
+
+    return mapping
+
+
+# ---- dataclasses
+
+
+class _TypesColumn(_NamedTuple):
+    name: str
+    encode: _TypesConvert | None
+    decode: _TypesConvert | None
+    plain: bool
+    required: bool
+    init: bool
+
+
+class _TypesSpec(_NamedTuple):
+    """A dataclass, compiled."""
+
+    schema: pa.Schema
+    columns: tuple[_TypesColumn, ...]
+    names: tuple[str, ...]
+    required: frozenset[str]  # columns that must be there
+    decoders: tuple[tuple[str, _TypesConvert], ...]  # of the columns that need one
+    late: frozenset[str]  # columns that the constructor does not take
+    unlike: tuple[int, ...]  # columns whose values a template does not take as they are
+    template: _IpcCanonical | None
+    learned: list[tuple[_IpcCanonical, list[str]]]  # how peers have written it, and the columns they have
+
+
+class _TypesSchema:
+    """`Cls.ARROW_SCHEMA`, computed at first use and for each class of its own."""
+
+    def __get__(self, instance: object, owner: type[ArrowSerializableDataclass]) -> pa.Schema:
+        if owner is ArrowSerializableDataclass:  # help() asks
+            raise AttributeError("ARROW_SCHEMA belongs to the dataclasses that are derived from this class")
+        return _types_spec(owner).schema
+
+
+class ArrowSerializableDataclass:
+    """Mixin for dataclasses whose fields are Arrow columns; an instance is a one-row IPC stream (types.md section 5).
+
+    `ARROW_SCHEMA` is the class's schema. `_ARROW_FIELD_OVERRIDES` may force Arrow types by field name. Reading
+    tolerates unknown columns, another order, and missing columns whose fields have defaults.
+    """
+
+    ARROW_SCHEMA: ClassVar[pa.Schema] = cast(pa.Schema, _TypesSchema())
+    _ARROW_FIELD_OVERRIDES: ClassVar[dict[str, pa.DataType]] = {}
+
+    def serialize(self, dest: Any) -> None:
+        """Write this instance as an IPC stream of one row."""
+        dest.write(self.serialize_to_bytes())
+
+    def serialize_to_bytes(self) -> bytes:
+        """Return this instance as an IPC stream of one row."""
+        spec = _types_spec(type(self))
+        if spec.template is not None:
+            try:
+                data = spec.template.encode([getattr(self, name) for name in spec.names])
+                if data is None and spec.unlike:
+                    data = spec.template.encode(_types_cells(self, spec))
+            except Exception:  # what is unusual or wrong about it, the other path says
+                data = None
+            if data is not None:
+                return b"".join(_ipc_pieces(data))
+        return serialize_record_batch_bytes(_types_row_batch(self))
+
+    @classmethod
+    def deserialize_from_bytes(cls, data: bytes, ipc_validation: IpcValidation = IpcValidation.FULL) -> Self:
+        """Read an instance from an IPC stream of one row.
+
+        Raises ValueError (no row, several rows, missing fields), IPCError or pa.ArrowInvalid (not a valid stream),
+        KeyError (unknown enum name), TypeError (a value of the wrong kind).
+        """
+        learned = _types_spec(cls).learned
+        for layout, names in learned:
+            found = layout.match(data, 0)
+            if found is not None and found[1] == len(data):
+                return _types_from_mapping(cls, dict(zip(names, found[0], strict=True)))
+        batch, metadata = deserialize_record_batch(data, ipc_validation)
+        value = _types_from_batch(cls, batch)
+        if metadata is None and batch.num_columns and len(learned) < _IPC_LAYOUTS_MAX:
+            layout = _ipc_learn(data, batch)
+            if layout is not None:
+                learned.append((layout, batch.schema.names))
+        return value
+
+    @classmethod
+    def deserialize_from_batch(
+        cls,
+        batch: pa.RecordBatch,
+        custom_metadata: pa.KeyValueMetadata | None = None,
+        *,
+        ipc_validation: IpcValidation = IpcValidation.FULL,
+    ) -> Self:
+        """Read an instance from a one-row batch; errors as in `deserialize_from_bytes`."""
+        validate_batch(batch, ipc_validation)
+        return _types_from_batch(cls, batch)
+
+
+_types_building = threading.local()  # the classes whose schema is being computed: finds direct recursion
+
+
+def _types_spec(cls: type[ArrowSerializableDataclass]) -> _TypesSpec:
+    """Compile a dataclass once; kept in the class itself."""
+    known = cls.__dict__.get("_vgi_rpc_spec")
+    if known is not None:
+        return cast(_TypesSpec, known)
+    busy: list[type] = _types_building.__dict__.setdefault("classes", [])
+    if cls in busy:
+        raise TypeError(f"{cls.__name__} contains itself; Arrow schemas cannot be recursive")
+    busy.append(cls)
+    try:
+        spec = _types_compile(cls)
+    finally:
+        busy.pop()
+    cls._vgi_rpc_spec = spec  # type: ignore[attr-defined]
+    return spec
+
+
+def _types_compile(cls: type[ArrowSerializableDataclass]) -> _TypesSpec:
+    import dataclasses
+
+    if not dataclasses.is_dataclass(cls):
+        raise TypeError(f"{cls.__name__}: must be called with a dataclass type or instance; add @dataclass")
+    hints = typing.get_type_hints(cls, include_extras=True)
+    fields: list[pa.Field[Any]] = []
+    columns: list[_TypesColumn] = []
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if _types_is_transient(hint):
+            if required and field.init:
+                raise TypeError(
+                    f"Transient field {cls.__name__}.{field.name} must have a default value or default_factory"
+                )
+            continue
+        try:
+            fields.append(_types_column_field(cls, field.name, hint))
+            encode, decode = _types_encoder(hint, top=False), _types_decoder(hint, top=False)
+        except TypeError as exc:
+            raise TypeError(f"Cannot generate Arrow schema for {cls.__name__}.{field.name}: {exc}") from exc
+        plain = _types_is_plain(hint)
+        columns.append(_TypesColumn(field.name, encode, decode, plain, required and field.init, field.init))
+    schema = pa.schema(fields)
+    return _TypesSpec(
+        schema,
+        tuple(columns),
+        tuple(column.name for column in columns),
+        frozenset(column.name for column in columns if column.required),
+        tuple((column.name, column.decode) for column in columns if column.decode is not None),
+        frozenset(column.name for column in columns if not column.init),
+        tuple(i for i, column in enumerate(columns) if column.encode is not None and not column.plain),
+        _ipc_template(schema, None),
+        [],
+    )
+
+
+def _types_is_transient(hint: Any) -> bool:
+    if any(isinstance(extra, Transient) for extra in getattr(hint, "__metadata__", ())):
+        return True
+    origin = typing.get_origin(hint)
+    if origin is Annotated:
+        return _types_is_transient(hint.__origin__)
+    if origin not in (typing.Union, types.UnionType):
+        return False
+    return any(map(_types_is_transient, typing.get_args(hint)))
+
+
+def _types_column_field(cls: type[ArrowSerializableDataclass], name: str, hint: Any) -> pa.Field[Any]:
+    override = cls._ARROW_FIELD_OVERRIDES.get(name)
+    if override is None:
+        return _types_field(name, hint, top=False)
+    return pa.field(name, override, nullable=_types_strip(hint)[1])
+
+
+def _types_cells(obj: ArrowSerializableDataclass, spec: _TypesSpec) -> list[Any]:
+    cells = [getattr(obj, name) for name in spec.names]
+    for i in spec.unlike:
+        encode = spec.columns[i].encode
+        if cells[i] is not None and encode is not None:
+            cells[i] = encode(cells[i])
+    return cells
+
+
+def _types_row_batch(obj: ArrowSerializableDataclass) -> pa.RecordBatch:
+    """The one-row batch of an instance."""
+    spec = _types_spec(type(obj))
+    arrays = []
+    for column, field in zip(spec.columns, spec.schema, strict=True):
+        value = getattr(obj, column.name)
+        try:
+            arrays.append(_types_cell(value, column.encode, field.type))
+        except Exception as exc:
+            exc.add_note(f"in field {type(obj).__name__}.{column.name}")
+            raise
+    return pa.RecordBatch.from_arrays(arrays, schema=spec.schema)
+
+
+@functools.lru_cache(1024)
+def _types_plain(dtype: pa.DataType) -> pa.DataType:
+    """The type with which to build cells: pyarrow makes invalid arrays for an absent struct with a dictionary in it."""
+
+    def plain(of: pa.DataType) -> pa.DataType:
+        if pa.types.is_dictionary(of):
+            return of.value_type
+        if pa.types.is_map(of):
+            return pa.map_(of.key_field.with_type(plain(of.key_type)), of.item_field.with_type(plain(of.item_type)))
+        if pa.types.is_list(of):
+            return pa.list_(of.value_field.with_type(plain(of.value_type)))
+        if pa.types.is_struct(of):
+            return pa.struct([field.with_type(plain(field.type)) for field in of])
+        return of
+
+    found = plain(dtype)
+    return dtype if found.equals(dtype) else found
+
+
+def _types_cell(value: Any, encode: _TypesConvert | None, dtype: pa.DataType) -> pa.Array[Any]:
+    """The one-value array of a cell."""
+    if value is not None:
+        if encode is not None:
+            value = encode(value)
+        if pa.types.is_binary(dtype) and hasattr(value, "serialize_to_bytes"):
+            value = value.serialize_to_bytes()
+    plain = _types_plain(dtype) if pa.types.is_nested(dtype) else dtype
+    array = pa.array([value], type=plain)
+    if plain is not dtype:
+        array = array.cast(dtype)
+    return array if isinstance(array, pa.Array) else array.combine_chunks()
+
+
+def _types_from_batch(cls: type[_T], batch: pa.RecordBatch) -> _T:
+    if batch.num_columns == 0:
+        return _types_from_mapping(cls, {})
+    if batch.num_rows == 0:
+        raise ValueError(f"Cannot deserialize {cls.__name__} from empty RecordBatch")
+    if batch.num_rows > 1:
+        raise ValueError(
+            f"Expected single-row RecordBatch for {cls.__name__} deserialization, got {batch.num_rows} rows"
+        )
+    known = _types_spec(cast("type[ArrowSerializableDataclass]", cls)).names
+    row = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[name] = column[0].as_py() if name in known else None
+        except OverflowError as exc:  # a date that Python cannot say
+            raise ValueError(f"{cls.__name__}.{name}: {exc}") from exc
+    return _types_from_mapping(cls, row)
+
+
+def _types_from_mapping(cls: type[_T], row: Mapping[str, Any]) -> _T:
+    """Build an instance from raw values; a missing one takes the field's default."""
+    spec = _types_spec(cast("type[ArrowSerializableDataclass]", cls))
+    if row and not spec.required <= row.keys():
+        missing = [name for name in spec.names if name in spec.required and name not in row]
+        raise ValueError(f"Missing fields in {cls.__name__} RecordBatch: {missing}. Found: {list(row)}")
+    values = {name: row[name] for name in spec.names if name in row}
+    for name, decode in spec.decoders:
+        if values.get(name) is not None:
+            values[name] = decode(values[name])
+    later = {name: values.pop(name) for name in spec.late if name in values}
+    found = cls(**values)
+    for name, value in later.items():
+        object.__setattr__(found, name, value)
+    return found
+
+
+# ==== 6. ELSEWHERE ====================================================================================================
+# Uses: 1, 2, 3, 4. Batches that are not in the message: in shared memory that both processes map (wire.md 11), or in a
+# store that both reach (storage.md). What travels is a pointer: a batch without rows, of the schema of what it means.
+#
+#                        who frees it                          what is verified
+#   shared memory        who has read it, in its own turn      name, table, place and length; the stream by the gate
+#   store                nobody; its URL expires               digest, one batch of the pointer's schema; by the gate
+#
+# A segment:
 #
 #   offset     0  magic "VGIS"     4  u32 version     8  u64 size of the data     16  u32 entries
 #             24  (u64 offset, u64 length) of each region, by offset
@@ -3789,6 +3551,277 @@ class _ShmSource(_IpcSource):
         return self._region.slice(start, size)
 
 
+# ---- what a batch is
+#
+# A batch in a reply is (first line that applies):
+#   rows > 0 or no metadata          data
+#   log_level and log_message        error (EXCEPTION) or log
+#   location / shm_offset            pointer to a batch that is elsewhere
+#   anything else                    data (void result, zero-row output)
+
+_KIND_DATA, _KIND_LOG, _KIND_ERROR, _KIND_EXTERNAL, _KIND_SHM = "data", "log", "error", "external", "shm"
+
+
+def _elsewhere_kind(batch: pa.RecordBatch, metadata: _IpcMetadata | None) -> str:
+    kind = _KIND_DATA
+    if metadata and batch.num_rows == 0:
+        level = metadata.get(LOG_LEVEL_KEY)
+        if level is not None:
+            if LOG_MESSAGE_KEY in metadata:
+                kind = _KIND_ERROR if level == b"EXCEPTION" else _KIND_LOG
+        elif LOCATION_KEY in metadata:
+            kind = _KIND_EXTERNAL
+        elif SHM_OFFSET_KEY in metadata:
+            kind = _KIND_SHM
+    if _LOG_WIRE_BATCH.isEnabledFor(logging.DEBUG):
+        shown = "no metadata" if not metadata else ("zero-row" if batch.num_rows == 0 else "rows with metadata")
+        _LOG_WIRE_BATCH.debug("Classify batch: rows=%d, %s -> %s", batch.num_rows, shown, kind)
+    return kind
+
+
+def _elsewhere_error(metadata: _IpcMetadata) -> RpcError:
+    error = _log_from_wire(metadata)
+    return error if isinstance(error, RpcError) else RpcError("EXCEPTION", error.message)
+
+
+class _ElsewhereLogs:
+    """Delivers log batches to `on_log`. If that raises, reading goes on, and the exception waits in `failure`."""
+
+    __slots__ = ("failure", "on_log")
+
+    def __init__(self, on_log: Callable[[Message], None] | None) -> None:
+        self.on_log = on_log
+        self.failure: Exception | None = None
+
+    def deliver(self, metadata: _IpcMetadata) -> None:
+        if self.on_log is None or self.failure is not None:
+            return
+        message = _log_from_wire(metadata)
+        if isinstance(message, RpcError):
+            return
+        try:
+            self.on_log(message)
+        except Exception as exc:
+            self.failure = exc
+
+
+# ---- stores (storage.md)
+
+
+class BatchStore(Protocol):
+    """Where batches are kept that are too large to travel; `external_location=` takes one (storage.md).
+
+    It sees bytes and URLs: the core writes and reads the objects. Several threads use it at the same time. What it
+    raises is an ExternalLocationError, or DeadlineExceededError. vgi_rpc_extras.storage has S3, GCS and the fetching.
+    """
+
+    def wants(self, batch: pa.RecordBatch) -> bool:
+        """Whether a batch shall be kept here instead of travelling."""
+        ...
+
+    def save(self, schema: pa.Schema, data: bytes) -> tuple[str, str, int]:
+        """Keep an IPC stream of `schema`; returns its URL, the SHA-256 of `data`, and the bytes stored (compressed)."""
+        ...
+
+    def load(self, url: str, sha256: str | None, timeout: float | None) -> tuple[bytes, float]:
+        """Fetch and verify an object; returns its decoded bytes and the seconds it took.
+
+        Args:
+            sha256: what its digest must be, as the pointer has it.
+            timeout: seconds that the caller is willing to wait; the store may have a bound of its own.
+        """
+        ...
+
+
+class ExternalRef(_Record):
+    """A result that has been published already; a unary method declared `-> T | ExternalRef` may return it.
+
+    ValueError for an empty URL, or a digest that is not 64 hex digits. The URL may be a credential: it is not in the
+    repr. Whoever gets the reference can read the object for as long as its URL lives.
+    """
+
+    __slots__ = ("sha256", "url")
+    __match_args__ = ("url", "sha256")
+    url: str
+    sha256: str | None
+
+    def __init__(self, url: str, sha256: str | None = None) -> None:
+        if not url:
+            raise ValueError("an ExternalRef needs a URL")
+        if sha256 is not None and not re.fullmatch("[0-9A-Fa-f]{64}", sha256):
+            raise ValueError("sha256 must be 64 hex digits")
+        self._set(url=url, sha256=None if sha256 is None else sha256.lower())
+
+    def pointer_batch(self, schema: pa.Schema) -> tuple[pa.RecordBatch, pa.KeyValueMetadata]:
+        """Return what travels in place of the result."""
+        return make_external_location_batch(schema, self.url, self.sha256)
+
+    def __repr__(self) -> str:
+        return f"ExternalRef(sha256={self.sha256!r})"
+
+
+def make_external_location_batch(
+    schema: pa.Schema, url: str, sha256: str | None = None
+) -> tuple[pa.RecordBatch, pa.KeyValueMetadata]:
+    """Return a pointer: no rows, the schema of what it replaces, and where that is (wire.md section 12)."""
+    metadata = {LOCATION_KEY: url.encode()}
+    if sha256 is not None:
+        metadata[LOCATION_SHA256_KEY] = sha256.encode()
+    return empty_batch(schema), pa.KeyValueMetadata(metadata)
+
+
+def is_external_location_batch(
+    batch: pa.RecordBatch, custom_metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None
+) -> bool:
+    """Whether a batch is a pointer; a log batch never is."""
+    if not custom_metadata or batch.num_rows:
+        return False
+    return LOCATION_KEY in custom_metadata and LOG_LEVEL_KEY not in custom_metadata
+
+
+class ExternalBatch(_NamedTuple):
+    """What travels in place of a batch, and what it has cost."""
+
+    batch: pa.RecordBatch
+    metadata: pa.KeyValueMetadata
+    raw_bytes: int
+    stored_bytes: int
+
+
+def externalize(
+    store: BatchStore | None,
+    data: pa.RecordBatch,
+    items: Sequence[tuple[pa.RecordBatch, Mapping[bytes, bytes] | pa.KeyValueMetadata | None]],
+    limit: int | None = None,
+) -> ExternalBatch | None:
+    """Keep `items`, the batch `data` and the messages around it, as one object if the store wants it; None: it travels.
+
+    A batch without rows always travels. What the store raises is raised as an ExternalLocationError; RuntimeError
+    when more than `limit` bytes would be stored.
+    """
+    if store is None or not data.num_rows or not store.wants(data):
+        return None
+    writer = _IpcWriter(data.schema)
+    for batch, metadata in items:
+        writer.write(batch, metadata)
+    writer.close()
+    whole = b"".join(writer.take())
+    if limit is not None and len(whole) > limit:
+        raise RuntimeError(f"{len(whole)} bytes to store exceed what max_externalized_response_bytes leaves: {limit}")
+    try:
+        url, sha256, stored = store.save(data.schema, whole)
+    except RpcError:
+        raise
+    except Exception as exc:  # its text may hold a signed URL
+        raise ExternalLocationError(
+            f"The batch could not be stored: {type(exc).__name__}", error_code=Code.UNAVAILABLE, sent="no"
+        ) from None
+    return ExternalBatch(*make_external_location_batch(data.schema, url, sha256), len(whole), stored)
+
+
+def resolve_external_location(
+    batch: pa.RecordBatch,
+    custom_metadata: pa.KeyValueMetadata | None,
+    config: BatchStore | None,
+    on_log: Callable[[Message], None] | None = None,
+    ipc_validation: IpcValidation = IpcValidation.FULL,
+) -> tuple[pa.RecordBatch, pa.KeyValueMetadata | None]:
+    """Return the batch that a pointer stands for; anything else comes back as it is.
+
+    Raises ExternalLocationError, and whatever `on_log` raises; the error that the object holds, if it holds one.
+    """
+    if config is None or not is_external_location_batch(batch, custom_metadata):
+        return batch, custom_metadata
+    logs = _ElsewhereLogs(on_log)
+    found, metadata = _elsewhere_load(config, batch, dict(custom_metadata or {}), logs, ipc_validation, None)
+    if logs.failure is not None:
+        raise logs.failure
+    return found, pa.KeyValueMetadata(metadata)
+
+
+def _elsewhere_load(
+    store: BatchStore,
+    batch: pa.RecordBatch,
+    metadata: _IpcMetadata,
+    logs: _ElsewhereLogs,
+    validation: IpcValidation,
+    timeout: float | None,
+) -> tuple[pa.RecordBatch, _IpcMetadata]:
+    """Follow a pointer. Messages are delivered once the whole object has been read and is what it must be."""
+    location, digest = metadata[LOCATION_KEY], metadata.get(LOCATION_SHA256_KEY)
+    try:
+        sha256 = None if digest is None else digest.decode()
+        data, seconds = store.load(location.decode(), sha256, timeout)
+    except RpcError:
+        raise
+    except Exception as exc:  # its text may hold a signed URL
+        raise ExternalLocationError(f"Failed to resolve ExternalLocation: {type(exc).__name__}") from None
+    found, inner, messages = _elsewhere_read_object(data, batch.schema, validation)
+    for message in messages:
+        logs.deliver(message)
+    timing = {LOCATION_FETCH_MS_KEY: b"%.1f" % (seconds * 1000), LOCATION_SOURCE_KEY: location}
+    return found, {**(inner or {}), **timing}
+
+
+def _elsewhere_read_object(
+    data: bytes, schema: pa.Schema, validation: IpcValidation
+) -> tuple[pa.RecordBatch, _IpcMetadata | None, list[_IpcMetadata]]:
+    """Read a stored object: exactly one data batch of that schema, with the messages around it; nothing nested."""
+    found: tuple[pa.RecordBatch, _IpcMetadata | None] | None = None
+    messages = []
+    try:
+        reader = _IpcReader(_IpcSource(data), validation)
+        while (item := reader.read()) is not None:
+            kind = _elsewhere_kind(*item)
+            if kind is _KIND_ERROR:
+                raise _elsewhere_error(item[1] or {})
+            if kind is _KIND_EXTERNAL or kind is _KIND_SHM or LOCATION_KEY in (item[1] or {}):
+                raise ExternalLocationError("Redirect loop detected: the stored object holds a pointer")
+            if kind is _KIND_LOG:
+                messages.append(item[1] or {})
+            elif found is not None:
+                raise ExternalLocationError("Multiple data batches (2) found in the stored object; it must hold one")
+            else:
+                found = item
+    except (EOFError, pa.ArrowException, IPCError, OSError, UnicodeDecodeError) as exc:
+        raise ExternalLocationError(f"The stored object is not a complete Arrow IPC stream: {exc}") from exc
+    if not reader.schema.equals(schema):
+        raise ExternalLocationError(
+            f"Schema mismatch in ExternalLocation: the pointer has {_log_schema(schema)},"
+            f" the object {_log_schema(reader.schema)}"
+        )
+    if found is None:
+        raise ExternalLocationError("No data batch found in the stored object")
+    return *found, messages
+
+
+def _elsewhere_local(
+    shm: ShmSegment | None,
+    batch: pa.RecordBatch,
+    metadata: _IpcMetadata | None,
+    validation: IpcValidation,
+    limits: IpcLimits,
+) -> tuple[pa.RecordBatch, _IpcMetadata | None]:
+    """A batch that a pointer into shared memory means; others as they are."""
+    if shm is None or metadata is None or batch.num_rows or SHM_OFFSET_KEY not in metadata:
+        return batch, metadata
+    return _shm_read(shm, batch.schema, metadata, validation, limits)
+
+
+def _elsewhere_refuse(name: str, batch: pa.RecordBatch, metadata: _IpcMetadata | None) -> None:
+    """A batch that is elsewhere must fail loudly, never be taken for an empty one."""
+    kind = _elsewhere_kind(batch, metadata)
+    if kind is _KIND_EXTERNAL:
+        raise RpcError(
+            "ProtocolError",
+            f"{name}(): the batch is in external storage and no store is configured here; pass external_location=",
+        )
+    if kind is _KIND_SHM:
+        raise RpcError(
+            "ProtocolError", f"{name}(): the batch is in a shared memory segment that this connection does not have"
+        )
+
+
 # ==== 7. CONTEXT ======================================================================================================
 # Uses: 1, 2, 3, 4. What a method may know about its call (runtime.md sections 2, 5 and 8): who calls, until when, how
 # to talk back, what it cost. A context is made for each call, so its constructor only assigns; the rest is lazy.
@@ -4134,79 +4167,8 @@ class _CtxHooks:
                 _LOG_RPC.debug("a dispatch hook failed at end", exc_info=True)
 
 
-class BatchStore(Protocol):
-    """Where batches are kept that are too large to travel; `external_location=` takes one (storage.md).
-
-    It sees bytes and URLs: the core writes and reads the objects. Several threads use it at the same time. What it
-    raises is an ExternalLocationError, or DeadlineExceededError. vgi_rpc_extras.storage has S3, GCS and the fetching.
-    """
-
-    def wants(self, batch: pa.RecordBatch) -> bool:
-        """Whether a batch shall be kept here instead of travelling."""
-        ...
-
-    def save(self, schema: pa.Schema, data: bytes) -> tuple[str, str, int]:
-        """Keep an IPC stream of `schema`; returns its URL, the SHA-256 of `data`, and the bytes stored (compressed)."""
-        ...
-
-    def load(self, url: str, sha256: str | None, timeout: float | None) -> tuple[bytes, float]:
-        """Fetch and verify an object; returns its decoded bytes and the seconds it took.
-
-        Args:
-            sha256: what its digest must be, as the pointer has it.
-            timeout: seconds that the caller is willing to wait; the store may have a bound of its own.
-        """
-        ...
-
-
-class ExternalRef(_Record):
-    """A result that has been published already; a unary method declared `-> T | ExternalRef` may return it.
-
-    ValueError for an empty URL, or a digest that is not 64 hex digits. The URL may be a credential: it is not in the
-    repr. Whoever gets the reference can read the object for as long as its URL lives.
-    """
-
-    __slots__ = ("sha256", "url")
-    __match_args__ = ("url", "sha256")
-    url: str
-    sha256: str | None
-
-    def __init__(self, url: str, sha256: str | None = None) -> None:
-        if not url:
-            raise ValueError("an ExternalRef needs a URL")
-        if sha256 is not None and not re.fullmatch("[0-9A-Fa-f]{64}", sha256):
-            raise ValueError("sha256 must be 64 hex digits")
-        self._set(url=url, sha256=None if sha256 is None else sha256.lower())
-
-    def pointer_batch(self, schema: pa.Schema) -> tuple[pa.RecordBatch, pa.KeyValueMetadata]:
-        """Return what travels in place of the result."""
-        return make_external_location_batch(schema, self.url, self.sha256)
-
-    def __repr__(self) -> str:
-        return f"ExternalRef(sha256={self.sha256!r})"
-
-
-def make_external_location_batch(
-    schema: pa.Schema, url: str, sha256: str | None = None
-) -> tuple[pa.RecordBatch, pa.KeyValueMetadata]:
-    """Return a pointer: no rows, the schema of what it replaces, and where that is (wire.md section 12)."""
-    metadata = {LOCATION_KEY: url.encode()}
-    if sha256 is not None:
-        metadata[LOCATION_SHA256_KEY] = sha256.encode()
-    return empty_batch(schema), pa.KeyValueMetadata(metadata)
-
-
-def is_external_location_batch(
-    batch: pa.RecordBatch, custom_metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None
-) -> bool:
-    """Whether a batch is a pointer; a log batch never is."""
-    if not custom_metadata or batch.num_rows:
-        return False
-    return LOCATION_KEY in custom_metadata and LOG_LEVEL_KEY not in custom_metadata
-
-
 # ==== 8. METHODS ======================================================================================================
-# Uses: 1, 3, 4, 7. A Protocol class becomes a table of methods; what a stream method returns and works with; the
+# Uses: 1, 3, 4, 5, 7. A Protocol class becomes a table of methods; what a stream method returns and works with; the
 # hash that tells two contracts apart (types.md section 2, runtime.md section 3, wire.md sections 7.1 and 9.4).
 #
 # A stream method returns a Stream: an output schema and a state. Each input batch is one turn: the state's `process`
@@ -5027,15 +4989,9 @@ def compute_protocol_hash(protocol_name: str, methods: Mapping[str, RpcMethodInf
 #   reply     one stream: log batches, then one result or error batch
 #   stream    request; then [header stream]; then an input and an output stream, turn by turn (wire.md section 8)
 #
-# A batch in a reply is (first line that applies):
-#   rows > 0 or no metadata          data
-#   log_level and log_message        error (EXCEPTION) or log
-#   location / shm_offset            pointer to a batch that is elsewhere
-#   anything else                    data (void result, zero-row output)
 
 _WIRE_BYTES = (pa.binary(), pa.utf8())
 _WIRE_NOTHING: Mapping[bytes, bytes] = types.MappingProxyType({})
-_WIRE_DATA, _WIRE_LOG, _WIRE_ERROR, _WIRE_EXTERNAL, _WIRE_SHM = "data", "log", "error", "external", "shm"
 
 
 class _WirePlan:
@@ -5075,7 +5031,9 @@ class _WirePlan:
         self.types = tuple(field.type for field in info.params_schema)
         self.nullable = tuple(field.nullable for field in info.params_schema)
         hints = [None if raw else info.param_types[name] for name in self.names]
-        converters = [(None, None) if raw else _wire_converters(hint) for hint in hints]
+        converters = [
+            (None, None) if raw else (_types_encoder(hint, top=True), _types_decoder(hint, top=True)) for hint in hints
+        ]
         self.encoders = tuple(encode for encode, _ in converters)
         self.decoders = [
             (name, decode) for name, (_, decode) in zip(self.names, converters, strict=True) if decode is not None
@@ -5084,13 +5042,14 @@ class _WirePlan:
         self.plain = all(map(_types_is_plain, hints))
         self.plain_result = not raw and info.has_return and _types_is_plain(info.result_type)
         converts = info.has_return and not raw
-        self.encode_result, self.decode_result = _wire_converters(info.result_type) if converts else (None, None)
+        self.encode_result = _types_encoder(info.result_type, top=True) if converts else None
+        self.decode_result = _types_decoder(info.result_type, top=True) if converts else None
         self.result_nullable = info.has_return and info.result_schema.field(0).nullable
         self.metadata = _wire_request_metadata(info.name, protocol, version)
         self._request_template: _IpcCanonical | Literal[b""] | None = b""  # b"": not tried yet
         self._deadline_template: _IpcCanonical | Literal[b""] | None = b""
         self._result_template: _IpcCanonical | Literal[b""] | None = b""
-        self.replies: list[_IpcLayout | _IpcCanonical] = []  # how replies of peers have looked
+        self.replies: list[_IpcCanonical] = []  # how replies of peers have looked
         if info.returns_ref:
             self.send_by_pyarrow()
         self.is_stream = info.method_type is MethodType.STREAM
@@ -5146,79 +5105,6 @@ class _WirePlan:
             layout = _ipc_learn(sample, batch)
             if layout is not None:
                 self.replies.append(layout)
-
-
-def _wire_converters(hint: Any) -> tuple[_TypesConvert | None, _TypesConvert | None]:
-    """Compile what turns values of a parameter or result into cells, and cells into values."""
-    core = _types_strip(hint)[0]
-    if _ipc_learning and _types_is_dataclass(core) and _wire_is_stock(core):
-        record = _WireRecord(core)
-        return record.encode, record.decode
-    return _types_encoder(hint, top=True), _types_decoder(hint, top=True)
-
-
-def _wire_is_stock(cls: type) -> bool:
-    """Whether a dataclass is written and read as we do it; its own methods would not be asked."""
-    return all(
-        getattr(getattr(cls, name), "__func__", getattr(cls, name)) is getattr(stock, "__func__", stock)
-        for name, stock in (
-            ("serialize", ArrowSerializableDataclass.serialize),
-            ("serialize_to_bytes", ArrowSerializableDataclass.serialize_to_bytes),
-            ("deserialize_from_bytes", ArrowSerializableDataclass.deserialize_from_bytes),
-        )
-    )
-
-
-class _WireRecord:
-    """A dataclass as one cell: a whole stream inside a binary value, by template and layouts where they fit."""
-
-    __slots__ = ("_cls", "_encoders", "_layouts", "_names", "_template")
-
-    def __init__(self, cls: type[ArrowSerializableDataclass]) -> None:
-        spec = _types_spec(cls)
-        self._cls = cls
-        self._names = spec.names
-        self._encoders = [
-            (i, column.encode)
-            for i, column in enumerate(spec.columns)
-            if column.encode is not None and not column.plain
-        ]
-        self._template = _ipc_template(spec.schema, None)
-        self._layouts: list[tuple[_IpcLayout | _IpcCanonical, list[str]]] = []
-
-    def encode(self, value: Any) -> Any:
-        """Return the stream of an instance; what is unusual or wrong about it, room 4 says."""
-        if self._template is not None and type(value) is self._cls:
-            try:
-                data = self._template.encode(self._cells(value))
-            except Exception:
-                data = None
-            if data is not None:
-                return b"".join(_ipc_pieces(data))
-        return _types_encode_bytes(self._cls, value)
-
-    def _cells(self, value: Any) -> list[Any]:
-        cells = [getattr(value, name) for name in self._names]
-        for i, encode in self._encoders:
-            if cells[i] is not None:
-                cells[i] = encode(cells[i])
-        return cells
-
-    def decode(self, data: Any) -> Any:
-        """Return the instance that a stream holds."""
-        if not isinstance(data, bytes) or not data:
-            return _types_decode_dataclass(self._cls, data)
-        for layout, names in self._layouts:
-            found = layout.match(data, 0)
-            if found is not None and found[1] == len(data):
-                return _types_from_mapping(self._cls, dict(zip(names, found[0], strict=True)))
-        batch, metadata = deserialize_record_batch(data)
-        value = _types_from_batch(self._cls, batch)
-        if metadata is None and batch.num_columns and len(self._layouts) < _IPC_LAYOUTS_MAX:
-            learned = _ipc_learn(data, batch)
-            if learned is not None:
-                self._layouts.append((learned, batch.schema.names))
-        return value
 
 
 def _wire_request_metadata(method: str, protocol: str | None, version: str | None) -> _IpcMetadata:
@@ -5556,34 +5442,13 @@ class _WireReply(_NamedTuple):
     error: Exception | None
 
 
-class _WireLogs:
-    """Delivers log batches to `on_log`. If that raises, reading goes on, and the exception waits in `failure`."""
-
-    __slots__ = ("failure", "on_log")
-
-    def __init__(self, on_log: Callable[[Message], None] | None) -> None:
-        self.on_log = on_log
-        self.failure: Exception | None = None
-
-    def deliver(self, metadata: _IpcMetadata) -> None:
-        if self.on_log is None or self.failure is not None:
-            return
-        message = _log_from_wire(metadata)
-        if isinstance(message, RpcError):
-            return
-        try:
-            self.on_log(message)
-        except Exception as exc:
-            self.failure = exc
-
-
 def _wire_read_reply(
     plan: _WirePlan, source: _IpcSource, validation: IpcValidation, on_log: Callable[[Message], None] | None
 ) -> _WireReply:
     """Read a reply to its end; the first result or error counts, what follows it is dropped (wire.md section 4)."""
     begin, data = source.pos, source.buf
     reader = _IpcReader(source, validation)
-    logs = _WireLogs(on_log)
+    logs = _ElsewhereLogs(on_log)
     item = _wire_read_data(reader, logs)
     reader.drain()
     if isinstance(item, RpcError):
@@ -5612,40 +5477,18 @@ def _wire_read_learned(plan: _WirePlan, source: _IpcSource) -> Sequence[Any] | N
 
 
 def _wire_read_data(
-    reader: _IpcReader, logs: _WireLogs
+    reader: _IpcReader, logs: _ElsewhereLogs
 ) -> tuple[pa.RecordBatch, _IpcMetadata | None] | RpcError | None:
     """Deliver logs until a data batch, an error or the end of the stream."""
     while (item := reader.read()) is not None:
-        kind = _wire_classify(*item)
-        if kind is _WIRE_LOG:
+        kind = _elsewhere_kind(*item)
+        if kind is _KIND_LOG:
             logs.deliver(item[1] or {})
-        elif kind is _WIRE_ERROR:
-            return _wire_remote_error(item[1] or {})
+        elif kind is _KIND_ERROR:
+            return _elsewhere_error(item[1] or {})
         else:
             return item
     return None
-
-
-def _wire_classify(batch: pa.RecordBatch, metadata: _IpcMetadata | None) -> str:
-    kind = _WIRE_DATA
-    if metadata and batch.num_rows == 0:
-        level = metadata.get(LOG_LEVEL_KEY)
-        if level is not None:
-            if LOG_MESSAGE_KEY in metadata:
-                kind = _WIRE_ERROR if level == b"EXCEPTION" else _WIRE_LOG
-        elif LOCATION_KEY in metadata:
-            kind = _WIRE_EXTERNAL
-        elif SHM_OFFSET_KEY in metadata:
-            kind = _WIRE_SHM
-    if _LOG_WIRE_BATCH.isEnabledFor(logging.DEBUG):
-        shown = "no metadata" if not metadata else ("zero-row" if batch.num_rows == 0 else "rows with metadata")
-        _LOG_WIRE_BATCH.debug("Classify batch: rows=%d, %s -> %s", batch.num_rows, shown, kind)
-    return kind
-
-
-def _wire_remote_error(metadata: _IpcMetadata) -> RpcError:
-    error = _log_from_wire(metadata)
-    return error if isinstance(error, RpcError) else RpcError("EXCEPTION", error.message)
 
 
 def _wire_value(plan: _WirePlan, reply: _WireReply) -> Any:
@@ -5653,7 +5496,7 @@ def _wire_value(plan: _WirePlan, reply: _WireReply) -> Any:
     batch = _wire_reply_batch(plan, reply)
     if not plan.info.has_return:
         return None
-    _wire_refuse_pointer(plan.name, batch, reply.metadata)
+    _elsewhere_refuse(plan.name, batch, reply.metadata)
     if batch.num_rows == 0 or "result" not in batch.schema.names:
         raise RpcError(
             "ProtocolError",
@@ -5695,19 +5538,6 @@ def _wire_decode_result(plan: _WirePlan, value: Any) -> Any:
     return value
 
 
-def _wire_local(
-    shm: ShmSegment | None,
-    batch: pa.RecordBatch,
-    metadata: _IpcMetadata | None,
-    validation: IpcValidation,
-    limits: IpcLimits,
-) -> tuple[pa.RecordBatch, _IpcMetadata | None]:
-    """A batch that a pointer into shared memory means; others as they are."""
-    if shm is None or metadata is None or batch.num_rows or SHM_OFFSET_KEY not in metadata:
-        return batch, metadata
-    return _shm_read(shm, batch.schema, metadata, validation, limits)
-
-
 def read_reply(
     body: bytes,
     ipc_validation: IpcValidation = IpcValidation.FULL,
@@ -5715,7 +5545,7 @@ def read_reply(
 ) -> pa.RecordBatch:
     """Return the result batch of a complete reply; raises what the far side raised. For calls of a transport's own."""
     try:
-        item = _wire_read_data(_IpcReader(_IpcSource(body, limits), ipc_validation), _WireLogs(None))
+        item = _wire_read_data(_IpcReader(_IpcSource(body, limits), ipc_validation), _ElsewhereLogs(None))
     except (EOFError, pa.ArrowException, IPCError) as exc:
         raise RpcError("ProtocolError", f"the reply is not readable: {exc}") from exc
     if isinstance(item, RpcError):
@@ -5723,139 +5553,6 @@ def read_reply(
     if item is None:
         raise RpcError("ProtocolError", "the reply holds no result")
     return item[0]
-
-
-# ---- batches that are kept elsewhere (storage.md)
-
-
-class ExternalBatch(_NamedTuple):
-    """What travels in place of a batch, and what it has cost."""
-
-    batch: pa.RecordBatch
-    metadata: pa.KeyValueMetadata
-    raw_bytes: int
-    stored_bytes: int
-
-
-def externalize(
-    store: BatchStore | None,
-    data: pa.RecordBatch,
-    items: Sequence[tuple[pa.RecordBatch, Mapping[bytes, bytes] | pa.KeyValueMetadata | None]],
-    limit: int | None = None,
-) -> ExternalBatch | None:
-    """Keep `items`, the batch `data` and the messages around it, as one object if the store wants it; None: it travels.
-
-    A batch without rows always travels. What the store raises is raised as an ExternalLocationError; RuntimeError
-    when more than `limit` bytes would be stored.
-    """
-    if store is None or not data.num_rows or not store.wants(data):
-        return None
-    writer = _IpcWriter(data.schema)
-    for batch, metadata in items:
-        writer.write(batch, metadata)
-    writer.close()
-    whole = b"".join(writer.take())
-    if limit is not None and len(whole) > limit:
-        raise RuntimeError(f"{len(whole)} bytes to store exceed what max_externalized_response_bytes leaves: {limit}")
-    try:
-        url, sha256, stored = store.save(data.schema, whole)
-    except RpcError:
-        raise
-    except Exception as exc:  # its text may hold a signed URL
-        raise ExternalLocationError(
-            f"The batch could not be stored: {type(exc).__name__}", error_code=Code.UNAVAILABLE, sent="no"
-        ) from None
-    return ExternalBatch(*make_external_location_batch(data.schema, url, sha256), len(whole), stored)
-
-
-def resolve_external_location(
-    batch: pa.RecordBatch,
-    custom_metadata: pa.KeyValueMetadata | None,
-    config: BatchStore | None,
-    on_log: Callable[[Message], None] | None = None,
-    ipc_validation: IpcValidation = IpcValidation.FULL,
-) -> tuple[pa.RecordBatch, pa.KeyValueMetadata | None]:
-    """Return the batch that a pointer stands for; anything else comes back as it is.
-
-    Raises ExternalLocationError, and whatever `on_log` raises; the error that the object holds, if it holds one.
-    """
-    if config is None or not is_external_location_batch(batch, custom_metadata):
-        return batch, custom_metadata
-    logs = _WireLogs(on_log)
-    found, metadata = _wire_resolve(config, batch, dict(custom_metadata or {}), logs, ipc_validation, None)
-    if logs.failure is not None:
-        raise logs.failure
-    return found, pa.KeyValueMetadata(metadata)
-
-
-def _wire_resolve(
-    store: BatchStore,
-    batch: pa.RecordBatch,
-    metadata: _IpcMetadata,
-    logs: _WireLogs,
-    validation: IpcValidation,
-    timeout: float | None,
-) -> tuple[pa.RecordBatch, _IpcMetadata]:
-    """Follow a pointer. Messages are delivered once the whole object has been read and is what it must be."""
-    location, digest = metadata[LOCATION_KEY], metadata.get(LOCATION_SHA256_KEY)
-    try:
-        sha256 = None if digest is None else digest.decode()
-        data, seconds = store.load(location.decode(), sha256, timeout)
-    except RpcError:
-        raise
-    except Exception as exc:  # its text may hold a signed URL
-        raise ExternalLocationError(f"Failed to resolve ExternalLocation: {type(exc).__name__}") from None
-    found, inner, messages = _wire_read_object(data, batch.schema, validation)
-    for message in messages:
-        logs.deliver(message)
-    timing = {LOCATION_FETCH_MS_KEY: b"%.1f" % (seconds * 1000), LOCATION_SOURCE_KEY: location}
-    return found, {**(inner or {}), **timing}
-
-
-def _wire_read_object(
-    data: bytes, schema: pa.Schema, validation: IpcValidation
-) -> tuple[pa.RecordBatch, _IpcMetadata | None, list[_IpcMetadata]]:
-    """Read a stored object: exactly one data batch of that schema, with the messages around it; nothing nested."""
-    found: tuple[pa.RecordBatch, _IpcMetadata | None] | None = None
-    messages = []
-    try:
-        reader = _IpcReader(_IpcSource(data), validation)
-        while (item := reader.read()) is not None:
-            kind = _wire_classify(*item)
-            if kind is _WIRE_ERROR:
-                raise _wire_remote_error(item[1] or {})
-            if kind is _WIRE_EXTERNAL or kind is _WIRE_SHM or LOCATION_KEY in (item[1] or {}):
-                raise ExternalLocationError("Redirect loop detected: the stored object holds a pointer")
-            if kind is _WIRE_LOG:
-                messages.append(item[1] or {})
-            elif found is not None:
-                raise ExternalLocationError("Multiple data batches (2) found in the stored object; it must hold one")
-            else:
-                found = item
-    except (EOFError, pa.ArrowException, IPCError, OSError, UnicodeDecodeError) as exc:
-        raise ExternalLocationError(f"The stored object is not a complete Arrow IPC stream: {exc}") from exc
-    if not reader.schema.equals(schema):
-        raise ExternalLocationError(
-            f"Schema mismatch in ExternalLocation: the pointer has {_log_schema(schema)},"
-            f" the object {_log_schema(reader.schema)}"
-        )
-    if found is None:
-        raise ExternalLocationError("No data batch found in the stored object")
-    return *found, messages
-
-
-def _wire_refuse_pointer(name: str, batch: pa.RecordBatch, metadata: _IpcMetadata | None) -> None:
-    """A batch that is elsewhere must fail loudly, never be taken for an empty one."""
-    kind = _wire_classify(batch, metadata)
-    if kind is _WIRE_EXTERNAL:
-        raise RpcError(
-            "ProtocolError",
-            f"{name}(): the batch is in external storage and no store is configured here; pass external_location=",
-        )
-    if kind is _WIRE_SHM:
-        raise RpcError(
-            "ProtocolError", f"{name}(): the batch is in a shared memory segment that this connection does not have"
-        )
 
 
 # ==== 10. TRANSPORTS ==================================================================================================
@@ -7414,7 +7111,7 @@ _SERVER_SHARED_KEYS = _SERVER_LEARNED_KEYS | {SHM_SEGMENT_NAME_KEY, SHM_SEGMENT_
 
 
 class _ServerLayout(_NamedTuple):
-    layout: _IpcLayout | _IpcCanonical
+    layout: _IpcCanonical
     schema: pa.Schema
     binding: ProtocolBinding
     plan: _WirePlan
@@ -7765,7 +7462,7 @@ class _ServerConnection:
         if self.kind not in _SERVER_SHM_KINDS or (named is None and SHM_OFFSET_KEY not in metadata):
             return batch, metadata
         self._enter_shared(self.channel.shm or self._attached(named))
-        found, about = _wire_local(self.shm, batch, metadata, self.server.ipc_validation, self.server.limits)
+        found, about = _elsewhere_local(self.shm, batch, metadata, self.server.ipc_validation, self.server.limits)
         return found, about or {}
 
     def _enter_shared(self, segment: ShmSegment | None) -> None:
@@ -7812,7 +7509,7 @@ class _ServerConnection:
         store = self.server.external_location
         if store is None or not is_external_location_batch(batch, metadata):
             return batch, metadata
-        batch, found = _wire_resolve(store, batch, metadata, _WireLogs(None), self.server.ipc_validation, None)
+        batch, found = _elsewhere_load(store, batch, metadata, _ElsewhereLogs(None), self.server.ipc_validation, None)
         return batch, {key: value for key, value in found.items() if key not in (STATE_KEY, CALL_STATE_KEY)}
 
     def _route(self, name: str, metadata: _IpcMetadata) -> ProtocolBinding:
@@ -8212,9 +7909,9 @@ class _ServerStream:
         stream, connection = self._stream, self._connection
         if metadata is not None:
             server = connection.server
-            batch, metadata = _wire_local(connection.shm, batch, metadata, server.ipc_validation, server.limits)
+            batch, metadata = _elsewhere_local(connection.shm, batch, metadata, server.ipc_validation, server.limits)
             batch, metadata = connection.fetched(batch, metadata or {})
-            _wire_refuse_pointer(self._call.plan.name, batch, metadata)
+            _elsewhere_refuse(self._call.plan.name, batch, metadata)
         producer = len(stream.input_schema) == 0
         limit = connection.response_limit_bytes
         out = self._collector = OutputCollector(
@@ -9050,7 +8747,7 @@ def _client_local(channel: Channel, plan: _WirePlan, reply: _WireReply, options:
     if reply.batch is None or channel.shm is None:
         return reply
     try:
-        found = _wire_local(channel.shm, reply.batch, reply.metadata, options.validation, channel.limits)
+        found = _elsewhere_local(channel.shm, reply.batch, reply.metadata, options.validation, channel.limits)
     except Exception as exc:
         error = RpcError(type(exc).__name__, f"{plan.name}() result: {exception_str(exc)}", sent="answered")
         error.__cause__ = exc
@@ -9085,19 +8782,19 @@ def _client_fetched(reply: _WireReply, options: _ClientOptions) -> _WireReply:
     """A reply with its batch, wherever that is kept; to be called when the connection is in step."""
     if reply.batch is None or reply.metadata is None or reply.error is not None or options.store is None:
         return reply
-    logs = _WireLogs(options.on_log)
+    logs = _ElsewhereLogs(options.on_log)
     batch, metadata = _client_fetch((reply.batch, reply.metadata), options, logs)
     return _WireReply(batch, metadata, logs.failure)
 
 
 def _client_fetch(
-    item: tuple[pa.RecordBatch, _IpcMetadata | None], options: _ClientOptions, logs: _WireLogs
+    item: tuple[pa.RecordBatch, _IpcMetadata | None], options: _ClientOptions, logs: _ElsewhereLogs
 ) -> tuple[pa.RecordBatch, _IpcMetadata | None]:
     """The batch that a pointer stands for, if it is one and there is a store; `on_log` may fail into `logs`."""
     batch, metadata = item
     if options.store is None or not metadata or not is_external_location_batch(batch, metadata):
         return item
-    return _wire_resolve(options.store, batch, metadata, logs, options.validation, options.timeout)
+    return _elsewhere_load(options.store, batch, metadata, logs, options.validation, options.timeout)
 
 
 def _client_caller(link: _ClientLink, plan: _WirePlan) -> Callable[..., Any]:
@@ -9797,7 +9494,7 @@ class _ClientStream(StreamSession):
         self._plan = plan
         self._options = options
         self._token = object()  # what the channel remembers, so that it does not keep a dropped session alive
-        self._logs = _WireLogs(options.on_log)
+        self._logs = _ElsewhereLogs(options.on_log)
         self._writer: _IpcWriter | None = None
         self._reader: _IpcReader | None = None
         self._first: AnnotatedBatch | None = None  # read ahead by `schema`
@@ -9914,7 +9611,7 @@ class _ClientStream(StreamSession):
         if reply.batch is None:
             raise cast(Exception, reply.error)
         found = self._fetched((reply.batch, reply.metadata))
-        _wire_refuse_pointer(self._plan.name, *found)
+        _elsewhere_refuse(self._plan.name, *found)
         shared = reply.batch is not item[0]
         return AnnotatedBatch(found[0], _ipc_key_values(found[1]), _shared=shared)
 
@@ -10157,7 +9854,7 @@ def _client_header(
     plan: _WirePlan,
     item: tuple[pa.RecordBatch, _IpcMetadata | None] | RpcError | None,
     options: _ClientOptions,
-    logs: _WireLogs,
+    logs: _ElsewhereLogs,
 ) -> object:
     """What a header stream has brought, as the type that the Protocol declares; a batch when that is unknown."""
     if isinstance(item, RpcError):
@@ -10167,7 +9864,7 @@ def _client_header(
     item = _client_fetch(item, options, logs)
     if logs.failure is not None:
         raise logs.failure
-    _wire_refuse_pointer(plan.name, *item)
+    _elsewhere_refuse(plan.name, *item)
     header_type = plan.info.header_type
     try:
         return item[0] if header_type is None else header_type.deserialize_from_batch(item[0])
@@ -10255,7 +9952,7 @@ class StreamCall:
         return self._read(body, False)
 
     def _read(self, body: bytes, header: bool) -> StreamReply:
-        source, logs = _IpcSource(body, self._limits), _WireLogs(self._options.on_log)
+        source, logs = _IpcSource(body, self._limits), _ElsewhereLogs(self._options.on_log)
         try:
             found = self._read_header(source, logs) if header else None
             return self._read_stream(source, logs)._replace(header=found)
@@ -10264,7 +9961,7 @@ class StreamCall:
                 raise
             raise _errors_translate(exc, self.doing, "answered")  # noqa: B904
 
-    def _read_header(self, source: _IpcSource, logs: _WireLogs) -> object:
+    def _read_header(self, source: _IpcSource, logs: _ElsewhereLogs) -> object:
         reader = _IpcReader(source, self._options.validation)
         item = _wire_read_data(reader, logs)
         reader.drain()
@@ -10272,13 +9969,13 @@ class StreamCall:
             raise logs.failure
         return _client_header(self._plan, item, self._options, logs)
 
-    def _read_stream(self, source: _IpcSource, logs: _WireLogs) -> StreamReply:
+    def _read_stream(self, source: _IpcSource, logs: _ElsewhereLogs) -> StreamReply:
         reader = _IpcReader(source, self._options.validation)
         batches = []
         while isinstance(item := _wire_read_data(reader, logs), tuple):
             if item[1]:
                 item = _client_fetch(item, self._options, logs)
-                _wire_refuse_pointer(self._plan.name, *item)
+                _elsewhere_refuse(self._plan.name, *item)
             batches.append(item)
         reader.drain()
         return StreamReply(reader.schema, batches, logs.failure or item)

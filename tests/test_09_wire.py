@@ -717,7 +717,7 @@ LOCATION, OFFSET = b"vgi_rpc.location", b"vgi_rpc.shm_offset"
     ],
 )
 def test_classification(batch: pa.RecordBatch, keys: dict[bytes, bytes] | None, kind: str) -> None:
-    assert core._wire_classify(batch, keys) == kind
+    assert core._elsewhere_kind(batch, keys) == kind
 
 
 # ---- replies, as a caller reads them (sections 4 to 6)

@@ -175,7 +175,7 @@ def answers(data: bytes) -> list[str]:
         reader = core._IpcReader(source, core.IpcValidation.FULL)
         kinds = []
         while (item := reader.read()) is not None:
-            kind = core._wire_classify(*item)
+            kind = core._elsewhere_kind(*item)
             kinds.append((item[1] or {})[b"vgi_rpc.log_message"].decode() if kind == "error" else kind)
         found += kinds
     return found

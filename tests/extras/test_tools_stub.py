@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.core import core
-from tests.test_04_types_property import KINDS
+from tests.test_05_types_property import KINDS
 
 tool: Any = getattr(core, "_extras_load")("tools.stub", "the stub command")  # noqa: B009
 

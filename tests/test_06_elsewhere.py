@@ -148,7 +148,7 @@ WORKER = """
 import sys
 sys.path.insert(0, {root!r})
 from tests.core import core
-from tests.test_06_shm import Impl, Svc
+from tests.test_06_elsewhere import Impl, Svc
 core.run_server(Svc, Impl())
 """
 
@@ -588,7 +588,7 @@ CLIENT = """
 import os, sys
 sys.path.insert(0, {root!r})
 from tests.core import core
-from tests.test_06_shm import Svc, value_of
+from tests.test_06_elsewhere import Svc, value_of
 manager = core.connect(Svc, [sys.executable, {worker!r}], shm_size=1 << 20)
 proxy = manager.__enter__()
 kept = [item.batch for item in proxy.count(3)]

@@ -1,4 +1,4 @@
-"""Room 5: framing, limits, truncation, malformed bytes; templates and layouts against pyarrow (wire.md section 1)."""
+"""Room 4: framing, limits, truncation, malformed bytes; templates and layouts against pyarrow (wire.md section 1)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import collections
 import random
 import struct
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
@@ -708,10 +707,10 @@ def relaid(data: bytes) -> bytes:
     return schema_message + head + body + data[-8:]
 
 
-def fuzz(schema: pa.Schema, values: list, seed: int, count: int, writer: Callable[[bytes], bytes] = bytes) -> None:
+def fuzz(schema: pa.Schema, values: list, seed: int, count: int) -> None:
     rng = random.Random(seed)
     arrays = [pa.array(value, type=field.type) for value, field in zip(values, schema, strict=True)]
-    sample = writer(by_pyarrow(schema, pa.RecordBatch.from_arrays(arrays, schema=schema), metadata={b"k": b"v"}))
+    sample = by_pyarrow(schema, pa.RecordBatch.from_arrays(arrays, schema=schema), metadata={b"k": b"v"})
     layout = core._ipc_learn(sample, read_bytes(sample)[0][0])
     assert layout is not None
     holes = hole_positions(sample)
@@ -738,8 +737,6 @@ FUZZ = pytest.mark.parametrize(("schema", "values"), FUZZED, ids=[" ".join(map(s
 @FUZZ
 def test_a_layout_accepts_nothing_that_pyarrow_refuses(schema: pa.Schema, values: list) -> None:
     fuzz(schema, values, seed=5, count=1500)
-    if WORD not in schema.types:
-        fuzz(schema, values, seed=6, count=800, writer=relaid)
 
 
 @needs_learning
@@ -748,22 +745,17 @@ def test_a_layout_accepts_nothing_that_pyarrow_refuses(schema: pa.Schema, values
 @FUZZ
 def test_a_hundred_thousand_mutants(schema: pa.Schema, values: list) -> None:
     fuzz(schema, values, seed=77, count=100_000 // len(FUZZED))
-    if WORD not in schema.types:
-        fuzz(schema, values, seed=78, count=50_000 // len(FUZZED), writer=relaid)
 
 
 @needs_learning
 @pytest.mark.parametrize(("dtype", "values"), [(row[0], row[1:]) for row in HANDLED[:-1]], ids=IDS[:-1])
 def test_layouts_of_a_writer_that_is_not_pyarrow(dtype: pa.DataType, values: tuple) -> None:
     schema = pa.schema([("v", dtype), ("t", pa.utf8())])
-    streams = [relaid(by_pyarrow(schema, batch_of(schema, v=[value], t=["x"]))) for value in values]
-    for sample in streams:
-        layout = core._ipc_learn(sample, read_bytes(sample)[0][0])
-        assert isinstance(layout, core._IpcLayout)
-        for value, data in zip(values, streams, strict=True):
-            assert [column[0].as_py() for column in read_bytes(data)[0][0].columns] == [value, "x"]
-            assert layout.match(data, 0) == ([value, "x"], len(data))
-            assert all(layout.match(data[:end], 0) is None for end in range(len(data)))
+    for value in values:
+        data = relaid(by_pyarrow(schema, batch_of(schema, v=[value], t=["x"])))
+        batch = read_bytes(data)[0][0]
+        assert [column[0].as_py() for column in batch.columns] == [value, "x"]
+        assert core._ipc_learn(data, batch) is None  # the pyarrow path reads it, each time
 
 
 @needs_learning
