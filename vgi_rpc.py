@@ -2043,10 +2043,10 @@ def _ipc_is_folded(dtype: pa.DataType) -> bool:
 def _ipc_is_hollow(dtype: pa.DataType) -> bool:
     """Whether rows take no bytes at all."""
     if pa.types.is_fixed_size_binary(dtype):
-        return dtype.byte_width == 0
+        return bool(dtype.byte_width == 0)
     if pa.types.is_fixed_size_list(dtype):
-        return dtype.list_size == 0
-    return pa.types.is_null(dtype) or (pa.types.is_struct(dtype) and dtype.num_fields == 0)
+        return bool(dtype.list_size == 0)
+    return bool(pa.types.is_null(dtype) or (pa.types.is_struct(dtype) and dtype.num_fields == 0))
 
 
 def _ipc_holds(dtype: pa.DataType, test: Callable[[pa.DataType], bool]) -> bool:
@@ -2353,172 +2353,97 @@ class _IpcCanonical:
 
     Everything in front of the body follows from the sizes of the values. Writing computes it; reading computes what
     it would have to be for the sizes found, and demands equal bytes: what is accepted is what we would have written.
+
+        encode(values, deadline=b"") -> the complete stream, or None when pyarrow has to look at the values
+        match(data, pos) -> (the row, the position after the stream), or None: another layout, or not all there
     """
 
     __slots__ = (
-        "_batch_at",
         "_buffers",
         "_code",
-        "_first",
-        "_fixed_bytes",
-        "_head",
-        "_heads",
-        "_nulls_at",
-        "_rest",
-        "_row",
         "_shape",
-        "_size",
-        "_types",
-        "_words",
+        "_template",
+        "body",
         "deadline_at",
+        "encode",
+        "head",
+        "heads",
+        "match",
+        "nulls",
+        "schema",
+        "words",
     )
 
-    def __init__(self, schema: pa.Schema, messages: list[bytes], deadline: bytes | None) -> None:
+    def __init__(self, code: _IpcCode, messages: list[bytes], deadline: bytes | None) -> None:
         """`messages` are what pyarrow wrote; `deadline` is a metadata value that differs from message to message."""
-        batch = messages[-1]
-        self._batch_at = len(messages[0])
-        self._head = messages[0] + batch[: 8 + _IPC_I32(batch, 4)[0]]
-        self.deadline_at = -1 if deadline is None else self._head.find(deadline)
-        self._first, self._rest = self._cut(self._head)
-        names = [str(field.type) for field in schema]
-        self._row: struct.Struct | None = None
-        self._words: list[_IpcWord] = []
-        if all(name in _IPC_FIXED and not field.nullable for name, field in zip(names, schema, strict=True)):
-            # Numbers only: nothing in front of the body ever changes, and the body is one struct.
-            self._row = struct.Struct("<" + "".join(_ipc_padded(_IPC_FIXED[name]) for name in names))
-            self._types = tuple(float if _IPC_FIXED[name] in "fd" else int for name in names)
-            self._size = len(self._head) + self._row.size  # without the end-of-stream marker
-            self._fixed_bytes = sum(struct.calcsize(_IPC_FIXED[name]) for name in names)
-            return
-        self._heads: dict[tuple[int, ...], tuple[bytes, bytes]] = {}
-        self._shape = _ipc_shape(batch)
-        self._nulls_at = self._batch_at + self._shape.nodes + 8
-        self._buffers = struct.Struct("<" + "8xq" * self._shape.buffer_count).unpack_from
-        self._code = _ipc_compile(schema)
-        columns = [i for i, field in enumerate(schema) if pa.types.is_dictionary(field.type)]
-        self._words = [_IpcWord(*each) for each in zip(messages[1:-1], columns, strict=True)]
-
-    def encode(self, values: Sequence[Any], deadline: bytes = b"") -> _IpcMessages | None:
-        """Return the complete stream, or None when pyarrow has to look at the values."""
-        try:
-            row = self._row
-            if row is None:
-                return self._encode(values, deadline)
-            if tuple(map(type, values)) != self._types:
-                return None
-            if not deadline:
-                return self._first + row.pack(*values) + _EOS
-            return b"".join((self._first, deadline, self._rest, row.pack(*values), _EOS))
-        except (struct.error, OverflowError, ValueError):
-            return None
-
-    def match(self, data: bytes, pos: int) -> tuple[Sequence[Any], int] | None:
-        """Return (the row, the position after the stream); None when it is not this layout, or not all there."""
-        try:
-            row = self._row
-            if row is None:
-                return self._match(data, pos)
-            end = pos + self._size
-            if not data.startswith(self._first, pos) or not data.startswith(_EOS, end):
-                return None
-            if self._rest and not data.startswith(self._rest, pos + self.deadline_at + 16):
-                return None
-            return row.unpack_from(data, pos + len(self._head)), end + 8
-        except (struct.error, UnicodeDecodeError, IndexError):
-            return None
+        schema, *dictionaries, batch = messages
+        shape = self._shape = _ipc_shape(batch)
+        self._code = code
+        self.words = [_IpcWord(message) for message in dictionaries]
+        self.schema = schema if dictionaries else b""  # else part of the head
+        self._template = (b"" if dictionaries else schema) + batch[: shape.head]
+        self.body = len(self._template)
+        self.nulls = self.body - shape.head + shape.nodes + 8
+        self._buffers = struct.Struct("<" + "8xq" * shape.buffer_count).unpack_from
+        self.deadline_at = -1 if deadline is None else self._template.find(deadline)
+        self.heads: dict[tuple[int, ...], tuple[bytes, bytes]] = {}
+        self.head = self.place((0,) * code.sizes)
+        self.encode: Callable[..., _IpcMessages | None] = functools.partial(code.encode, self)
+        self.match: Callable[[bytes, int], tuple[Sequence[Any], int] | None] = functools.partial(code.match, self)
 
     def deadline(self, data: bytes, pos: int) -> bytes:
         """Return the 16 digits of a stream that matches."""
-        at = pos + self.deadline_at
-        for word in self._words:
-            _, end = word.read(data, pos + self._batch_at) or ("", 0)
-            at, pos = at + end - pos - self._batch_at, end - self._batch_at
+        at = self._begin(data, pos) + self.deadline_at
         return data[at : at + 16]
 
     def buffer_bytes(self, data: bytes, pos: int, end: int) -> int:
         """`get_total_buffer_size()` of the batch in a stream that matches, or that this one wrote."""
-        if self._row is not None:
-            return self._fixed_bytes
-        if self._words:
+        if self.words:
             return int(ipc.open_stream(data[pos:end]).read_next_batch().get_total_buffer_size())
-        return sum(self._buffers(data, pos + self._batch_at + self._shape.buffers))
+        return sum(self._buffers(data, pos + self.body - self._shape.head + self._shape.buffers))
 
-    def _encode(self, values: Sequence[Any], deadline: bytes) -> _IpcMessages | None:
-        found = self._code.write(values)
-        if found is None:
-            return None
-        sizes, body = found
-        first, rest = self._heads.get(sizes) or self._divide(sizes)
-        if self._words:
-            at = self._batch_at
-            first = b"".join((first[:at], *[word.write(values[word.column]) for word in self._words], first[at:]))
-        if sum(sizes) > _IPC_LARGE:  # left in pieces: joining would copy
-            return [b"".join((first, deadline, rest)), *body, _EOS]
-        return b"".join((first, deadline, rest, *body, _EOS))
+    def _begin(self, data: bytes, pos: int) -> int:
+        """Where the head of the batch begins."""
+        pos += len(self.schema)
+        for word in self.words:
+            pos = cast("tuple[str, int]", word.read(data, pos))[1]
+        return pos
 
-    def _match(self, data: bytes, pos: int) -> tuple[Sequence[Any], int] | None:
-        texts = []
-        if self._words:
-            schema, at = self._head[: self._batch_at], pos + self._batch_at
-            if not data.startswith(schema, pos):
-                return None
-            for word in self._words:
-                entry = word.read(data, at)
-                if entry is None:
-                    return None
-                texts.append(entry[0])
-                at = entry[1]
-            pos = at - self._batch_at
-        found = self._code.read(data, pos + len(self._head), pos + self._nulls_at, texts)
-        if found is None:
-            return None
-        row, sizes, end = found
-        first, rest = self._heads.get(sizes) or self._divide(sizes)
-        at = self._batch_at if texts else 0
-        if not data.startswith(first[at:], pos + at) or not data.startswith(_EOS, end):
-            return None
-        if rest and not data.startswith(rest, pos + self.deadline_at + 16):
-            return None
-        return row, end + 8
-
-    def _divide(self, sizes: tuple[int, ...]) -> tuple[bytes, bytes]:
+    def place(self, sizes: tuple[int, ...]) -> tuple[bytes, bytes]:
         """Return what is in front of the body for values of these sizes, before and after the deadline."""
-        head = bytearray(self._head)
-        shape, at = self._shape, self._batch_at
+        shape, head, hole = self._shape, bytearray(self._template), self.deadline_at
         nodes, buffers, size = self._code.place(*sizes)
         if len(nodes) != 2 * shape.node_count or len(buffers) != 2 * shape.buffer_count:
             raise _IpcUnfamiliar("other arrays than pyarrow has")
+        at = self.body - shape.head
         _IPC_PACK_I64(head, at + shape.body_size, size)
         struct.pack_into(f"<{len(nodes)}q", head, at + shape.nodes, *nodes)
         struct.pack_into(f"<{len(buffers)}q", head, at + shape.buffers, *buffers)
-        if len(self._heads) >= _IPC_HEADS_MAX:
-            self._heads.clear()
-        found = self._heads[sizes] = self._cut(head)
+        if len(self.heads) * len(head) > _IPC_HEADS_BYTES:
+            self.heads.clear()
+        found = (bytes(head), b"") if hole < 0 else (bytes(head[:hole]), bytes(head[hole + 16 :]))
+        self.heads[sizes] = found
         return found
 
-    def _cut(self, head: bytes | bytearray) -> tuple[bytes, bytes]:
-        hole = self.deadline_at
-        return (bytes(head), b"") if hole < 0 else (bytes(head[:hole]), bytes(head[hole + 16 :]))
 
-
-_IPC_HEADS_MAX = 64  # sizes of which a layout remembers the computed bytes
+_IPC_HEADS_BYTES = 32_768  # of computed heads, which a layout remembers by their sizes
 
 
 class _IpcCode(_NamedTuple):
     """What is compiled for the columns of a schema."""
 
-    write: Callable[[Sequence[Any]], tuple[tuple[int, ...], tuple[bytes, ...]] | None]  # values -> sizes, body
-    read: Callable[
-        [bytes, int, int, list[str]], tuple[Sequence[Any], tuple[int, ...], int] | None
-    ]  # -> row, sizes, end
+    encode: Callable[..., _IpcMessages | None]
+    match: Callable[[_IpcCanonical, bytes, int], tuple[Sequence[Any], int] | None]
     place: Callable[..., tuple[tuple[int, ...], tuple[int, ...], int]]  # sizes -> nodes, buffers, size of the body
+    sizes: int  # how many numbers `place` takes
 
 
 class _IpcCompiler:
     """Writes the source of `_IpcCode` column by column: straight lines are twice as fast as calls through closures.
 
     The three functions meet the same sizes in the same order: the bytes of a text, the elements of a list, whether a
-    column is null. Nothing of a peer becomes source text: not even the names of columns are looked at.
+    column is null. `self` in them is an _IpcCanonical. Nothing of a peer becomes source text: not even the names of
+    columns are looked at.
     """
 
     _NAMES: ClassVar[dict[str, Any]] = {
@@ -2529,6 +2454,9 @@ class _IpcCompiler:
         "ends_of": struct.Struct("<ii").unpack_from,
         "PAD": _IPC_PAD,
         "NULL": (b"", _IPC_ZERO),
+        "EOS": _EOS,
+        "join": b"".join,
+        "error": struct.error,
         **{f"{kind.__name__}s": {kind} for kind in (int, float, str, bytes, list, tuple)},
     }
 
@@ -2542,27 +2470,67 @@ class _IpcCompiler:
         self._nodes: list[str] = []
         self._buffers: list[str] = []
         self._run: list[tuple[str, str]] = []  # neighbours of fixed width: one struct
-        self._unique = self._words = 0
+        self._words: list[str] = []
+        self._unique = 0
+        self._nullable = False
         self._row = "".join(f"v{i}, " for i in range(len(schema)))
         for i, field in enumerate(schema):
             self._column(f"v{i}", field)
         self._flush()
-        self._results = self._pieces, self._nodes, self._buffers
 
     def compile(self) -> _IpcCode:
-        """Return the three functions."""
+        """Return the functions; linecache knows their source, so that a traceback shows it."""
+        import linecache
+
         sizes = "".join(f"{name}, " for name in self._sizes)
-        pieces, nodes, buffers = ("".join(f"{each}, " for each in part) for part in self._results)
+        nodes, buffers = ("".join(f"{each}, " for each in part) for part in (self._nodes, self._buffers))
         source = [
-            "def write(values):",
-            *(f"    {line}" for line in (f"{self._row}= values", *self._write, f"return ({sizes}), ({pieces})")),
-            "def read(data, at, nulls, texts):",
-            *(f"    {line}" for line in (*self._read, f"return ({self._row}), ({sizes}), at")),
-            f"def place({sizes}):",
-            *(f"    {line}" for line in ("at = 0", *self._place, f"return ({nodes}), ({buffers}), at")),
+            *self._function("encode(self, values, deadline=b'')", self._encode_lines(sizes)),
+            *self._function("match(self, data, pos)", self._match_lines(sizes)),
+            *self._function(f"place({sizes})", ["at = 0", *self._place, f"return ({nodes}), ({buffers}), at"]),
         ]
-        exec(compile("\n".join(source), "<vgi_rpc layout>", "exec"), self._names)
-        return _IpcCode(self._names["write"], self._names["read"], self._names["place"])
+        text = "\n".join(source)
+        name = f"<vgi_rpc layout {hash(text) & 0xFFFFFFFF:08x}>"
+        linecache.cache[name] = len(text), None, text.splitlines(True), name
+        exec(compile(text, name, "exec"), self._names)
+        names = self._names
+        return _IpcCode(names["encode"], names["match"], names["place"], len(self._sizes))
+
+    def _function(self, head: str, lines: list[str]) -> list[str]:
+        wrong = ["except (error, OverflowError, ValueError, IndexError):", "    return None"]
+        return [f"def {head}:", "    try:", *(f"        {line}" for line in lines), *(f"    {line}" for line in wrong)]
+
+    def _head(self, sizes: str) -> str:
+        return f"self.heads.get(({sizes})) or self.place(({sizes}))" if sizes else "self.head"
+
+    def _encode_lines(self, sizes: str) -> list[str]:
+        before = "".join(f"self.words[{i}].write({name}), " for i, name in enumerate(self._words))
+        before = f"self.schema, {before}first, deadline, rest" if before else "first, deadline, rest"
+        pieces = "".join(f"{piece}, " for piece in self._pieces)
+        lines = [f"{self._row}= values" if self._row else "() = values", *self._write]
+        lines.append(f"first, rest = {self._head(sizes)}")
+        if sizes:  # large ones are left in pieces: joining would copy
+            lines.append(f"if {' + '.join(self._sizes)} > {_IPC_LARGE}: return [join(({before})), {pieces}EOS]")
+        return [*lines, f"return join(({before}, {pieces}EOS))"]
+
+    def _match_lines(self, sizes: str) -> list[str]:
+        lines = []
+        if self._words:
+            lines = ["if not data.startswith(self.schema, pos): return None", "pos += len(self.schema)"]
+        for i, name in enumerate(self._words):
+            lines += [f"word = self.words[{i}].read(data, pos)", "if word is None: return None", f"{name}, pos = word"]
+        checked = "if not data.startswith(first, pos): return None"
+        if not sizes:
+            lines += [f"first, rest = {self._head(sizes)}", checked]
+        lines += ["at = pos + self.body", *["nulls = pos + self.nulls"] * self._nullable, *self._read]
+        if sizes:
+            lines += [f"first, rest = {self._head(sizes)}", checked]
+        return [
+            *lines,
+            "if not data.startswith(EOS, at): return None",
+            "if rest and not data.startswith(rest, pos + self.deadline_at + 16): return None",
+            f"return ({self._row}), at + 8",
+        ]
 
     def _new(self, prefix: str) -> str:
         self._unique += 1
@@ -2592,6 +2560,7 @@ class _IpcCompiler:
             self._buffer("0")
             return self._value(name, field.type)
         self._flush()
+        self._nullable = True
         null = self._size()
         self._write += [f"{null} = {name} is None", f"if {null}: {name} = {kind}()"]
         self._refuse(other)
@@ -2617,8 +2586,8 @@ class _IpcCompiler:
         self._flush()
         if pa.types.is_dictionary(dtype):  # one entry, which stands in a message of its own
             self._pieces.append("NULL[1]")
-            self._read += ["if data[at] or data[at + 1]: return None", "at += 8", f"{name} = texts[{self._words}]"]
-            self._words += 1
+            self._read += ["if data[at] or data[at + 1]: return None", "at += 8"]
+            self._words.append(name)
             self._buffer("2")
         elif pa.types.is_list(dtype) or pa.types.is_map(dtype):
             self._container(name, dtype)
@@ -2766,7 +2735,7 @@ def _ipc_template(schema: pa.Schema, metadata: _IpcMetadata | None) -> _IpcCanon
         return None
     deadline = _IPC_DEADLINE if metadata and DEADLINE_KEY in metadata else None
     try:
-        return _IpcCanonical(schema, _ipc_split(_ipc_sample_stream(schema, metadata)), deadline)
+        return _IpcCanonical(_ipc_compile(schema), _ipc_split(_ipc_sample_stream(schema, metadata)), deadline)
     except _IpcUnfamiliar:
         return None
 
@@ -2780,8 +2749,8 @@ def _ipc_learn(sample: bytes, batch: pa.RecordBatch, deadline: bytes | None = No
     try:
         validate_batch(batch, IpcValidation.FULL)
         messages = _ipc_split(sample)
+        layout = _IpcCanonical(_ipc_compile(batch.schema), messages, deadline)
         row = [column[0].as_py() for column in batch.columns]
-        layout = _IpcCanonical(batch.schema, messages, deadline)
         found = layout.match(sample, 0)
         return layout if found is not None and list(found[0]) == row and found[1] == len(sample) else None
     except (_IpcUnfamiliar, IPCError, pa.ArrowException, EOFError, struct.error, IndexError, ValueError):
@@ -2803,10 +2772,9 @@ _IPC_SAMPLES = {"int": 0, "float": 0.0, "bool": False, "str": "x", "bytes": b"",
 class _IpcWord:
     """The dictionary message in front of a batch for one column of an enum: one entry, its text."""
 
-    __slots__ = ("_head", "_known", "_shape", "column")
+    __slots__ = ("_head", "_known", "_shape")
 
-    def __init__(self, message: bytes, column: int) -> None:
-        self.column = column
+    def __init__(self, message: bytes) -> None:
         self._shape = _ipc_shape(message)
         self._head = message[: self._shape.head]
         self._known: dict[str, bytes] = {}  # enum members; bounded, because the type also carries any other string
@@ -5403,10 +5371,11 @@ class _WirePlan:
         """Remember how a reply looks that is what the method declares; bounded, and never twice the same."""
         if batch.schema.names != (["result"] if self.info.has_return else []):
             return
-        if len(self.replies) < _IPC_LAYOUTS_MAX and not any(layout.match(sample, 0) for layout in self.replies):
-            layout = _ipc_learn(sample, batch)
-            if layout is not None:
-                self.replies.append(layout)
+        if any(layout.match(sample, 0) for layout in self.replies):
+            return
+        layout = _ipc_learn(sample, batch)
+        if layout is not None:
+            self.replies = [layout, *self.replies][:_IPC_LAYOUTS_MAX]
 
 
 def _wire_request_metadata(method: str, protocol: str | None, version: str | None) -> _IpcMetadata:
@@ -7420,7 +7389,8 @@ class RpcServer:
 
 
 _server_created: list[Callable[[RpcServer], None]] = []  # told of every new server; rooms below add to it
-_SERVER_LAYOUT_SCHEMAS = 256
+_SERVER_LAYOUTS_BYTES = 8 << 20
+_SERVER_LAYOUT_BYTES = 8192  # of one, beside what the request has, four times at most
 _SERVER_LAYOUTS_PER_SCHEMA = 64  # methods with the same parameters share a schema message
 _SERVER_LEARNED_KEYS = {RPC_METHOD_KEY, REQUEST_VERSION_KEY, PROTOCOL_KEY, PROTOCOL_VERSION_KEY, DEADLINE_KEY}
 _SERVER_SHARED_KEYS = _SERVER_LEARNED_KEYS | {SHM_SEGMENT_NAME_KEY, SHM_SEGMENT_SIZE_KEY}
@@ -7431,20 +7401,28 @@ class _ServerLayout(_NamedTuple):
     schema: pa.Schema
     binding: ProtocolBinding
     plan: _WirePlan
+    size: int  # bytes it may hold
 
 
 class _ServerLayouts:
-    """How requests have looked, by their schema message; bounded, and filled only after every check has passed."""
+    """How requests have looked, by their schema message; filled only after every check has passed.
+
+    Bounded in bytes: when there is no more room, those that have not been used for longest are forgotten.
+    """
 
     __slots__ = ("_known", "_lock")
 
     def __init__(self) -> None:
-        self._known: dict[bytes, tuple[_ServerLayout, ...]] = {}
+        self._known: dict[bytes, tuple[_ServerLayout, ...]] = {}  # the least recently used first
         self._lock = threading.Lock()
 
     def candidates(self, data: bytes, pos: int) -> tuple[_ServerLayout, ...]:
         """Return what has begun with the schema message at `pos`."""
-        return self._known.get(data[pos : pos + 8 + _IPC_I32(data, pos + 4)[0]], ())
+        key = data[pos : pos + 8 + _IPC_I32(data, pos + 4)[0]]
+        found = self._known.pop(key, ())
+        if found:
+            self._known[key] = found
+        return found
 
     def learn(
         self, sample: bytes, batch: pa.RecordBatch, deadline: bytes | None, binding: ProtocolBinding, plan: _WirePlan
@@ -7453,13 +7431,21 @@ class _ServerLayouts:
         layout = _ipc_learn(sample, batch, deadline)
         if layout is None:
             return
-        key = sample[: 8 + _IPC_I32(sample, 4)[0]]
         with self._lock:
-            known = self._known.get(key, ())
+            known = self.candidates(sample, 0)
             if any(entry.layout.match(sample, 0) for entry in known):
                 return
-            if len(known) < _SERVER_LAYOUTS_PER_SCHEMA and (known or len(self._known) < _SERVER_LAYOUT_SCHEMAS):
-                self._known[key] = (_ServerLayout(layout, batch.schema, binding, plan), *known)
+            size = _SERVER_LAYOUT_BYTES + 4 * len(sample)
+            key = sample[: 8 + _IPC_I32(sample, 4)[0]]
+            self._known[key] = (_ServerLayout(layout, batch.schema, binding, plan, size), *known)
+            self._known[key] = self._known[key][:_SERVER_LAYOUTS_PER_SCHEMA]
+            oldest = list(self._known.items())
+            total = sum(entry.size for _, entries in oldest for entry in entries)
+            for key, entries in oldest[:-1]:
+                if total <= _SERVER_LAYOUTS_BYTES:
+                    break
+                total -= sum(entry.size for entry in entries)
+                self._known.pop(key, None)
 
     def __len__(self) -> int:
         return len(self._known)
@@ -7726,7 +7712,7 @@ class _ServerConnection:
         limit = channel.limits.max_message_bytes
         if limit is not None and end - pos > limit:
             return False
-        layout, schema, binding, plan = last
+        layout, schema, binding, plan, _ = last
         kwargs = _wire_row_arguments(plan, row, channel.limits)
         if kwargs is None:
             return False
