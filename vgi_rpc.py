@@ -73,6 +73,7 @@ import re
 import select
 import signal
 import socket
+import stat
 import struct
 import sys
 import threading
@@ -2018,7 +2019,7 @@ def _ipc_row_bytes(dtype: pa.DataType) -> int:
     if pa.types.is_struct(dtype):
         return 1 + sum(_ipc_row_bytes(dtype.field(i).type) for i in range(dtype.num_fields))
     if pa.types.is_primitive(dtype) or pa.types.is_decimal(dtype) or pa.types.is_fixed_size_binary(dtype):
-        return max(dtype.bit_width // 8, 1)
+        return max(int(dtype.bit_width) // 8, 1)
     return 8
 
 
@@ -3454,6 +3455,11 @@ def _types_from_mapping(cls: type[_T], row: Mapping[str, Any]) -> _T:
 # column and slice of it; when the last of them is gone, a finaliser notes the region, in whatever thread that happens,
 # and `sweep` frees it in our own next turn. A peer's numbers are checked before anything is read: table and pointer
 # must lie within the segment, and the file must still be as long as it was.
+#
+# Whoever shares memory can change it after it has been checked, or truncate the file under a reader (SIGBUS). Such a
+# peer could as well trace us, if it is a process of the same user: memory is shared with those only
+# (`Channel.same_user`), all others are answered inline. With `shm_copy=True` or VGI_RPC_SHM_COPY=1 nothing is read
+# where it lies: table and regions are copied by pread, and only private copies are looked at.
 
 SHM_MIN_BATCH_BYTES: Final = 131_072  # below, a pipe is as fast; VGI_RPC_SHM_MIN_BATCH_BYTES sets another value
 _SHM_FOLDER = "/dev/shm"
@@ -3552,6 +3558,25 @@ class ShmAllocator:
         struct.pack_into("<I", self._buf, 16, len(table))
 
 
+class _ShmFileTable(ShmAllocator):
+    """The table, read and written through the file: nothing happens to us when the peer truncates it."""
+
+    def __init__(self, fd: int, total_size: int) -> None:
+        super().__init__(memoryview(bytearray(HEADER_SIZE)), total_size)
+        self._fd = fd
+
+    def table(self) -> list[tuple[int, int]]:
+        header = os.pread(self._fd, HEADER_SIZE, 0)
+        if len(header) < HEADER_SIZE:
+            raise IPCError("the shared memory segment has become shorter than its header")
+        self._buf[:] = header
+        return super().table()
+
+    def _store(self, table: list[tuple[int, int]], first: int) -> None:
+        super()._store(table, first)
+        os.pwrite(self._fd, self._buf, 0)
+
+
 class ShmSegment:
     """A named segment of shared memory; use `create` or `attach`. Closing is up to whoever made the object.
 
@@ -3579,6 +3604,9 @@ class ShmSegment:
         self.threshold = int(os.environ.get("VGI_RPC_SHM_MIN_BATCH_BYTES") or SHM_MIN_BATCH_BYTES)
         self._noted: collections.deque[int] = collections.deque()  # regions that nobody looks at any more
         self._remove: Callable[[], object] | None = None
+        self.copies = False
+        if os.environ.get("VGI_RPC_SHM_COPY", "") not in ("", "0"):
+            self.copy_only()
 
     @classmethod
     def create(cls, size: int) -> ShmSegment:
@@ -3614,12 +3642,16 @@ class ShmSegment:
         if not _SHM_NAME.fullmatch(name) or name in (".", ".."):
             raise ValueError(f"not the name of a shared memory segment: {name!r}")
         fd = os.open(f"{_SHM_FOLDER}/{name}", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        actual = os.fstat(fd).st_size
+        about = os.fstat(fd)
+        actual = about.st_size
+        if about.st_uid != os.geteuid():
+            os.close(fd)
+            raise ValueError(f"the shared memory segment {name} belongs to another user")
         if actual <= HEADER_SIZE:
             os.close(fd)
             raise ValueError(f"data_size mismatch: the segment has {actual} bytes, which is no more than a header")
         segment = cls(name, fd, actual)
-        magic, version, data_size, _ = _SHM_HEAD.unpack_from(segment.buf)
+        magic, version, data_size, _ = _SHM_HEAD.unpack(os.pread(fd, _SHM_HEAD.size, 0).ljust(_SHM_HEAD.size))
         problem = ""
         if magic != _SHM_MAGIC:
             problem = f"Bad SHM magic: {magic!r}"
@@ -3631,6 +3663,11 @@ class ShmSegment:
             segment.close()
             raise ValueError(problem)
         return segment
+
+    def copy_only(self) -> None:
+        """Touch the memory no more: read and write through the file, into and out of private copies."""
+        self.copies = True
+        self.allocator = _ShmFileTable(self._fd, self.size)
 
     def allocate_and_write(self, batch: pa.RecordBatch) -> tuple[int, int] | None:
         """Store a batch as a complete IPC stream -> (offset, length); None when it does not fit."""
@@ -3645,7 +3682,10 @@ class ShmSegment:
             return None
         at = offset
         for view in views:
-            self.buf[at : at + len(view)] = view
+            if self.copies:
+                os.pwrite(self._fd, view, at)
+            else:
+                self.buf[at : at + len(view)] = view
             at += len(view)
         return offset, length
 
@@ -3700,7 +3740,15 @@ class ShmSegment:
         self._check_file()
         if length <= 0 or not any(at == offset and length <= size for at, size in self.allocator.table()):
             raise IPCError(f"a pointer to {length} bytes at {offset}, where the shared memory has no such region")
-        return self.buf[offset : offset + length]
+        if not self.copies:
+            return self.buf[offset : offset + length]
+        copy = pa.allocate_buffer(length)
+        view = memoryview(copy).cast("B")
+        at = 0
+        while at < length and (got := os.preadv(self._fd, [view[at:]], offset + at)):
+            at += got
+        self._check_file()
+        return view
 
     def _check_file(self) -> None:
         """A segment that has been truncated kills whoever touches the missing pages."""
@@ -6059,6 +6107,18 @@ class Channel(_IpcSource):
         self._let_go()
         return True
 
+    def same_user(self) -> bool:
+        """Whether the peer is a process of our user on this machine; that of a pipe is our parent or our child."""
+        if self.inp < 0:
+            return False
+        if not stat.S_ISSOCK(os.fstat(self.inp).st_mode):
+            return True
+        with socket.socket(fileno=os.dup(self.inp)) as sock:
+            if sock.family != socket.AF_UNIX or not hasattr(socket, "SO_PEERCRED"):
+                return False
+            _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return bool(uid == os.geteuid())
+
     def linger(self) -> None:
         """Let the last words arrive: a socket that is closed with unread input takes them back (TCP reset)."""
         if self.inp != self.out or self.inp < 0:
@@ -7190,6 +7250,8 @@ class RpcServer:
         accept_unrouted: let old clients that send no routing key reach the only application protocol.
         limits: what a peer may claim before memory is allocated for it.
         external_location: keeps results that are too large to travel, and fetches arguments that are kept elsewhere.
+        shm_copy: copy batches out of shared memory before they are checked, so that a peer cannot change them later.
+            Memory is shared with processes of the same user only. VGI_RPC_SHM_COPY=1 does it on both sides.
 
     Raises:
         TypeError: the implementation does not fit; one error lists every problem.
@@ -7210,8 +7272,10 @@ class RpcServer:
         accept_unrouted: bool = False,
         limits: IpcLimits = IpcLimits(),  # noqa: B008 (immutable)
         external_location: BatchStore | None = None,
+        shm_copy: bool = False,
     ) -> None:
         self.external_location = external_location
+        self.shm_copy = shm_copy
         self.server_id = server_id or f"{int.from_bytes(os.urandom(6), 'big'):012x}"
         self.server_version = server_version
         self.describe_enabled = enable_describe
@@ -7761,11 +7825,15 @@ class _ServerConnection:
         """Find the segment that a request names, and the request itself if it is in there (wire.md section 11.3)."""
         self.shm = None
         named = metadata.get(SHM_SEGMENT_NAME_KEY)
-        if self.kind not in _SERVER_SHM_KINDS or (named is None and SHM_OFFSET_KEY not in metadata):
+        if (named is None and SHM_OFFSET_KEY not in metadata) or not self._shares():
             return batch, metadata
         self._enter_shared(self.channel.shm or self._attached(named))
         found, about = _elsewhere_local(self.shm, batch, metadata, self.server.ipc_validation, self.server.limits)
         return found, about or {}
+
+    def _shares(self) -> bool:
+        """Whether this peer may share memory with us."""
+        return shm_available() and self.kind in _SERVER_SHM_KINDS and self.channel.same_user()
 
     def _enter_shared(self, segment: ShmSegment | None) -> None:
         """It is our turn to touch the segment, if the call has one."""
@@ -7798,6 +7866,8 @@ class _ServerConnection:
                 self._segment = ShmSegment.attach(name, 0)
             except (OSError, ValueError) as exc:
                 raise RpcError("ProtocolError", f"cannot attach the shared memory segment {name!r}: {exc}") from exc
+            if self.server.shm_copy:
+                self._segment.copy_only()
         return self._segment
 
     def _detach(self) -> None:
@@ -7946,7 +8016,7 @@ class _ServerConnection:
         server = self.server
         if name == TRANSPORT_OPTIONS_METHOD_NAME:
             metadata = {
-                TRANSPORT_SHM_KEY: b"true" if shm_available() and self.kind in _SERVER_SHM_KINDS else b"false",
+                TRANSPORT_SHM_KEY: b"true" if self._shares() else b"false",
                 REQUEST_VERSION_KEY: REQUEST_VERSION,
                 SERVER_ID_KEY: server.server_id.encode(),
             }
