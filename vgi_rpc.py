@@ -899,6 +899,8 @@ def _errors_translate(exc: BaseException, doing: str, sent: _Sent) -> RpcError:
     text = exception_str(exc) or type(exc).__name__
     if isinstance(exc, TimeoutError):
         found: RpcError = DeadlineExceededError(f"{doing} did not finish in time: {text}", sent=sent)
+    elif isinstance(exc, IPCError):
+        found = RpcError("IPCError", f"{doing}: the answer cannot be read: {text}", sent=sent)
     else:
         found = ConnectionLostError(f"Transport failed during {doing}: {text}", sent=sent)
     found.__cause__ = exc
@@ -1655,10 +1657,13 @@ def _ipc_skip(source: _IpcSource) -> bool:
     return False
 
 
-def _ipc_drain(source: _IpcSource) -> None:
-    """Consume messages without keeping them, up to and with the end-of-stream marker."""
-    while not _ipc_skip(source):
-        pass
+def _ipc_drain(source: _IpcSource, most: int | None = None) -> None:
+    """Consume messages without keeping them, up to and with the end-of-stream marker; EOFError after `most` of them."""
+    for count in itertools.count():
+        if _ipc_skip(source):
+            return
+        if count == most:
+            raise EOFError(f"gave up after {most} messages that nobody wanted")
 
 
 def _ipc_metadata_size(source: _IpcSource) -> int:
@@ -8773,6 +8778,7 @@ class _ClientObservation:
         try:
             self._token = hook.on_call_start(info, self.metadata)
             self._hook = hook
+            self.metadata = dict(encode_metadata(self.metadata))
         except Exception:
             self.metadata.clear()
             _LOG_RPC.debug("a call hook failed at start", exc_info=True)
@@ -8864,8 +8870,13 @@ def _client_unary(
 
 
 def _client_reply(channel: Channel, plan: _WirePlan, options: _ClientOptions) -> _WireReply:
-    """Read a reply that looks like no other, to its end."""
-    return _client_local(channel, plan, _wire_read_reply(plan, channel, options.validation, options.on_log), options)
+    """Read a reply that looks like no other, to its end; one that makes no sense is an error of this call only."""
+    try:
+        reply = _wire_read_reply(plan, channel, options.validation, options.on_log)
+    except IPCError as exc:
+        _ipc_drain(channel, _CLIENT_MAX_DRAIN)
+        return _WireReply(None, None, _errors_translate(exc, plan.doing, "answered"))
+    return _client_local(channel, plan, reply, options)
 
 
 def _client_local(channel: Channel, plan: _WirePlan, reply: _WireReply, options: _ClientOptions) -> _WireReply:
@@ -9102,13 +9113,17 @@ def _client_transport_options(channel: Channel, doing: str, timeout: float | Non
     writer = _IpcWriter(EMPTY_SCHEMA)
     writer.write(empty_batch(EMPTY_SCHEMA), {**about, **worker_transport_metadata()})
     writer.close()
+    item = None
     channel.check()
     try:
         channel.enter(doing, timeout)
         channel.send(writer.take())
-        reader = _IpcReader(channel, IpcValidation.FULL)
-        item = reader.read()
-        reader.drain()  # an error is an answer too
+        try:
+            reader = _IpcReader(channel, IpcValidation.FULL)
+            item = reader.read()
+            reader.drain()  # an error is an answer too
+        except IPCError:
+            _ipc_drain(channel, _CLIENT_MAX_DRAIN)
         channel.leave()
     except BaseException as exc:
         raise channel.fail(exc)  # noqa: B904
@@ -9625,6 +9640,7 @@ class _ClientStream(StreamSession):
         self._reader: _IpcReader | None = None
         self._first: AnnotatedBatch | None = None  # read ahead by `schema`
         self._ahead = 0  # ticks that have been sent and not been answered
+        self._failed = False  # an error has come, and nothing after it is looked at
         self._closed = False
 
     def tick(
@@ -9786,13 +9802,19 @@ class _ClientStream(StreamSession):
                 f"{self._plan.name}(): all inputs of a stream have one schema: it began with"
                 f" {_log_schema(writer.schema)}, now {_log_schema(batch.schema)}"
             )
-        _client_write_input(self._plan, writer, *maybe_write_to_shm(batch, metadata, self._channel.shm))
+        about = _client_metadata(self._plan, metadata)
+        _client_write_input(self._plan, writer, *maybe_write_to_shm(batch, about, self._channel.shm))
         return writer.take()
 
     def _read(self) -> tuple[pa.RecordBatch, _IpcMetadata | None] | RpcError | None:
-        if self._reader is None:
-            self._reader = _IpcReader(self._channel, self._options.validation)
-        item = _wire_read_data(self._reader, self._logs)
+        item: tuple[pa.RecordBatch, _IpcMetadata | None] | RpcError | None
+        try:
+            if self._reader is None:
+                self._reader = _IpcReader(self._channel, self._options.validation)
+            item = _wire_read_data(self._reader, self._logs)
+        except IPCError as exc:  # a whole message that makes no sense: this stream's error, not the connection's
+            item = _errors_translate(exc, f"stream of '{self._plan.name}'", "answered")
+        self._failed = isinstance(item, RpcError)
         if _LOG_WIRE_STREAM.isEnabledFor(logging.DEBUG):
             shown = _log_batch(item[0]) if isinstance(item, tuple) else item
             _LOG_WIRE_STREAM.debug("Stream read output: %s", shown)
@@ -9808,19 +9830,19 @@ class _ClientStream(StreamSession):
         writer.close()
         channel.send(writer.take())
         error = None
-        if self._reader is None:
-            self._reader = _IpcReader(channel, self._options.validation)
         for _ in range(_CLIENT_MAX_DRAIN):
-            if self._reader.ended or (item := _wire_read_data(self._reader, self._logs)) is None:
+            if self._failed or (self._reader is not None and self._reader.ended):
                 break
+            item = self._read()
             if isinstance(item, RpcError):
                 error = item
-                self._reader.drain()
-            elif channel.shm is not None and item[1]:
+            elif item is not None and channel.shm is not None and item[1]:
                 with contextlib.suppress(IPCError):
                     channel.shm.note(_shm_number(item[1].get(SHM_OFFSET_KEY, b"")))
         else:
             raise EOFError(f"gave up after {_CLIENT_MAX_DRAIN} batches that nobody wanted")
+        if self._failed:
+            _ipc_drain(channel, _CLIENT_MAX_DRAIN)
         self._closed = True
         channel.end_stream()
         return error
@@ -9916,9 +9938,18 @@ def _client_write_input(
     metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None,
 ) -> None:
     try:
-        writer.write(batch, metadata)
+        writer.write(_ipc_without_rows(batch), metadata)
     except (pa.ArrowException, ValueError, TypeError) as exc:
         raise RpcArgumentError(f"{plan.name}(): the input batch cannot be written: {exc}") from exc
+
+
+def _client_metadata(
+    plan: _WirePlan, metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None
+) -> pa.KeyValueMetadata | None:
+    try:
+        return encode_metadata(metadata) if metadata else None
+    except (TypeError, ValueError, AttributeError) as exc:
+        raise RpcArgumentError(f"{plan.name}(): {exc}") from exc
 
 
 def _client_open(
@@ -9954,9 +9985,13 @@ def _client_open(
 def _client_read_header(session: _ClientStream) -> Any:
     """Read the header stream. When the init failed there is no output stream, but the input still has to follow."""
     channel = session._channel
-    reader = _IpcReader(channel, session._options.validation)
-    item = _wire_read_data(reader, session._logs)
-    reader.drain()
+    try:
+        reader = _IpcReader(channel, session._options.validation)
+        item = _wire_read_data(reader, session._logs)
+        reader.drain()
+    except IPCError as exc:  # the output follows as after any header
+        _ipc_drain(channel, _CLIENT_MAX_DRAIN)
+        return _errors_translate(exc, session._plan.doing, "answered")
     if not isinstance(item, tuple):
         writer = _IpcWriter(EMPTY_SCHEMA)
         writer.close()
@@ -10065,6 +10100,10 @@ class StreamCall:
         _client_write_input(self._plan, writer, batch, metadata)
         writer.close()
         return writer.take()
+
+    def encoded(self, metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None) -> dict[bytes, bytes]:
+        """Return what the caller says about an input as it travels; RpcArgumentError for what is not his to say."""
+        return dict(_client_metadata(self._plan, metadata) or {})
 
     def read_opening(self, body: bytes) -> StreamReply:
         """Read the answer to the request: the header stream, if the method has one, and the first turn.
