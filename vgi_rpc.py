@@ -2257,54 +2257,6 @@ def _ipc_schema_value(data: bytes) -> pa.Schema:
     return _ipc_schema(message.data, source.limits).schema
 
 
-def read_single_record_batch(
-    stream: Any, context: str = "batch", ipc_validation: IpcValidation = IpcValidation.FULL
-) -> tuple[pa.RecordBatch, pa.KeyValueMetadata | None]:
-    """Read a stream of exactly one batch; IPCError when it holds none or several."""
-    try:
-        reader = ValidatedReader(ipc.open_stream(stream), ipc_validation)
-        try:
-            found = reader.read_next_batch_with_custom_metadata()
-        except StopIteration:
-            raise IPCError(f"No record batch found in {context} stream") from None
-        with contextlib.suppress(StopIteration):
-            reader.read_next_batch()
-            raise IPCError(f"Expected single record batch in {context} stream, but found multiple batches")
-        return found
-    except (pa.ArrowException, OSError, ValueError) as exc:
-        raise IPCError(f"Error reading record batch from {context} stream: {exc}") from exc
-
-
-class ValidatedReader:
-    """A stream reader whose batches are validated."""
-
-    def __init__(self, reader: ipc.RecordBatchStreamReader, ipc_validation: IpcValidation) -> None:
-        self._reader = reader
-        self.ipc_validation = ipc_validation
-
-    @property
-    def schema(self) -> pa.Schema:
-        """The stream's schema."""
-        return self._reader.schema
-
-    def read_next_batch(self) -> pa.RecordBatch:
-        """Return the next batch; StopIteration at the end, IPCError for an invalid one."""
-        return self.read_next_batch_with_custom_metadata()[0]
-
-    def read_next_batch_with_custom_metadata(self) -> tuple[pa.RecordBatch, pa.KeyValueMetadata | None]:
-        """Return the next batch and its metadata."""
-        batch, metadata = self._reader.read_next_batch_with_custom_metadata()
-        validate_batch(batch, self.ipc_validation)
-        return batch, metadata
-
-    def __enter__(self) -> Self:
-        self._reader.__enter__()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._reader.__exit__(*exc)
-
-
 # ---- learned layouts (hot-path law 3; FINDINGS.md section 3)
 #
 # A one-row stream of one schema is always the same bytes, except for the body and three holes in front of it: the
@@ -2409,22 +2361,6 @@ class _IpcCanonical:
         encode(values, deadline=b"") -> the complete stream, or None when pyarrow has to look at the values
         match(data, pos) -> (the row, the position after the stream), or None: another layout, or not all there
     """
-
-    __slots__ = (
-        "_buffers",
-        "_code",
-        "_shape",
-        "_template",
-        "body",
-        "deadline_at",
-        "encode",
-        "head",
-        "heads",
-        "match",
-        "nulls",
-        "schema",
-        "words",
-    )
 
     def __init__(self, code: _IpcCode, messages: list[bytes], deadline: bytes | None) -> None:
         """`messages` are what pyarrow wrote; `deadline` is a metadata value that differs from message to message."""
@@ -5428,30 +5364,6 @@ _WIRE_NOTHING: Mapping[bytes, bytes] = types.MappingProxyType({})
 class _WirePlan:
     """One method, compiled at first use: converters, constants and the learned layouts of its messages."""
 
-    __slots__ = (
-        "_deadline_template",
-        "_request_template",
-        "_result_template",
-        "decode_result",
-        "decoders",
-        "doing",
-        "encode_result",
-        "encoders",
-        "info",
-        "is_stream",
-        "metadata",
-        "name",
-        "names",
-        "nullable",
-        "plain",
-        "plain_result",
-        "protocol",
-        "replies",
-        "result_nullable",
-        "types",
-        "version",
-    )
-
     def __init__(self, info: RpcMethodInfo, protocol: str, version: str | None, *, raw: bool = False) -> None:
         """`raw` leaves values as pyarrow takes and gives them, for callers that know only the schema."""
         self.info = info
@@ -5477,28 +5389,30 @@ class _WirePlan:
         self.decode_result = _types_decoder(info.result_type, top=True) if converts else None
         self.result_nullable = info.has_return and info.result_schema.field(0).nullable
         self.metadata = _wire_request_metadata(info.name, protocol, version)
-        self._request_template: _IpcCanonical | Literal[b""] | None = b""  # b"": not tried yet
-        self._deadline_template: _IpcCanonical | Literal[b""] | None = b""
-        self._result_template: _IpcCanonical | Literal[b""] | None = b""
         self.replies: list[_IpcCanonical] = []  # how replies of peers have looked
         if info.returns_ref:
             self.send_by_pyarrow()
         self.is_stream = info.method_type is MethodType.STREAM
         self.doing = f"{'stream init for' if self.is_stream else 'unary call to'} '{info.name}'"
 
+    @functools.cached_property
+    def _request_template(self) -> _IpcCanonical | None:
+        return _ipc_template(self.info.params_schema, self.metadata)
+
+    @functools.cached_property
+    def _deadline_template(self) -> _IpcCanonical | None:
+        return _ipc_template(self.info.params_schema, {**self.metadata, DEADLINE_KEY: _IPC_DEADLINE})
+
+    @functools.cached_property
+    def _result_template(self) -> _IpcCanonical | None:
+        return _ipc_template(self.info.result_schema, None)
+
     def template(self, budget: bytes, extra: Mapping[bytes, bytes] = _WIRE_NOTHING) -> _IpcCanonical | None:
         """What writes requests, with or without a deadline and what a connection adds; None: only pyarrow does."""
-        if extra:
-            deadline = {DEADLINE_KEY: _IPC_DEADLINE} if budget else {}
-            return _ipc_template(self.info.params_schema, {**self.metadata, **extra, **deadline})
-        if budget:
-            if self._deadline_template == b"":
-                metadata = {**self.metadata, DEADLINE_KEY: _IPC_DEADLINE}
-                self._deadline_template = _ipc_template(self.info.params_schema, metadata)
-            return self._deadline_template or None
-        if self._request_template == b"":
-            self._request_template = _ipc_template(self.info.params_schema, self.metadata)
-        return self._request_template or None
+        if not extra:
+            return self._deadline_template if budget else self._request_template
+        deadline = {DEADLINE_KEY: _IPC_DEADLINE} if budget else {}
+        return _ipc_template(self.info.params_schema, {**self.metadata, **extra, **deadline})
 
     def send_by_pyarrow(self) -> None:
         """Make `encode_reply` leave every result to those who may put something else in its place."""
@@ -5507,8 +5421,6 @@ class _WirePlan:
     def encode_reply(self, value: Any) -> _IpcMessages | None:
         """The reply by a template, or None: pyarrow has to look at the value."""
         template = self._result_template
-        if template == b"":
-            template = self._result_template = _ipc_template(self.info.result_schema, None)
         if template is None:
             return None
         if not self.info.has_return:
@@ -5530,7 +5442,8 @@ class _WirePlan:
 
     def learn_reply(self, sample: bytes, batch: pa.RecordBatch) -> None:
         """Remember how a reply looks that is what the method declares; bounded, and never twice the same."""
-        if batch.schema.names != (["result"] if self.info.has_return else []):
+        declared = self.info.result_schema  # whose nullability peers may differ about
+        if batch.schema.names != declared.names or batch.schema.types != declared.types:
             return
         if any(layout.match(sample, 0) for layout in self.replies):
             return
@@ -12583,7 +12496,9 @@ if TYPE_CHECKING:  # what __getattr__ gives
     from typing import Any as ProtocolList
     from typing import Any as ProtocolSummary
     from typing import Any as Reflection
+    from typing import Any as ValidatedReader
     from typing import Any as WireServiceDescription
+    from typing import Any as read_single_record_batch
 
 # Module of vgi_rpc_extras: the pip extra, the third-party modules it imports, the names it gives.
 _EXTRAS_NAMES: Final = {
@@ -12618,6 +12533,7 @@ _EXTRAS_NAMES: Final = {
     "otel": ("otel", "opentelemetry.trace", "OtelConfig instrument_client instrument_server instrument_store"),
     "sentry": ("sentry", "sentry_sdk", "SentryConfig instrument_server_sentry"),
     "access_log": ("", "", "configure_access_log AccessLogSampler DroppingQueueHandler"),
+    "readers": ("", "", "ValidatedReader read_single_record_batch"),
     "tools.stub": ("", "", "generate_stub protocol_from_description"),
 }
 _EXTRAS_WHERE: Final = {
