@@ -3766,8 +3766,8 @@ def _shm_remove(path: str, pid: int) -> None:
 
 
 def is_shm_pointer_batch(batch: pa.RecordBatch, custom_metadata: pa.KeyValueMetadata | None) -> bool:
-    """Whether a batch only says where in shared memory the real one is."""
-    return batch.num_rows == 0 and custom_metadata is not None and SHM_OFFSET_KEY in custom_metadata
+    """Whether a batch says where in shared memory the real one is."""
+    return _elsewhere_pointer(batch, custom_metadata) is _KIND_SHM
 
 
 def make_shm_pointer_batch(schema: pa.Schema, offset: int, length: int) -> tuple[pa.RecordBatch, pa.KeyValueMetadata]:
@@ -3880,20 +3880,20 @@ _KIND_DATA, _KIND_LOG, _KIND_ERROR, _KIND_EXTERNAL, _KIND_SHM = "data", "log", "
 
 
 def _elsewhere_kind(batch: pa.RecordBatch, metadata: _IpcMetadata | None) -> str:
-    kind = _KIND_DATA
-    if metadata and batch.num_rows == 0:
-        level = metadata.get(LOG_LEVEL_KEY)
-        if level is not None:
-            if LOG_MESSAGE_KEY in metadata:
-                kind = _KIND_ERROR if level == b"EXCEPTION" else _KIND_LOG
-        elif LOCATION_KEY in metadata:
-            kind = _KIND_EXTERNAL
-        elif SHM_OFFSET_KEY in metadata:
-            kind = _KIND_SHM
+    kind = _elsewhere_pointer(batch, metadata) or _KIND_DATA
+    if metadata and batch.num_rows == 0 and LOG_LEVEL_KEY in metadata and LOG_MESSAGE_KEY in metadata:
+        kind = _KIND_ERROR if metadata[LOG_LEVEL_KEY] == b"EXCEPTION" else _KIND_LOG
     if _LOG_WIRE_BATCH.isEnabledFor(logging.DEBUG):
         shown = "no metadata" if not metadata else ("zero-row" if batch.num_rows == 0 else "rows with metadata")
         _LOG_WIRE_BATCH.debug("Classify batch: rows=%d, %s -> %s", batch.num_rows, shown, kind)
     return kind
+
+
+def _elsewhere_pointer(batch: pa.RecordBatch, metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None) -> str:
+    """Where the batch is that this one points to; "" when it is no pointer. A log batch never is."""
+    if not metadata or batch.num_rows or LOG_LEVEL_KEY in metadata:
+        return ""
+    return _KIND_EXTERNAL if LOCATION_KEY in metadata else _KIND_SHM if SHM_OFFSET_KEY in metadata else ""
 
 
 def _elsewhere_error(metadata: _IpcMetadata) -> RpcError:
@@ -3990,10 +3990,8 @@ def make_external_location_batch(
 def is_external_location_batch(
     batch: pa.RecordBatch, custom_metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None
 ) -> bool:
-    """Whether a batch is a pointer; a log batch never is."""
-    if not custom_metadata or batch.num_rows:
-        return False
-    return LOCATION_KEY in custom_metadata and LOG_LEVEL_KEY not in custom_metadata
+    """Whether a batch says where in a store the real one is."""
+    return _elsewhere_pointer(batch, custom_metadata) is _KIND_EXTERNAL
 
 
 class ExternalBatch(_NamedTuple):
@@ -4094,7 +4092,7 @@ def _elsewhere_read_object(
             kind = _elsewhere_kind(*item)
             if kind is _KIND_ERROR:
                 raise _elsewhere_error(item[1] or {})
-            if kind is _KIND_EXTERNAL or kind is _KIND_SHM or LOCATION_KEY in (item[1] or {}):
+            if kind in (_KIND_EXTERNAL, _KIND_SHM) or LOCATION_KEY in (item[1] or {}):
                 raise ExternalLocationError("Redirect loop detected: the stored object holds a pointer")
             if kind is _KIND_LOG:
                 messages.append(item[1] or {})
@@ -4122,14 +4120,14 @@ def _elsewhere_local(
     limits: IpcLimits,
 ) -> tuple[pa.RecordBatch, _IpcMetadata | None]:
     """A batch that a pointer into shared memory means; others as they are."""
-    if shm is None or metadata is None or batch.num_rows or SHM_OFFSET_KEY not in metadata:
+    if shm is None or metadata is None or _elsewhere_pointer(batch, metadata) is not _KIND_SHM:
         return batch, metadata
     return _shm_read(shm, batch.schema, metadata, validation, limits)
 
 
 def _elsewhere_refuse(name: str, batch: pa.RecordBatch, metadata: _IpcMetadata | None) -> None:
     """A batch that is elsewhere must fail loudly, never be taken for an empty one."""
-    kind = _elsewhere_kind(batch, metadata)
+    kind = _elsewhere_pointer(batch, metadata)
     if kind is _KIND_EXTERNAL:
         raise RpcError(
             "ProtocolError",
