@@ -899,8 +899,6 @@ def _errors_translate(exc: BaseException, doing: str, sent: _Sent) -> RpcError:
     text = exception_str(exc) or type(exc).__name__
     if isinstance(exc, TimeoutError):
         found: RpcError = DeadlineExceededError(f"{doing} did not finish in time: {text}", sent=sent)
-    elif isinstance(exc, IPCError):
-        found = RpcError("IPCError", f"{doing}: the answer cannot be read: {text}", sent=sent)
     else:
         found = ConnectionLostError(f"Transport failed during {doing}: {text}", sent=sent)
     found.__cause__ = exc
@@ -4753,8 +4751,8 @@ class _MethodsReaderState(ProducerState):
     def serialize_to_bytes(self) -> bytes:
         """Refuse: a reader cannot travel."""
         raise TypeError(
-            "a stream of Stream.from_arrow() reads its source in one process and cannot go on in another, as streams over"
-            " HTTP do: return a Stream whose ProducerState finds its place again, or one pa.RecordBatch"
+            "a stream of Stream.from_arrow() reads its source in one process and cannot go on in another, as streams"
+            " over HTTP do: return a Stream whose ProducerState finds its place again, or one pa.RecordBatch"
         )
 
     def on_cancel(self, ctx: CallContext) -> None:
@@ -4926,7 +4924,8 @@ def _methods_text(text: object, key: object) -> bytes:
     limit = IpcLimits().max_metadata_entry_bytes
     if len(data) > limit:
         raise ValueError(
-            f"metadata key {str(key)[:80]!r}: an entry of {len(data)} bytes; the limit is max_metadata_entry_bytes={limit}"
+            f"metadata key {str(key)[:80]!r}: an entry of {len(data)} bytes;"
+            f" the limit is max_metadata_entry_bytes={limit}"
         )
     return data
 
@@ -6980,7 +6979,7 @@ class ProtocolBinding:
     def protocol_hash(self) -> str:
         """SHA-256 of the contract, as 64 hex digits (wire.md section 9.4); computed at first use.
 
-        Empty when a type has no portable token: one method must not hide all others from whoever asks for a description.
+        Empty when a type has no portable token: one method must not hide all others from who asks for a description.
         """
         if self._hash is None:  # json and hashlib are 5 ms of a worker's start
             try:
@@ -7966,7 +7965,7 @@ class _ServerStream:
         self._channel.send(self._out.take())
 
     def _turns(self) -> None:
-        """Turn by turn to the end of both streams. What cannot be answered ends the connection, never the server."""
+        """Answer to the end of both streams. What cannot be answered ends the connection, never the server."""
         channel, failure = self._channel, None
         try:
             self._write_logs(self._out)
@@ -7982,7 +7981,7 @@ class _ServerStream:
             reader.drain()
         except (EOFError, ConnectionError):
             raise  # the caller vanished: the record says ok, the connection ends quietly
-        except Exception as exc:  # the caller's bytes, or what cannot be written; the application's own _loop has caught
+        except Exception as exc:  # the caller's bytes, or what cannot be written: _loop has caught the application's
             _LOG_RPC.warning("Ending a connection: %s: %s", type(exc).__name__, exception_str(exc))
             with contextlib.suppress(Exception):
                 self._fail(exc)
@@ -8875,8 +8874,17 @@ def _client_reply(channel: Channel, plan: _WirePlan, options: _ClientOptions) ->
         reply = _wire_read_reply(plan, channel, options.validation, options.on_log)
     except IPCError as exc:
         _ipc_drain(channel, _CLIENT_MAX_DRAIN)
-        return _WireReply(None, None, _errors_translate(exc, plan.doing, "answered"))
+        return _WireReply(None, None, _client_error(exc, plan.doing))
     return _client_local(channel, plan, reply, options)
+
+
+def _client_error(exc: Exception, doing: str) -> RpcError:
+    """What is wrong with an answer that has arrived; no connection is lost over one in whole messages."""
+    if not isinstance(exc, IPCError):
+        return _errors_translate(exc, doing, "answered")
+    error = RpcError("IPCError", f"{doing}: the answer cannot be read: {exception_str(exc)}")
+    error.__cause__ = exc
+    return error
 
 
 def _client_local(channel: Channel, plan: _WirePlan, reply: _WireReply, options: _ClientOptions) -> _WireReply:
@@ -8909,7 +8917,7 @@ def _client_post(
         row = _wire_read_learned(plan, source)
         reply = None if row is not None else _wire_read_reply(plan, source, options.validation, options.on_log)
     except Exception as exc:
-        raise _errors_translate(exc, plan.doing, "answered")  # noqa: B904 (it sets the cause)
+        raise _client_error(exc, plan.doing)  # noqa: B904 (it sets the cause)
     if reply is None:
         return _wire_row_value(plan, row or ())
     return value(plan, _client_fetched(reply, options))
@@ -9813,7 +9821,7 @@ class _ClientStream(StreamSession):
                 self._reader = _IpcReader(self._channel, self._options.validation)
             item = _wire_read_data(self._reader, self._logs)
         except IPCError as exc:  # a whole message that makes no sense: this stream's error, not the connection's
-            item = _errors_translate(exc, f"stream of '{self._plan.name}'", "answered")
+            item = _client_error(exc, f"stream of '{self._plan.name}'")
         self._failed = isinstance(item, RpcError)
         if _LOG_WIRE_STREAM.isEnabledFor(logging.DEBUG):
             shown = _log_batch(item[0]) if isinstance(item, tuple) else item
@@ -9991,7 +9999,7 @@ def _client_read_header(session: _ClientStream) -> Any:
         reader.drain()
     except IPCError as exc:  # the output follows as after any header
         _ipc_drain(channel, _CLIENT_MAX_DRAIN)
-        return _errors_translate(exc, session._plan.doing, "answered")
+        return _client_error(exc, session._plan.doing)
     if not isinstance(item, tuple):
         writer = _IpcWriter(EMPTY_SCHEMA)
         writer.close()
@@ -10124,7 +10132,7 @@ class StreamCall:
         except Exception as exc:
             if exc is logs.failure:
                 raise
-            raise _errors_translate(exc, self.doing, "answered")  # noqa: B904
+            raise _client_error(exc, self.doing)  # noqa: B904
 
     def _read_header(self, source: _IpcSource, logs: _ElsewhereLogs) -> object:
         reader = _IpcReader(source, self._options.validation)
