@@ -7494,7 +7494,8 @@ class _ServerConnection:
         except (EOFError, ConnectionError):
             raise
         except IPCError as exc:
-            return self._refuse_unreadable(exc, data[begin:])
+            same = self.channel.buf is data  # else all that was there is part of it
+            return self._refuse_unreadable(exc, data[begin : self.channel.pos if same else None])
         except Exception as exc:
             self._hang_up(exc)
         batch, metadata = request or (empty_batch(EMPTY_SCHEMA), {})

@@ -492,4 +492,5 @@ def test_a_type_without_a_token_hides_no_other_method(monkeypatch: pytest.Monkey
     assert [hosted.hash for hosted in core.list_protocols(client)] == ["", REFLECTION_HASH]
     client.close()
     thread.join(5)
+    far.close()
     assert "Protocol Odd has no hash: odd(): Arrow type double has no portable token" in caplog.text

@@ -766,7 +766,8 @@ def test_an_attribute_that_raises_costs_the_call() -> None:
     impl = Impl()
     server = core.RpcServer(Calc, impl)
     client, far = core.make_unix_pair()
-    threading.Thread(target=server.serve, args=(far,), daemon=True).start()
+    thread = threading.Thread(target=server.serve, args=(far,), daemon=True)
+    thread.start()
     with core.RpcConnection(Calc, client, timeout=10.0) as calc:
         for observed in (False, True):
             if observed:
@@ -779,7 +780,8 @@ def test_an_attribute_that_raises_costs_the_call() -> None:
                     calc.add(1.0, 2.0)
                 assert caught.value.error_type == "RuntimeError"
             assert calc.noop() is None
-    wait_for(lambda: len(Hook.ended) >= 4)
+    thread.join(10)
+    far.close()
     assert Hook.ended[2:4] == ["RuntimeError", "RuntimeError"]
 
 
@@ -811,27 +813,28 @@ ODD = [
 ]
 
 
+@dataclass
+class LogOrFail(core.ProducerState):
+    fails: bool
+
+    def produce(self, out, ctx):
+        if self.fails:
+            raise ValueError("no")
+        out.client_log(core.Level.INFO, "here")
+        out.finish()
+
+
 @pytest.mark.parametrize("dtype", ODD, ids=str)
 def test_streams_of_every_type_log_fail_and_end(dtype: pa.DataType) -> None:
     schema = pa.schema([("x", dtype)])
 
-    @dataclass
-    class Odd(core.ProducerState):
-        fails: bool
-
-        def produce(self, out, ctx):
-            if self.fails:
-                raise ValueError("no")
-            out.client_log(core.Level.INFO, "here")
-            out.finish()
-
     class Proto(Protocol):
-        def odd(self, fails: bool) -> core.Stream[Odd]: ...
+        def odd(self, fails: bool) -> core.Stream[LogOrFail]: ...
         def alive(self) -> int: ...
 
     class Impl:
         def odd(self, fails):
-            return core.Stream(schema, Odd(fails))
+            return core.Stream(schema, LogOrFail(fails))
 
         def alive(self):
             return 1
@@ -860,18 +863,17 @@ def test_what_cannot_be_written_ends_the_connection_and_not_the_server(caplog: p
     client, far = core.make_unix_pair()
     server = core.RpcServer(Proto, Impl())
     ended: list = []
-    thread = threading.Thread(target=lambda: ended.append(server.serve(far)), daemon=True)
+    thread = threading.Thread(target=lambda: (ended.append(server.serve(far)), far.close()), daemon=True)
     with pytest.MonkeyPatch.context() as patch, core.RpcConnection(Proto, client, timeout=10.0) as proxy:
         thread.start()
-        assert proxy.alive() == 1
+        session = proxy.say()
+        assert session.tick().batch.num_rows == 1
 
         def cannot(*args: object) -> None:
             raise pa.ArrowNotImplementedError("no such type")
 
         patch.setattr(core._IpcWriter, "write", cannot)
-        session = proxy.say()
         with pytest.raises(core.ConnectionLostError):
             session.tick()
         thread.join(10)
-        far.close()
     assert ended == [None] and "no such type" in caplog.text
