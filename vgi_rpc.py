@@ -4858,7 +4858,10 @@ class OutputCollector:
             raise RuntimeError(f"No data batch was emitted; {do}")
 
     def merge_data_metadata(self, metadata: pa.KeyValueMetadata) -> None:
-        """Add metadata to the emitted batch; RuntimeError when there is none."""
+        """Add metadata to the emitted batch; RuntimeError when there is none, and what `encode_metadata` raises."""
+        self._merge(encode_metadata(metadata))
+
+    def _merge(self, metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata) -> None:
         old = self.data_batch
         self._data = AnnotatedBatch(old.batch, merge_metadata(old.custom_metadata, metadata))
         self.batches = [self._data if item is old else item for item in self.batches]
@@ -7951,7 +7954,7 @@ class _ServerStream:
         out = self._process(batch, metadata, ctx)
         sealed = None if out.finished else seal(self._stream)
         if sealed is not None and len(self._stream.input_schema):
-            out.merge_data_metadata(pa.KeyValueMetadata(sealed))
+            out._merge(sealed)
             sealed = None
         self._write(out)
         if sealed is not None:

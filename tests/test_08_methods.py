@@ -683,7 +683,7 @@ def test_stream_from_arrow_keeps_schema_metadata() -> None:
         (noted, len(noted)),
         (Capsule(noted), len(noted)),
         (noted.to_reader(), len(noted)),
-        (first, 2),
+        (first, first.num_rows),
     ):
         stream = core.Stream.from_arrow(source)
         assert stream.output_schema.equals(noted.schema, check_metadata=True)
@@ -1012,6 +1012,11 @@ def test_metadata_that_cannot_travel(metadata: Any, kind: type[Exception], text:
     with pytest.raises(kind, match=text):
         out.emit_pydict({"a": [], "b": []}, metadata=metadata)
     assert out.batches == []
+    out.emit_pydict({"a": [], "b": []}, metadata={"mine": "1"})
+    with pytest.raises(kind, match=text):
+        out.merge_data_metadata(metadata)
+    out.merge_data_metadata(pa.KeyValueMetadata({"more": "2"}))
+    assert dict(out.data_batch.custom_metadata) == {b"mine": b"1", b"more": b"2"}
 
 
 def test_merge_metadata() -> None:
