@@ -7497,8 +7497,7 @@ class _ServerConnection:
         except (EOFError, ConnectionError):
             raise
         except IPCError as exc:
-            same = self.channel.buf is data  # else all that was there is part of it
-            return self._refuse_unreadable(exc, data[begin : self.channel.pos if same else None])
+            return self._refuse_unreadable(exc, data, begin)
         except Exception as exc:
             self._hang_up(exc)
         batch, metadata = request or (empty_batch(EMPTY_SCHEMA), {})
@@ -7768,14 +7767,18 @@ class _ServerConnection:
             hint = f" Describing is the protocol '{REFLECTION_PROTOCOL_NAME}'{_SERVER_DESCRIBE_HINT}."
         raise MethodNotImplementedError(f"No built-in method '{name}'.{hint}")
 
-    def _refuse_unreadable(self, exc: IPCError, begun: bytes) -> None:
+    def _refuse_unreadable(self, exc: IPCError, data: bytes, begin: int) -> None:
         """Answer a request whose frames are in order and whose content is not; an input stream may come after it.
 
-        Where one may come, what does not name a method in its first bytes could be either, and nobody can be in step.
+        Where one may come, this is one if it does not name a method; when only its first bytes are here, who knows.
         """
-        if self._swallow and RPC_METHOD_KEY not in begun:
-            self._hang_up(exc)
         self.drain()
+        whole = self.channel.buf is data
+        if self._swallow and RPC_METHOD_KEY not in data[begin : self.channel.pos if whole else None]:
+            if not whole:
+                self._hang_up(exc)
+            self._swallow = False
+            return
         self._refuse(exc, None, True)
 
     def _refuse(self, exc: Exception, plan: _WirePlan | None, named: bool) -> None:

@@ -647,10 +647,10 @@ def test_wire_lines_are_written_for_every_call(caplog) -> None:
 # ---- what goes wrong costs the call, not the connection
 
 
-def garbled(schema: pa.Schema) -> pa.RecordBatch:
+def garbled(schema: pa.Schema, size: int = 2) -> pa.RecordBatch:
     """One column of text that is not UTF-8: pyarrow writes it, and a reader that validates refuses it."""
-    offsets = pa.array([0, 2], pa.int32()).buffers()[1]
-    column = pa.Array.from_buffers(pa.utf8(), 1, [None, offsets, pa.py_buffer(b"\xff\xfe")])
+    offsets = pa.array([0, size], pa.int32()).buffers()[1]
+    column = pa.Array.from_buffers(pa.utf8(), 1, [None, offsets, pa.py_buffer(b"\xff" * size)])
     return pa.RecordBatch.from_arrays([column], schema=schema)
 
 
@@ -732,10 +732,16 @@ def test_a_stream_request_that_makes_no_sense_has_its_input_swallowed() -> None:
     assert answers(bad + ticks(3) + good + good) == [BAD, GOOD, GOOD]
 
 
-def test_where_an_input_may_come_what_is_neither_ends_the_connection() -> None:
-    good, bad = texts_request("length", good=True), texts_request("say")
+def test_an_input_that_makes_no_sense_is_swallowed_too() -> None:
+    good, bad, unknown = texts_request("length", good=True), texts_request("say"), texts_request("none", good=True)
     neither = core.serialize_record_batch_bytes(garbled(pa.schema([("s", pa.utf8())])))
-    assert answers(bad + neither + good) == [BAD, BAD]
+    assert answers(bad + neither + good) == [BAD, GOOD]
+    assert answers(unknown + neither + good + good) == ["error: MethodNotImplementedError", GOOD, GOOD]
+
+
+def test_where_nobody_knows_what_it_was_the_connection_ends() -> None:
+    neither = core.serialize_record_batch_bytes(garbled(pa.schema([("s", pa.utf8())]), 1 << 20))
+    assert answers(texts_request("say") + neither + texts_request("length", good=True)) == [BAD, BAD]
 
 
 def test_an_input_that_makes_no_sense_ends_its_stream_only() -> None:
