@@ -900,8 +900,6 @@ def _errors_translate(exc: BaseException, doing: str, sent: _Sent) -> RpcError:
     text = exception_str(exc) or type(exc).__name__
     if isinstance(exc, TimeoutError):
         found: RpcError = DeadlineExceededError(f"{doing} did not finish in time: {text}", sent=sent)
-    elif isinstance(exc, IPCError):
-        found = RpcError("IPCError", f"{doing}: the answer cannot be read: {text}", sent=sent)
     else:
         found = ConnectionLostError(f"Transport failed during {doing}: {text}", sent=sent)
     found.__cause__ = exc
@@ -5016,8 +5014,8 @@ class _MethodsReaderState(ProducerState):
     def serialize_to_bytes(self) -> bytes:
         """Refuse: a reader cannot travel."""
         raise TypeError(
-            "a stream of Stream.from_arrow() reads its source in one process and cannot go on in another, as those over"
-            " HTTP do: return a Stream whose ProducerState finds its place again, or one pa.RecordBatch"
+            "a stream of Stream.from_arrow() reads its source in one process and cannot go on in another, as streams"
+            " over HTTP do: return a Stream whose ProducerState finds its place again, or one pa.RecordBatch"
         )
 
     def on_cancel(self, ctx: CallContext) -> None:
@@ -5123,7 +5121,10 @@ class OutputCollector:
             raise RuntimeError(f"No data batch was emitted; {do}")
 
     def merge_data_metadata(self, metadata: pa.KeyValueMetadata) -> None:
-        """Add metadata to the emitted batch; RuntimeError when there is none."""
+        """Add metadata to the emitted batch; RuntimeError when there is none, and what `encode_metadata` raises."""
+        self._merge(encode_metadata(metadata))
+
+    def _merge(self, metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata) -> None:
         old = self.data_batch
         self._data = AnnotatedBatch(old.batch, merge_metadata(old.custom_metadata, metadata))
         self.batches = [self._data if item is old else item for item in self.batches]
@@ -5189,7 +5190,8 @@ def _methods_text(text: object, key: object) -> bytes:
     limit = IpcLimits().max_metadata_entry_bytes
     if len(data) > limit:
         raise ValueError(
-            f"metadata key {str(key)[:80]!r}: {len(data)} bytes; the limit is max_metadata_entry_bytes={limit}"
+            f"metadata key {str(key)[:80]!r}: an entry of {len(data)} bytes;"
+            f" the limit is max_metadata_entry_bytes={limit}"
         )
     return data
 
@@ -7246,7 +7248,7 @@ class ProtocolBinding:
     def protocol_hash(self) -> str:
         """SHA-256 of the contract, as 64 hex digits (wire.md section 9.4); computed at first use.
 
-        Empty when a type has no portable token: one method must not hide all others from whoever describes them.
+        Empty when a type has no portable token: one method must not hide all others from who asks for a description.
         """
         if self._hash is None:  # json and hashlib are 5 ms of a worker's start
             try:
@@ -7782,7 +7784,7 @@ class _ServerConnection:
         except (EOFError, ConnectionError):
             raise
         except IPCError as exc:
-            return self._refuse_unreadable(exc, data[begin:])
+            return self._refuse_unreadable(exc, data, begin)
         except Exception as exc:
             self._hang_up(exc)
         batch, metadata = request or (empty_batch(EMPTY_SCHEMA), {})
@@ -8061,14 +8063,18 @@ class _ServerConnection:
             hint = f" Describing is the protocol '{REFLECTION_PROTOCOL_NAME}'{_SERVER_DESCRIBE_HINT}."
         raise MethodNotImplementedError(f"No built-in method '{name}'.{hint}")
 
-    def _refuse_unreadable(self, exc: IPCError, begun: bytes) -> None:
+    def _refuse_unreadable(self, exc: IPCError, data: bytes, begin: int) -> None:
         """Answer a request whose frames are in order and whose content is not; an input stream may come after it.
 
-        Where one may come, what does not name a method in its first bytes could be either, and nobody can be in step.
+        Where one may come, this is one if it does not name a method; when only its first bytes are here, who knows.
         """
-        if self._swallow and RPC_METHOD_KEY not in begun:
-            self._hang_up(exc)
         self.drain()
+        whole = self.channel.buf is data
+        if self._swallow and RPC_METHOD_KEY not in data[begin : self.channel.pos if whole else None]:
+            if not whole:
+                self._hang_up(exc)
+            self._swallow = False
+            return
         self._refuse(exc, None, True)
 
     def _refuse(self, exc: Exception, plan: _WirePlan | None, named: bool) -> None:
@@ -8247,7 +8253,7 @@ class _ServerStream:
         out = self._process(batch, metadata, ctx)
         sealed = None if out.finished else seal(self._stream)
         if sealed is not None and len(self._stream.input_schema):
-            out.merge_data_metadata(pa.KeyValueMetadata(sealed))
+            out._merge(sealed)
             sealed = None
         self._write(out)
         if sealed is not None:
@@ -8262,7 +8268,7 @@ class _ServerStream:
         self._channel.send(self._out.take())
 
     def _turns(self) -> None:
-        """Turn by turn to the end of both streams. What cannot be answered ends the connection, never the server."""
+        """Answer to the end of both streams. What cannot be answered ends the connection, never the server."""
         channel, failure = self._channel, None
         try:
             self._write_logs(self._out)
@@ -8278,9 +8284,7 @@ class _ServerStream:
             reader.drain()
         except (EOFError, ConnectionError):
             raise  # the caller vanished: the record says ok, the connection ends quietly
-        except (
-            Exception
-        ) as exc:  # the caller's bytes, or what cannot be written; the application's own _loop has caught
+        except Exception as exc:  # the caller's bytes, or what cannot be written: _loop has caught the application's
             _LOG_RPC.warning("Ending a connection: %s: %s", type(exc).__name__, exception_str(exc))
             with contextlib.suppress(Exception):
                 self._fail(exc)
@@ -9173,8 +9177,17 @@ def _client_reply(channel: Channel, plan: _WirePlan, options: _ClientOptions) ->
         reply = _wire_read_reply(plan, channel, options.validation, options.on_log)
     except IPCError as exc:
         _ipc_drain(channel, _CLIENT_MAX_DRAIN)
-        return _WireReply(None, None, _errors_translate(exc, plan.doing, "answered"))
+        return _WireReply(None, None, _client_error(exc, plan.doing))
     return _client_local(channel, plan, reply, options)
+
+
+def _client_error(exc: Exception, doing: str) -> RpcError:
+    """What is wrong with an answer that has arrived; no connection is lost over one in whole messages."""
+    if not isinstance(exc, IPCError):
+        return _errors_translate(exc, doing, "answered")
+    error = RpcError("IPCError", f"{doing}: the answer cannot be read: {exception_str(exc)}")
+    error.__cause__ = exc
+    return error
 
 
 def _client_local(channel: Channel, plan: _WirePlan, reply: _WireReply, options: _ClientOptions) -> _WireReply:
@@ -9207,7 +9220,7 @@ def _client_post(
         row = _wire_read_learned(plan, source)
         reply = None if row is not None else _wire_read_reply(plan, source, options.validation, options.on_log)
     except Exception as exc:
-        raise _errors_translate(exc, plan.doing, "answered")  # noqa: B904 (it sets the cause)
+        raise _client_error(exc, plan.doing)  # noqa: B904 (it sets the cause)
     if reply is None:
         return _wire_row_value(plan, row or (), transport.limits)
     return value(plan, _client_fetched(reply, options))
@@ -10114,7 +10127,7 @@ class _ClientStream(StreamSession):
                 self._reader = _IpcReader(self._channel, self._options.validation)
             item = _wire_read_data(self._reader, self._logs)
         except IPCError as exc:  # a whole message that makes no sense: this stream's error, not the connection's
-            item = _errors_translate(exc, f"stream of '{self._plan.name}'", "answered")
+            item = _client_error(exc, f"stream of '{self._plan.name}'")
         self._failed = isinstance(item, RpcError)
         if _LOG_WIRE_STREAM.isEnabledFor(logging.DEBUG):
             shown = _log_batch(item[0]) if isinstance(item, tuple) else item
@@ -10292,7 +10305,7 @@ def _client_read_header(session: _ClientStream) -> Any:
         reader.drain()
     except IPCError as exc:  # the output follows as after any header
         _ipc_drain(channel, _CLIENT_MAX_DRAIN)
-        return _errors_translate(exc, session._plan.doing, "answered")
+        return _client_error(exc, session._plan.doing)
     if not isinstance(item, tuple):
         writer = _IpcWriter(EMPTY_SCHEMA)
         writer.close()
@@ -10426,7 +10439,7 @@ class StreamCall:
         except Exception as exc:
             if exc is logs.failure:
                 raise
-            raise _errors_translate(exc, self.doing, "answered")  # noqa: B904
+            raise _client_error(exc, self.doing)  # noqa: B904
 
     def _read_header(self, source: _IpcSource, logs: _ElsewhereLogs) -> object:
         reader = _IpcReader(source, self._options.validation)
