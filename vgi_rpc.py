@@ -1479,7 +1479,7 @@ class _IpcReader:
             return None
         source.pos += size
         if learned.tick:
-            return empty_batch(self.schema)
+            return empty_batch(EMPTY_SCHEMA)
         return self._batch(data if len(data) == size else data[pos : pos + size])
 
     def tick_waits(self) -> bool:
@@ -2240,7 +2240,7 @@ def deserialize_record_batch(
         item = reader.read()
     except EOFError as exc:
         raise pa.ArrowInvalid(f"an IPC stream is cut short: {exc}") from exc
-    return (empty_batch(reader.schema), None) if item is None else (item[0], _ipc_key_values(item[1]))
+    return (_ipc_empty(reader.schema), None) if item is None else (item[0], _ipc_key_values(item[1]))
 
 
 def _ipc_schema_value(data: bytes) -> pa.Schema:
