@@ -289,12 +289,12 @@ def test_not_a_dataclass() -> None:
 def through(annotation: Any, value: Any, *, top: bool = True) -> Any:
     """Encode, make the array, take it apart, decode: what a call does with a value."""
     column = core._types_field("f", annotation, top=top)
-    array = core._types_cell(value, core._types_encoder(annotation, top=top), column.type)
+    array = core._types_cell(value, core._types_codec(annotation, top=top))
     assert array.type.equals(column.type)
     assert len(array) == 1
     array.validate(full=True)
     raw = array[0].as_py()
-    decode = core._types_decoder(annotation, top=top)
+    decode = core._types_codec(annotation, top=top).decode
     return raw if raw is None or decode is None else decode(raw)
 
 
@@ -515,21 +515,20 @@ REFUSED_VALUES: list[tuple[Any, Any]] = [
 @pytest.mark.parametrize(("annotation", "value"), REFUSED_VALUES)
 def test_values_that_do_not_fit(annotation: Any, value: Any) -> None:
     """Already on the sending side: nothing of it reaches the wire."""
-    column = core._types_field("f", annotation, top=True)
-    encode = core._types_encoder(annotation, top=True)
+    codec = core._types_codec(annotation, top=True)
     with pytest.raises((TypeError, ValueError, KeyError, OverflowError, pa.ArrowException)):
-        core._types_cell(value, encode, column.type)
+        core._types_cell(value, codec)
 
 
 def test_unknown_enum_text_is_sent_and_refused_by_the_reader() -> None:
-    assert core._types_encoder(Color, top=True)("purple") == "purple"
+    assert core._types_codec(Color, top=True).encode("purple") == "purple"
     with pytest.raises(KeyError, match="'purple' is not a valid Color name or value"):
         through(Color, "purple")
 
 
 def test_flag_combination_text() -> None:
     with pytest.raises(KeyError, match=r"is not a valid Perm name or value"):
-        core._types_encoder(Perm, top=True)(Perm.READ | Perm.WRITE)
+        core._types_codec(Perm, top=True).encode(Perm.READ | Perm.WRITE)
 
 
 # ---- receiving (types.md section 4)
@@ -539,29 +538,29 @@ def test_flag_combination_text() -> None:
     ("raw", "member"), [("RED", Color.RED), ("r", Color.RED), ("GREEN", Color.GREEN), ("AZURE", Color.BLUE)]
 )
 def test_enum_by_name_then_value(raw: str, member: Color) -> None:
-    assert core._types_decoder(Color, top=True)(raw) is member
+    assert core._types_codec(Color, top=True).decode(raw) is member
 
 
 @pytest.mark.parametrize("raw", [3, b"RED", 1.0, ["RED"]])
 def test_enum_wants_text(raw: Any) -> None:
     with pytest.raises(TypeError):
-        core._types_decoder(Color, top=True)(raw)
+        core._types_codec(Color, top=True).decode(raw)
 
 
 @pytest.mark.parametrize("raw", ["x", 1, [1]])
 def test_dataclass_wants_bytes(raw: Any) -> None:
     with pytest.raises(TypeError, match=f"^Expected bytes for Point deserialization, got {type(raw).__name__}$"):
-        core._types_decoder(Point, top=True)(raw)
+        core._types_codec(Point, top=True).decode(raw)
 
 
 def test_dataclass_parameter_refuses_no_bytes() -> None:
     with pytest.raises(pa.ArrowInvalid):
-        core._types_decoder(Point, top=True)(b"")
+        core._types_codec(Point, top=True).decode(b"")
 
 
 @pytest.mark.parametrize("annotation", [pa.Schema, pa.RecordBatch])
 def test_no_bytes_means_absent(annotation: Any) -> None:
-    assert core._types_decoder(annotation, top=True)(b"") is None
+    assert core._types_codec(annotation, top=True).decode(b"") is None
 
 
 def test_foreign_types_that_can_read_themselves() -> None:
@@ -580,7 +579,7 @@ def test_foreign_types_that_can_read_themselves() -> None:
     assert isinstance(through(annotation, Foreign()), Foreign)
     assert seen == [(b"me", core.IpcValidation.FULL)]
     with pytest.raises(TypeError, match="Expected bytes for Foreign deserialization, got str"):
-        core._types_decoder(annotation, top=True)("me")
+        core._types_codec(annotation, top=True).decode("me")
 
 
 @pytest.mark.parametrize(
