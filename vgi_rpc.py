@@ -2889,6 +2889,7 @@ class _TypesCodec(_NamedTuple):
     decode: _TypesConvert | None = None  # what as_py() gives, not None -> the value; None: as it is
     exact: frozenset[type] = frozenset()  # the types of values that `encode` gives back as they are
     plain: bool = False  # whether values of exactly the annotated types go into a layout as they are
+    built: pa.DataType | None = None  # the type with which pyarrow builds a cell, if it is another
 
     def cell(self, value: Any) -> Any:
         """Encode a value that may be None."""
@@ -3107,9 +3108,7 @@ def _types_raw(dtype: pa.DataType) -> _TypesCodec:
     """The codec of values of which only the Arrow type is known; they are read as pyarrow gives them."""
     of = pa.types
     if isinstance(dtype, pa.BaseExtensionType):
-        storage = _types_raw(dtype.storage_type)._replace(dtype=dtype)
-        is_uuid = dtype.extension_name == "arrow.uuid"
-        return storage._replace(encode=_types_chain(_types_uuid, storage.encode)) if is_uuid else storage
+        return _types_raw(dtype.storage_type)._replace(dtype=dtype)
     if of.is_dictionary(dtype) or of.is_run_end_encoded(dtype):
         return _types_raw(dtype.value_type)._replace(dtype=dtype)
     if of.is_map(dtype):
@@ -3118,7 +3117,7 @@ def _types_raw(dtype: pa.DataType) -> _TypesCodec:
         return _types_sequence(dtype, True, _types_child(dtype.value_field))
     if of.is_struct(dtype):
         fields = {field.name: _types_child(field) for field in dtype}
-        return _TypesCodec(dtype, True, functools.partial(_types_struct, fields))
+        return _TypesCodec(dtype, True, functools.partial(_types_struct, dict, "", fields))
     name = re.sub(r"large_|fixed_size_|_view|[<\d\[].*|^u", "", str(dtype))
     exact, encode = _TYPES_ENCODE.get(name, (None, _types_odd))
     if name in ("decimal", "timestamp"):
@@ -3130,14 +3129,14 @@ def _types_child(field: pa.Field[Any]) -> _TypesCodec:
     return _types_raw(field.type)._replace(nullable=field.nullable)
 
 
-def _types_struct(fields: Mapping[str, _TypesCodec], value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise _types_wrong("a dict", value)
-    return _types_named("", fields, lambda codec, name: codec.cell(value.get(name)))
+def _types_struct(kind: type, where: str, fields: Mapping[str, _TypesCodec], value: Any) -> dict[str, Any]:
+    """Encode the fields of a dict, or of an instance of the kind."""
+    get = value.get if isinstance(value, Mapping) else functools.partial(getattr, _types_made(kind, _types_odd, value))
+    return _types_named(where, fields, lambda codec, name: codec.cell(get(name)))
 
 
 def _types_wrong(wanted: str, value: Any) -> TypeError:
-    got = f"{value!s:.40}" if isinstance(value, float | decimal.Decimal) else type(value).__name__
+    got = f"{value!r:.40}" if isinstance(value, str | float | decimal.Decimal) else type(value).__name__
     return TypeError(f"expected {wanted}, got {got}")
 
 
@@ -3159,11 +3158,9 @@ def _types_made(kind: type | tuple[type, ...], make: _TypesConvert, value: Any) 
 
 
 def _types_bytes(value: Any) -> bytes:
+    if type(value).__name__ == "UUID":
+        return cast(bytes, value.bytes)
     return bytes(value.serialize_to_bytes()) if hasattr(value, "serialize_to_bytes") else _TYPES_BYTES(value)
-
-
-def _types_uuid(value: Any) -> Any:
-    return value.bytes if type(value).__name__ == "UUID" else value
 
 
 def _types_int(value: Any) -> int:
@@ -3343,6 +3340,7 @@ class _TypesSpec(_NamedTuple):
     schema: pa.Schema
     codecs: dict[str, _TypesCodec]  # of the columns
     defaults: dict[str, Callable[[], Any]]  # of fields that may be absent
+    encode: Callable[[Any], dict[str, Any]]  # an instance -> its cells
     template: _IpcCanonical | None  # None: pyarrow has to write it, and to read it
 
 
@@ -3376,7 +3374,7 @@ class ArrowSerializableDataclass:
         Raises TypeError, ValueError and the like for a value that is not what its field is annotated with.
         """
         spec = _types_spec(type(self))
-        cells = _types_cells(type(self), self)
+        cells = spec.encode(self)
         data = None if spec.template is None else spec.template.encode(list(cells.values()))
         return serialize_record_batch_bytes(_types_row_batch(self)) if data is None else b"".join(_ipc_pieces(data))
 
@@ -3449,7 +3447,8 @@ def _types_compile(cls: type[ArrowSerializableDataclass]) -> _TypesSpec:
         elif field.name not in defaults:
             raise TypeError(f"Transient field {where} must have a default value or default_factory")
     schema = pa.schema([pa.field(name, codec.dtype, nullable=codec.nullable) for name, codec in codecs.items()])
-    return _TypesSpec(schema, codecs, defaults, _ipc_template(schema, None))
+    encode = functools.partial(_types_struct, cls, f"{cls.__name__}.", codecs)
+    return _TypesSpec(schema, codecs, defaults, encode, _ipc_template(schema, None))
 
 
 def _types_check_decorated(cls: type, hints: Mapping[str, Any]) -> None:
@@ -3465,24 +3464,20 @@ def _types_record(
 ) -> tuple[pa.DataType, _TypesConvert | None, _TypesConvert | None]:
     """The type and the converters of a dataclass."""
     decode = functools.partial(_types_decode_record, cls)
+    if top and cls.serialize_to_bytes is ArrowSerializableDataclass.serialize_to_bytes:
+        _types_spec(cls)  # says now what is wrong with it
     if top or (dtype is not None and "binary" in str(dtype)):
         encode = functools.partial(_types_made, cls, lambda value: bytes(value.serialize_to_bytes()))
         return pa.binary() if top or dtype is None else dtype, encode, decode
-    own = pa.struct(list(_types_spec(cls).schema))
-    return own if dtype is None else dtype, functools.partial(_types_cells, cls), decode
-
-
-def _types_cells(cls: type, value: Any) -> dict[str, Any]:
-    """Encode the fields of an instance, or a dict of them."""
-    get = value.get if isinstance(value, dict) else functools.partial(getattr, _types_made(cls, _types_odd, value))
-    return _types_named(f"{cls.__name__}.", _types_spec(cls).codecs, lambda codec, name: codec.cell(get(name)))
+    spec = _types_spec(cls)
+    return pa.struct(list(spec.schema)) if dtype is None else dtype, spec.encode, decode
 
 
 def _types_row_batch(obj: ArrowSerializableDataclass) -> pa.RecordBatch:
     """The one-row batch of an instance."""
-    cls, spec = type(obj), _types_spec(type(obj))
-    cells = _types_cells(cls, obj)
-    arrays = _types_named(f"{cls.__name__}.", spec.codecs, lambda codec, name: _types_array(cells[name], codec.dtype))
+    spec, where = _types_spec(type(obj)), f"{type(obj).__name__}."
+    cells = spec.encode(obj)
+    arrays = _types_named(where, spec.codecs, lambda codec, name: _types_array(cells[name], codec.dtype))
     return pa.RecordBatch.from_arrays(list(arrays.values()), schema=spec.schema)
 
 
@@ -3539,17 +3534,13 @@ def _types_alike(declared: Any, got: Any) -> bool:
 
 def _types_restore(cls: type[_T], row: Mapping[str, Any]) -> _T:
     """Put an instance together from raw values, without `__init__`; a missing one takes the field's default."""
-    spec = _types_spec(cls)
-    found = cls.__new__(cls)
-    for name, codec in spec.codecs.items():
-        if name in row:
-            object.__setattr__(found, name, codec.value(row[name]))  # frozen or not
-        elif name not in spec.defaults:
-            missing = [name for name in spec.codecs if name not in row and name not in spec.defaults]
-            raise ValueError(f"Missing fields in {cls.__name__} RecordBatch: {missing}. Found: {list(row)}")
-    for name, default in spec.defaults.items():
-        if name not in spec.codecs or name not in row:
-            object.__setattr__(found, name, default())
+    spec, found = _types_spec(cls), cls.__new__(cls)
+    values = {name: codec.value(row[name]) for name, codec in spec.codecs.items() if name in row}
+    if missing := [name for name in spec.codecs if name not in row and name not in spec.defaults]:
+        raise ValueError(f"Missing fields in {cls.__name__} RecordBatch: {missing}. Found: {list(row)}")
+    values.update((name, default()) for name, default in spec.defaults.items() if name not in values)
+    for name, value in values.items():
+        object.__setattr__(found, name, value)  # frozen or not
     return found
 
 
