@@ -83,7 +83,7 @@ import time
 import types
 import typing
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 if sys.version_info < (3, 11):  # noqa: UP036 (a copied file has no installer that checks it)
     raise ImportError(f"vgi_rpc needs Python 3.11 or newer; this is {sys.version.split()[0]} ({sys.executable})")
@@ -2893,6 +2893,8 @@ class _TypesCodec(_NamedTuple):
 
     def cell(self, value: Any) -> Any:
         """Encode a value that may be None."""
+        if type(value) in self.exact:
+            return value
         if value is None and not self.nullable:
             raise TypeError("got None; annotate T | None to allow it")
         return None if value is None else self.encode(value)
@@ -3142,9 +3144,12 @@ def _types_wrong(wanted: str, value: Any) -> TypeError:
 
 def _types_odd(value: Any) -> Any:
     """What a member of StrEnum or IntEnum and a scalar of Arrow or NumPy stand for."""
+    module = type(value).__module__
+    if module == "builtins":
+        return value
     if isinstance(value, enum.Enum) and isinstance(value, str | bytes | int | float):
         return value.value
-    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () and value.dtype.kind not in "mM":
+    if module == "numpy" and getattr(value, "shape", None) == () and value.dtype.kind not in "mM":
         return value.item()
     return value.as_py() if isinstance(value, pa.Scalar) else value
 
@@ -3172,12 +3177,14 @@ def _types_int(value: Any) -> int:
     raise _types_wrong("int", value)
 
 
-def _types_float(digits: int, value: Any) -> float:
-    """Ints of at most `digits` binary digits are exact."""
+def _types_float(limit: int, value: Any) -> float:
+    """Ints up to `limit` are exact."""
     value = _types_odd(value)
-    if isinstance(value, int) and abs(value) > 2**digits:
-        raise ValueError(f"expected float, got an int beyond 2**{digits}, which no such float holds exactly")
-    return cast(float, _types_made((float, int), float, value))
+    if not isinstance(value, (float, int)):
+        raise _types_wrong("float", value)
+    if isinstance(value, int) and abs(value) > limit:
+        raise ValueError(f"expected float, got an int beyond {limit}, which it may not hold exactly")
+    return float(value)
 
 
 def _types_decimal(dtype: Any, value: Any) -> decimal.Decimal:
@@ -3211,9 +3218,9 @@ _TYPES_ENCODE: dict[str, tuple[type | None, Callable[..., Any]]] = {
     "string": (str, functools.partial(_types_made, str, str.__str__)),
     "binary": (bytes, _types_bytes),
     "int": (int, _types_int),
-    "halffloat": (float, functools.partial(_types_float, 11)),
-    "float": (float, functools.partial(_types_float, 24)),
-    "double": (float, functools.partial(_types_float, 53)),
+    "halffloat": (float, functools.partial(_types_float, 2**11)),
+    "float": (float, functools.partial(_types_float, 2**24)),
+    "double": (float, functools.partial(_types_float, 2**53)),
     "bool": (bool, functools.partial(_types_made, bool, bool)),
     "decimal": (None, _types_decimal),
     "timestamp": (None, lambda dtype, value: _types_temporal(datetime.datetime, dtype.tz is not None, value)),
@@ -3388,7 +3395,8 @@ class ArrowSerializableDataclass:
         spec = _types_spec(cls)
         found = None if spec.template is None else spec.template.match(data, 0)
         if found is not None and found[1] == len(data):
-            return _types_restore(cls, dict(zip(spec.codecs, found[0], strict=True)))
+            row = dict(zip(spec.codecs, found[0], strict=True))
+            return _types_restore(cls, row, row.__getitem__)
         return _types_from_batch(cls, _types_read(data, ipc_validation)[1] if data else empty_batch(EMPTY_SCHEMA))
 
     @classmethod
@@ -3483,38 +3491,37 @@ def _types_row_batch(obj: ArrowSerializableDataclass) -> pa.RecordBatch:
 
 def _types_decode_record(cls: type[ArrowSerializableDataclass], value: Any) -> Any:
     if isinstance(value, dict):
-        return _types_restore(cls, value)
+        return _types_restore(cls, value, value.__getitem__)
     if value == b"":
         raise pa.ArrowInvalid(f"no bytes where an IPC stream of {cls.__name__} is expected")
     return _types_decode_bytes(cls, value)
 
 
 def _types_from_batch(cls: type[_T], batch: pa.RecordBatch) -> _T:
-    row: dict[str, Any] = dict.fromkeys(batch.schema.names)
-    if row and batch.num_rows == 0:
+    names = batch.schema.names
+    if names and batch.num_rows == 0:
         raise ValueError(f"Cannot deserialize {cls.__name__} from empty RecordBatch")
-    if row and batch.num_rows > 1:
+    if names and batch.num_rows > 1:
         raise ValueError(
             f"Expected single-row RecordBatch for {cls.__name__} deserialization, got {batch.num_rows} rows"
         )
-    if len(row) < batch.num_columns:
-        raise ValueError(f"Repeated columns in {cls.__name__} RecordBatch: {batch.schema.names}")
-    for name in row.keys() & _types_spec(cls).codecs:
-        try:
-            row[name] = _types_value(batch.select([name]), _types_spec(cls).codecs[name].dtype)
-        except TypeError as exc:
-            raise TypeError(f"{cls.__name__}.{name}: {exc}") from exc
-        except OverflowError as exc:  # a date that Python cannot say
-            raise ValueError(f"{cls.__name__}.{name}: {exc}") from exc
-    return _types_restore(cls, row)
+    if len(set(names)) < len(names):
+        raise ValueError(f"Repeated columns in {cls.__name__} RecordBatch: {names}")
+    return _types_restore(cls, names, functools.partial(_types_value, cls, batch))
 
 
-def _types_value(column: pa.RecordBatch, declared: pa.DataType) -> Any:
+def _types_value(cls: type, batch: pa.RecordBatch, name: str) -> Any:
     """The value of a peer's column: its type is compared, and what it unfolds into counted, before it is read."""
-    limits = _ipc_limits.get()
-    if not _types_alike(declared, column.schema.field(0).type):
-        column = _ipc_fit(column, pa.schema([pa.field(column.schema.names[0], declared)]), limits)
-    return _ipc_unfold(column.column(0), limits)[0].as_py()
+    declared, limits = _types_spec(cls).codecs[name].dtype, _ipc_limits.get()
+    column = batch.select([name])
+    try:
+        if not _types_alike(declared, column.schema.field(0).type):
+            column = _ipc_fit(column, pa.schema([pa.field(name, declared)]), limits)
+        return _ipc_unfold(column.column(0), limits)[0].as_py()
+    except TypeError as exc:
+        raise TypeError(f"{cls.__name__}.{name}: {exc}") from exc
+    except OverflowError as exc:  # a date that Python cannot say
+        raise ValueError(f"{cls.__name__}.{name}: {exc}") from exc
 
 
 def _types_alike(declared: Any, got: Any) -> bool:
@@ -3532,12 +3539,12 @@ def _types_alike(declared: Any, got: Any) -> bool:
     return bool(declared.equals(got))
 
 
-def _types_restore(cls: type[_T], row: Mapping[str, Any]) -> _T:
+def _types_restore(cls: type[_T], names: Collection[str], get: Callable[[str], Any]) -> _T:
     """Put an instance together from raw values, without `__init__`; a missing one takes the field's default."""
     spec, found = _types_spec(cls), cls.__new__(cls)
-    values = {name: codec.value(row[name]) for name, codec in spec.codecs.items() if name in row}
-    if missing := [name for name in spec.codecs if name not in row and name not in spec.defaults]:
-        raise ValueError(f"Missing fields in {cls.__name__} RecordBatch: {missing}. Found: {list(row)}")
+    if missing := [name for name in spec.codecs if name not in names and name not in spec.defaults]:
+        raise ValueError(f"Missing fields in {cls.__name__} RecordBatch: {missing}. Found: {list(names)}")
+    values = {name: codec.value(get(name)) for name, codec in spec.codecs.items() if name in names}
     values.update((name, default()) for name, default in spec.defaults.items() if name not in values)
     for name, value in values.items():
         object.__setattr__(found, name, value)  # frozen or not
@@ -5461,7 +5468,7 @@ class _WirePlan:
             _types_raw(dtype) if raw else _types_codec(info.param_types[name], top=True)
             for name, dtype in zip(self.names, self.types, strict=True)
         ]
-        self.encoders = tuple(codec.encode for codec in codecs)
+        self.encoders = tuple(codec.cell for codec in codecs)
         self.decoders = [
             (name, codec.decode) for name, codec in zip(self.names, codecs, strict=True) if codec.decode is not None
         ]
@@ -5469,7 +5476,7 @@ class _WirePlan:
         self.plain = all(codec.plain for codec in codecs)
         result = _types_codec(info.result_type, top=True) if info.has_return and not raw else None
         self.plain_result = result is not None and result.plain
-        self.encode_result = None if result is None else result.encode
+        self.encode_result = None if result is None else result.cell
         self.decode_result = None if result is None else result.decode
         self.result_nullable = info.has_return and info.result_schema.field(0).nullable
         self.metadata = _wire_request_metadata(info.name, protocol, version)
@@ -5587,12 +5594,10 @@ def _wire_cells(plan: _WirePlan, values: Sequence[Any]) -> list[Any]:
     """Convert arguments to what a template or pa.array takes."""
     cells = []
     for i, value in enumerate(values):
-        if value is not None:
-            try:
-                value = plan.encoders[i](value)
-            except Exception as exc:
-                raise _wire_bad_argument(plan, i, exc) from exc
-        cells.append(value)
+        try:
+            cells.append(plan.encoders[i](value))
+        except Exception as exc:
+            raise _wire_bad_argument(plan, i, exc) from exc
     return cells
 
 
