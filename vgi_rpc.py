@@ -3172,7 +3172,7 @@ def _types_int(value: Any) -> int:
     value = _types_odd(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return int(value)
-    if isinstance(value, float | decimal.Decimal) and -(2**64) < value < 2**64 and value == int(value):
+    if isinstance(value, float | decimal.Decimal) and abs(float(value)) < 2**64 and value == int(value):
         return int(value)
     raise _types_wrong("int", value)
 
@@ -3255,7 +3255,9 @@ def _types_encode_enum(cls: type[enum.Enum], value: Any) -> str:
         if value.name is None or value.name not in cls.__members__:  # a combination of flags has no name of its own
             raise KeyError(f"{value.name!r} is not a valid {cls.__name__} name or value")
         return value.name
-    return cast(str, _TYPES_ENCODE["string"][1](value))
+    if not isinstance(value, str):
+        raise _types_wrong(cls.__name__, value)
+    return str.__str__(value)
 
 
 def _types_decode_enum(cls: type[enum.Enum], value: Any) -> enum.Enum:
