@@ -529,7 +529,7 @@ REFUSED_VALUES: list[tuple[Any, Any]] = [
     (dt.timedelta, 5),
     (dt.datetime, dt.date(2020, 1, 1)),
     (dt.date, NOON),
-    (dt.datetime, numpy.datetime64("NaT")),
+    (dt.datetime, numpy.datetime64("NaT", "us")),
     (UTC, NOON),
     (NAIVE, NOON.replace(tzinfo=EAST)),
     (dt.time, dt.time(12, tzinfo=EAST)),
