@@ -60,7 +60,7 @@ def test_every_reader_validates_fully_by_default() -> None:
         lambda: cls.deserialize_from_batch(invalid_utf8()),
         lambda: core.deserialize_record_batch(bad_stream()),
         lambda: core.read_single_record_batch(io.BytesIO(bad_stream())),
-        lambda: core._types_decoder(pa.RecordBatch, top=True)(bad_stream()),
+        lambda: core._types_codec(pa.RecordBatch, top=True).decode(bad_stream()),
     ):
         with pytest.raises(core.IPCError, match="IPC batch validation failed"):
             read()
