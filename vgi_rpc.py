@@ -10232,7 +10232,7 @@ class _ClientStream(StreamSession):
                 f"{self._plan.name}(): all inputs of a stream have one schema: it began with"
                 f" {_log_schema(writer.schema)}, now {_log_schema(batch.schema)}"
             )
-        about = _client_metadata(self._plan, metadata)
+        about = _client_metadata(self._plan, batch, metadata)
         _client_write_input(self._plan, writer, *maybe_write_to_shm(batch, about, self._channel.shm))
         return writer.take()
 
@@ -10374,10 +10374,17 @@ def _client_write_input(
 
 
 def _client_metadata(
-    plan: _WirePlan, metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None
+    plan: _WirePlan, batch: pa.RecordBatch, metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None
 ) -> pa.KeyValueMetadata | None:
+    """What a caller says about an input, as it travels; one that he has stored himself keeps its pointer."""
+    if not metadata:
+        return None
+    pointer = {}
     try:
-        return encode_metadata(metadata) if metadata else None
+        if is_external_location_batch(batch, metadata):
+            pointer = {key: metadata[key] for key in (LOCATION_KEY, LOCATION_SHA256_KEY) if key in metadata}
+            metadata = {key: value for key, value in metadata.items() if key not in pointer}
+        return merge_metadata(encode_metadata(metadata), pointer)
     except (TypeError, ValueError, AttributeError) as exc:
         raise RpcArgumentError(f"{plan.name}(): {exc}") from exc
 
@@ -10532,9 +10539,11 @@ class StreamCall:
         writer.close()
         return writer.take()
 
-    def encoded(self, metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None) -> dict[bytes, bytes]:
+    def encoded(
+        self, batch: pa.RecordBatch, metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None
+    ) -> dict[bytes, bytes]:
         """Return what the caller says about an input as it travels; RpcArgumentError for what is not his to say."""
-        return dict(_client_metadata(self._plan, metadata) or {})
+        return dict(_client_metadata(self._plan, batch, metadata) or {})
 
     def read_opening(self, body: bytes) -> StreamReply:
         """Read the answer to the request: the header stream, if the method has one, and the first turn.
