@@ -1865,6 +1865,8 @@ def _ipc_read_schema(message: bytes, max_columns: int, max_nesting: int) -> _Ipc
     try:
         _ipc_measure_schema(message[8:], max_columns, max_nesting)
         schema = ipc.read_schema(pa.py_buffer(message))
+        if any([_ipc_holds(dtype, _ipc_is_unknown) for dtype in schema.types]):
+            raise IPCError(f"pyarrow has no Python class for a type of the schema {schema}"[:500])
         hollow = tuple(i for i, dtype in enumerate(schema.types) if _ipc_holds(dtype, _ipc_is_hollow))
         return _IpcSchema(schema, _ipc_has_dictionaries(schema), hollow)
     except (struct.error, IndexError) as exc:
@@ -2043,6 +2045,11 @@ def _ipc_check_unfolded(size: int, arrived: int, limits: IpcLimits) -> None:
 def _ipc_is_folded(dtype: pa.DataType) -> bool:
     kinds = "_view", "dictionary", "run_end", "_union"
     return _ipc_is_hollow(dtype) or any(kind in str(dtype).partition("<")[0] for kind in kinds)
+
+
+def _ipc_is_unknown(dtype: pa.DataType) -> bool:
+    """Whether pyarrow reads arrays of the type and raises KeyError when one is looked at."""
+    return dtype.id in (pa.lib.Type_INTERVAL_MONTHS, pa.lib.Type_INTERVAL_DAY_TIME)
 
 
 def _ipc_is_hollow(dtype: pa.DataType) -> bool:
@@ -8398,7 +8405,7 @@ class _ServerStream:
 
     def _turns(self) -> None:
         """Answer to the end of both streams. What cannot be answered ends the connection, never the server."""
-        channel, failure = self._channel, None
+        channel, failure, ended = self._channel, None, False
         try:
             self._write_logs(self._out)
             try:
@@ -8406,9 +8413,11 @@ class _ServerStream:
                 failure = self._loop(reader)
             except IPCError as exc:  # an input that makes no sense, in frames that do
                 self._fail(exc)
+                ended = True
                 self._end()
                 _ipc_drain(channel)
                 return
+            ended = True
             self._end()
             reader.drain()
         except (EOFError, ConnectionError):
@@ -8416,8 +8425,9 @@ class _ServerStream:
         except Exception as exc:  # the caller's bytes, or what cannot be written: _loop has caught the application's
             _LOG_RPC.warning("Ending a connection: %s: %s", type(exc).__name__, exception_str(exc))
             with contextlib.suppress(Exception):
-                self._fail(exc)
-                self._end()
+                if not ended:  # else the peer would read the rest as its next answer
+                    self._fail(exc)
+                    self._end()
             raise _ServerHangUp from exc
         self._connection._obey(failure)
 
