@@ -2889,7 +2889,6 @@ class _TypesCodec(_NamedTuple):
     decode: _TypesConvert | None = None  # what as_py() gives, not None -> the value; None: as it is
     exact: frozenset[type] = frozenset()  # the types of values that `encode` gives back as they are
     plain: bool = False  # whether values of exactly the annotated types go into a layout as they are
-    built: pa.DataType | None = None  # the type with which pyarrow builds a cell, if it is another
 
     def cell(self, value: Any) -> Any:
         """Encode a value that may be None."""
@@ -2980,7 +2979,7 @@ def _types_codec(annotation: Any, dtype: pa.DataType | None = None, *, top: bool
         own, (encode, decode) = _types_infer(core) if dtype is None else dtype, _types_converters(core)
     raw = _types_raw(own)
     if encode is None:
-        return raw._replace(nullable=nullable, decode=decode, plain=core in raw.exact)
+        return raw._replace(dtype=own, nullable=nullable, decode=decode, plain=core in raw.exact)
     return _TypesCodec(own, nullable, encode if dtype is None else _types_chain(encode, raw.encode), decode)
 
 
@@ -3033,7 +3032,7 @@ def _types_converters(core: Any) -> tuple[_TypesConvert | None, _TypesConvert | 
     if isinstance(core, type) and issubclass(core, enum.Enum):
         return partial(_types_encode_enum, core), partial(_types_decode_enum, core)
     if isinstance(core, type) and hasattr(core, "deserialize_from_bytes"):
-        return None, partial(_types_decode_bytes, core)
+        return None, partial(_types_decode_bytes, core, IpcValidation.FULL)
     return None, None
 
 
@@ -3133,6 +3132,7 @@ def _types_child(field: pa.Field[Any]) -> _TypesCodec:
 
 def _types_struct(kind: type, where: str, fields: Mapping[str, _TypesCodec], value: Any) -> dict[str, Any]:
     """Encode the fields of a dict, or of an instance of the kind."""
+    value = _types_odd(value)
     get = value.get if isinstance(value, Mapping) else functools.partial(getattr, _types_made(kind, _types_odd, value))
     return _types_named(where, fields, lambda codec, name: codec.cell(get(name)))
 
@@ -3236,7 +3236,8 @@ def _types_checked(data: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]
     found = dict(data)
     for field in schema:
         column = found.get(field.name)
-        if column is not None and not hasattr(column, "type") and _ipc_holds(field.type, _types_is_risky):
+        ready = column is None or isinstance(column, pa.Array | pa.ChunkedArray)
+        if not ready and _ipc_holds(field.type, _types_is_risky):
             found[field.name] = _types_raw(pa.list_(field)).encode(column)
     return found
 
@@ -3272,11 +3273,12 @@ def _types_decode_enum(cls: type[enum.Enum], value: Any) -> enum.Enum:
         raise KeyError(f"{value!r} is not a valid {cls.__name__} name or value") from None
 
 
-def _types_decode_bytes(cls: Any, value: Any) -> Any:
+def _types_decode_bytes(cls: Any, *validation_and_value: Any) -> Any:
     """Of a dataclass, or of another class that reads itself."""
+    *validation, value = validation_and_value
     if not isinstance(value, bytes):
         raise TypeError(f"Expected bytes for {cls.__name__} deserialization, got {type(value).__name__}")
-    return cls.deserialize_from_bytes(value, IpcValidation.FULL)
+    return cls.deserialize_from_bytes(value, *validation)
 
 
 def _types_decode_schema(value: Any) -> pa.Schema | None:
@@ -3385,7 +3387,9 @@ class ArrowSerializableDataclass:
         spec = _types_spec(type(self))
         cells = spec.encode(self)
         data = None if spec.template is None else spec.template.encode(list(cells.values()))
-        return serialize_record_batch_bytes(_types_row_batch(self)) if data is None else b"".join(_ipc_pieces(data))
+        return (
+            serialize_record_batch_bytes(_types_row_batch(self, cells)) if data is None else b"".join(_ipc_pieces(data))
+        )
 
     @classmethod
     def deserialize_from_bytes(cls, data: bytes, ipc_validation: IpcValidation = IpcValidation.FULL) -> Self:
@@ -3394,7 +3398,7 @@ class ArrowSerializableDataclass:
         Raises ValueError (no row, several rows, missing fields), IPCError or pa.ArrowInvalid (not a valid stream),
         KeyError (unknown enum name), TypeError (a column of another type).
         """
-        spec = _types_spec(cls)
+        spec, data = _types_spec(cls), bytes(data)
         found = None if spec.template is None else spec.template.match(data, 0)
         if found is not None and found[1] == len(data):
             row = dict(zip(spec.codecs, found[0], strict=True))
@@ -3483,10 +3487,10 @@ def _types_record(
     return pa.struct(list(spec.schema)) if dtype is None else dtype, spec.encode, decode
 
 
-def _types_row_batch(obj: ArrowSerializableDataclass) -> pa.RecordBatch:
+def _types_row_batch(obj: ArrowSerializableDataclass, encoded: Mapping[str, Any] | None = None) -> pa.RecordBatch:
     """The one-row batch of an instance."""
     spec, where = _types_spec(type(obj)), f"{type(obj).__name__}."
-    cells = spec.encode(obj)
+    cells = spec.encode(obj) if encoded is None else encoded
     arrays = _types_named(where, spec.codecs, lambda codec, name: _types_array(cells[name], codec.dtype))
     return pa.RecordBatch.from_arrays(list(arrays.values()), schema=spec.schema)
 
@@ -5520,7 +5524,7 @@ class _WirePlan:
             return None if value is not None and self.info.returns_undeclared else template.encode(())
         if self.plain_result and (data := template.encode((value,))) is not None:
             return data
-        if value is not None and self.encode_result is not None:
+        if value is not None and self.encode_result is not None and not hasattr(value, "__next__"):  # iterate once
             try:
                 value = self.encode_result(value)
             except Exception:  # the other path says what is wrong
