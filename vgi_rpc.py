@@ -2980,7 +2980,9 @@ def _types_codec(annotation: Any, dtype: pa.DataType | None = None, *, top: bool
     raw = _types_raw(own)
     if encode is None:
         return raw._replace(dtype=own, nullable=nullable, decode=decode, plain=core in raw.exact)
-    return _TypesCodec(own, nullable, encode if dtype is None else _types_chain(encode, raw.encode), decode)
+    if dtype is None:
+        return _TypesCodec(own, nullable, encode, decode)
+    return _TypesCodec(own, nullable, lambda value: raw.encode(encode(value)), decode)
 
 
 def _types_infer(core: Any) -> pa.DataType:
@@ -3036,10 +3038,6 @@ def _types_converters(core: Any) -> tuple[_TypesConvert | None, _TypesConvert | 
     return None, None
 
 
-def _types_chain(first: _TypesConvert, second: _TypesConvert) -> _TypesConvert:
-    return lambda value: second(first(value))
-
-
 # ---- containers: the same for annotations and for Arrow types
 
 
@@ -3049,7 +3047,7 @@ def _types_sequence(dtype: pa.DataType, nullable: bool, item: _TypesCodec, origi
             return value
         if isinstance(value, (*_TYPES_TEXTS, Mapping)):
             raise _types_wrong("a list", value)
-        return _types_each(item.cell, iter(value))
+        return _types_each(item.cell, "element ", enumerate(value))
 
     def decode(value: Any) -> Any:
         return origin(value if item.decode is None else map(item.value, value))
@@ -3069,7 +3067,7 @@ def _types_mapping(dtype: pa.DataType, nullable: bool, key: _TypesCodec, item: _
             return list(value.items())
         if isinstance(value, _TYPES_TEXTS):
             raise _types_wrong("a dict", value)
-        return _types_each(entry, iter(value.items() if isinstance(value, Mapping) else value))
+        return _types_each(entry, "entry ", enumerate(value.items() if isinstance(value, Mapping) else value))
 
     def decode(value: Any) -> dict[Any, Any]:
         if key.decode is None and item.decode is None:
@@ -3079,24 +3077,14 @@ def _types_mapping(dtype: pa.DataType, nullable: bool, key: _TypesCodec, item: _
     return _TypesCodec(dtype, nullable, encode, decode, plain=key.plain and item.plain)
 
 
-def _types_each(convert: _TypesConvert, values: Iterator[Any]) -> list[Any]:
+def _types_each(convert: _TypesConvert, where: str, values: Iterable[tuple[Any, Any]]) -> list[Any]:
+    """Convert values that have a place each, which an error notes."""
     found: list[Any] = []
-    try:
-        for value in values:
-            found.append(convert(value))
-    except Exception as exc:
-        exc.add_note(f"in element {len(found)}")
-        raise
-    return found
-
-
-def _types_named(where: str, codecs: Mapping[str, _TypesCodec], convert: Callable[..., Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, codec in codecs.items():
+    for place, value in values:
         try:
-            found[name] = convert(codec, name)
+            found.append(convert(value))
         except Exception as exc:
-            exc.add_note(f"in field {where}{name}")
+            exc.add_note(f"in {where}{place}")
             raise
     return found
 
@@ -3134,7 +3122,8 @@ def _types_struct(kind: type, where: str, fields: Mapping[str, _TypesCodec], val
     """Encode the fields of a dict, or of an instance of the kind."""
     value = _types_odd(value)
     get = value.get if isinstance(value, Mapping) else functools.partial(getattr, _types_made(kind, _types_odd, value))
-    return _types_named(where, fields, lambda codec, name: codec.cell(get(name)))
+    cells = _types_each(lambda name: fields[name].cell(get(name)), f"field {where}", zip(fields, fields, strict=True))
+    return dict(zip(fields, cells, strict=True))
 
 
 def _types_wrong(wanted: str, value: Any) -> TypeError:
@@ -3353,6 +3342,7 @@ class _TypesSpec(_NamedTuple):
     defaults: dict[str, Callable[[], Any]]  # of fields that may be absent
     encode: Callable[[Any], dict[str, Any]]  # an instance -> its cells
     template: _IpcCanonical | None  # None: pyarrow has to write it, and to read it
+    plain: _IpcCanonical | None  # the same, if it takes values as they are
 
 
 class _TypesSchema:
@@ -3385,11 +3375,13 @@ class ArrowSerializableDataclass:
         Raises TypeError, ValueError and the like for a value that is not what its field is annotated with.
         """
         spec = _types_spec(type(self))
-        cells = spec.encode(self)
-        data = None if spec.template is None else spec.template.encode(list(cells.values()))
-        return (
-            serialize_record_batch_bytes(_types_row_batch(self, cells)) if data is None else b"".join(_ipc_pieces(data))
-        )
+        data = None if spec.plain is None else spec.plain.encode([getattr(self, name) for name in spec.codecs])
+        if data is None:
+            cells = spec.encode(self)
+            data = None if spec.template is None else spec.template.encode(list(cells.values()))
+            if data is None:
+                return serialize_record_batch_bytes(_types_row_batch(self, cells))
+        return b"".join(_ipc_pieces(data))
 
     @classmethod
     def deserialize_from_bytes(cls, data: bytes, ipc_validation: IpcValidation = IpcValidation.FULL) -> Self:
@@ -3462,7 +3454,9 @@ def _types_compile(cls: type[ArrowSerializableDataclass]) -> _TypesSpec:
             raise TypeError(f"Transient field {where} must have a default value or default_factory")
     schema = pa.schema([pa.field(name, codec.dtype, nullable=codec.nullable) for name, codec in codecs.items()])
     encode = functools.partial(_types_struct, cls, f"{cls.__name__}.", codecs)
-    return _TypesSpec(schema, codecs, defaults, encode, _ipc_template(schema, None))
+    template = _ipc_template(schema, None)
+    plain = all(codec.plain for codec in codecs.values())
+    return _TypesSpec(schema, codecs, defaults, encode, template, template if plain else None)
 
 
 def _types_check_decorated(cls: type, hints: Mapping[str, Any]) -> None:
@@ -3489,10 +3483,14 @@ def _types_record(
 
 def _types_row_batch(obj: ArrowSerializableDataclass, encoded: Mapping[str, Any] | None = None) -> pa.RecordBatch:
     """The one-row batch of an instance."""
-    spec, where = _types_spec(type(obj)), f"{type(obj).__name__}."
+    spec = _types_spec(type(obj))
     cells = spec.encode(obj) if encoded is None else encoded
-    arrays = _types_named(where, spec.codecs, lambda codec, name: _types_array(cells[name], codec.dtype))
-    return pa.RecordBatch.from_arrays(list(arrays.values()), schema=spec.schema)
+    arrays = _types_each(
+        lambda name: _types_array(cells[name], spec.codecs[name].dtype),
+        f"field {type(obj).__name__}.",
+        zip(cells, cells, strict=True),
+    )
+    return pa.RecordBatch.from_arrays(arrays, schema=spec.schema)
 
 
 def _types_decode_record(cls: type[ArrowSerializableDataclass], value: Any) -> Any:
@@ -3505,11 +3503,13 @@ def _types_decode_record(cls: type[ArrowSerializableDataclass], value: Any) -> A
 
 def _types_from_batch(cls: type[_T], batch: pa.RecordBatch) -> _T:
     names = batch.schema.names
-    if names and batch.num_rows == 0:
-        raise ValueError(f"Cannot deserialize {cls.__name__} from empty RecordBatch")
-    if names and batch.num_rows > 1:
+    if names and batch.num_rows != 1:
+        few, many = (
+            f"Cannot deserialize {cls.__name__} from empty",
+            f"Expected single-row RecordBatch for {cls.__name__}",
+        )
         raise ValueError(
-            f"Expected single-row RecordBatch for {cls.__name__} deserialization, got {batch.num_rows} rows"
+            f"{many} deserialization, got {batch.num_rows} rows" if batch.num_rows else f"{few} RecordBatch"
         )
     if len(set(names)) < len(names):
         raise ValueError(f"Repeated columns in {cls.__name__} RecordBatch: {names}")

@@ -591,7 +591,7 @@ def test_values_that_do_not_fit(annotation: Any, value: Any) -> None:
     ("annotation", "value", "says"),
     [
         (list[int], [1, "x"], "expected int, got 'x', in element 1"),
-        (dict[str, list[int]], {"a": [1], "b": [1.5]}, "expected int, got 1.5, in element 0, in element 1"),
+        (dict[str, list[int]], {"a": [1], "b": [1.5]}, "expected int, got 1.5, in element 0, in entry 1"),
         (list[str], "abc", "expected a list, got 'abc'"),
         (list[Point], [Point(None)], "got None; annotate T | None to allow it, in field Point.x, in element 0"),
         (float, 2**60, "expected float, got an int beyond 9007199254740992, which it may not hold exactly"),
