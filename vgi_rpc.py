@@ -1481,7 +1481,7 @@ class _IpcReader:
             return None
         source.pos += size
         if learned.tick:
-            return empty_batch(self.schema)
+            return empty_batch(EMPTY_SCHEMA)
         return self._batch(data if len(data) == size else data[pos : pos + size])
 
     def tick_waits(self) -> bool:
@@ -1684,13 +1684,6 @@ def _ipc_message(source: _IpcSource) -> _IpcMessage | None:
     return _IpcMessage(about.kind, data, about.metadata)
 
 
-def _ipc_drain(source: _IpcSource) -> None:
-    """Consume messages without keeping them, up to and with the end-of-stream marker."""
-    while size := _ipc_metadata_size(source):
-        meta = bytes(source.take(8 + size, 8 + size))[8:]
-        source.skip(_ipc_parse(meta, source.limits).body)
-
-
 def _ipc_head(message: _IpcPiece, batch: pa.RecordBatch) -> _IpcHead | None:
     """How a batch message without custom metadata begins; None when it has parts that a head does not know."""
     meta = bytes(memoryview(message)[: 8 + _IPC_I32(message, 4)[0]])
@@ -1712,6 +1705,18 @@ def _ipc_dictionary(message: _IpcPiece) -> tuple[int, bool]:
         return (_IPC_I64(meta, number)[0] if number else 0), bool(delta and meta[delta])
     except (struct.error, IndexError) as exc:
         raise pa.ArrowInvalid("malformed flatbuffer in a dictionary message") from exc
+
+
+def _ipc_drain(source: _IpcSource, most: int | None = None) -> None:
+    """Consume messages without keeping them, up to and with the end-of-stream marker; EOFError after `most` of them."""
+    for count in itertools.count():
+        size = _ipc_metadata_size(source)
+        if size == 0:
+            return
+        if count == most:
+            raise EOFError(f"gave up after {most} messages that nobody wanted")
+        meta = bytes(source.take(8 + size, 8 + size))[8:]
+        source.skip(_ipc_parse(meta, source.limits).body)
 
 
 def _ipc_metadata_size(source: _IpcSource) -> int:
@@ -1868,7 +1873,7 @@ def _ipc_read_schema(message: bytes, max_columns: int, max_nesting: int) -> _Ipc
         return _IpcSchema(schema, _ipc_has_dictionaries(schema), hollow)
     except (struct.error, IndexError) as exc:
         raise IPCError("malformed flatbuffer in a schema message") from exc
-    except (pa.ArrowException, ValueError) as exc:
+    except (pa.ArrowException, OSError, ValueError) as exc:
         raise IPCError(f"a schema message is malformed: {exc}") from exc
 
 
@@ -1978,7 +1983,8 @@ def _ipc_fit(batch: pa.RecordBatch, schema: pa.Schema, limits: IpcLimits) -> pa.
         size += _ipc_cast_size(column, field.type)
     _ipc_check_unfolded(size, batch.get_total_buffer_size(), limits)
     try:
-        columns = [column.cast(field.type) for field, column in zip(schema, batch.columns, strict=True)]
+        pairs = zip(schema.types, batch.columns, strict=True)  # casting to the same type is not always the same
+        columns = [column if column.type.equals(dtype) else column.cast(dtype) for dtype, column in pairs]
         found = pa.RecordBatch.from_arrays(columns, schema=schema)
     except (pa.ArrowException, ValueError) as exc:
         raise TypeError(f"a value does not fit: {exc}") from exc
@@ -2167,11 +2173,41 @@ def empty_batch(schema: pa.Schema) -> pa.RecordBatch:
     known = _types_empty.get(id(schema))
     if known is not None:
         return known[1]
-    batch = pa.RecordBatch.from_arrays([pa.nulls(0, field.type) for field in schema], schema=schema)
+    batch = _ipc_empty(schema)
     if len(_types_empty) >= _TYPES_EMPTY_MAX:
         _types_empty.clear()
     _types_empty[id(schema)] = schema, batch  # the schema stays alive, so its id is not reused
     return batch
+
+
+def _ipc_empty(schema: pa.Schema) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays([_ipc_empty_array(field.type) for field in schema], schema=schema)
+
+
+def _ipc_empty_array(dtype: pa.DataType) -> pa.Array[Any]:
+    """Build an array without values. pa.nulls() is wrong for run ends inside others, and aborts for some unions."""
+    if isinstance(dtype, pa.BaseExtensionType):
+        return pa.ExtensionArray.from_storage(dtype, _ipc_empty_array(dtype.storage_type))
+    if not _ipc_is_odd(dtype):
+        return pa.nulls(0, dtype)
+    if isinstance(dtype, pa.DictionaryType):
+        index, values = _ipc_empty_array(dtype.index_type), _ipc_empty_array(dtype.value_type)
+        return pa.DictionaryArray.from_arrays(index, values, ordered=dtype.ordered)
+    children = [_ipc_empty_array(dtype.field(i).type) for i in range(dtype.num_fields)]
+    return pa.Array.from_buffers(dtype, 0, [None, *[pa.py_buffer(_IPC_ZERO)] * (dtype.num_buffers - 1)], 0, 0, children)
+
+
+def _ipc_is_odd(dtype: pa.DataType) -> bool:
+    if isinstance(dtype, pa.BaseExtensionType) or pa.types.is_union(dtype) or pa.types.is_run_end_encoded(dtype):
+        return True
+    if isinstance(dtype, pa.DictionaryType):
+        return _ipc_is_odd(dtype.value_type)
+    return any([_ipc_is_odd(dtype.field(i).type) for i in range(dtype.num_fields)])
+
+
+def _ipc_without_rows(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """A user's batch as it can be written: pyarrow gives negative sizes to empty slices that another library made."""
+    return batch if batch.num_rows or not batch.num_columns else _ipc_empty(batch.schema)
 
 
 def serialize_record_batch(
@@ -2179,7 +2215,7 @@ def serialize_record_batch(
 ) -> None:
     """Write a batch as a complete IPC stream."""
     with new_ipc_stream(destination, batch.schema) as writer:
-        writer.write_batch(batch, custom_metadata=custom_metadata)
+        writer.write_batch(_ipc_without_rows(batch), custom_metadata=custom_metadata)
 
 
 def serialize_record_batch_bytes(batch: pa.RecordBatch, custom_metadata: pa.KeyValueMetadata | None = None) -> bytes:
@@ -2207,55 +2243,19 @@ def deserialize_record_batch(
         item = reader.read()
     except EOFError as exc:
         raise pa.ArrowInvalid(f"an IPC stream is cut short: {exc}") from exc
-    return (empty_batch(reader.schema), None) if item is None else (item[0], _ipc_key_values(item[1]))
+    return (_ipc_empty(reader.schema), None) if item is None else (item[0], _ipc_key_values(item[1]))
 
 
-def read_single_record_batch(
-    stream: Any, context: str = "batch", ipc_validation: IpcValidation = IpcValidation.FULL
-) -> tuple[pa.RecordBatch, pa.KeyValueMetadata | None]:
-    """Read a stream of exactly one batch; IPCError when it holds none or several."""
+def _ipc_schema_value(data: bytes) -> pa.Schema:
+    """The schema that a value holds as its message; pa.ArrowInvalid or IPCError when it holds none."""
+    source = _IpcSource(data, _ipc_limits.get())
     try:
-        reader = ValidatedReader(ipc.open_stream(stream), ipc_validation)
-        try:
-            found = reader.read_next_batch_with_custom_metadata()
-        except StopIteration:
-            raise IPCError(f"No record batch found in {context} stream") from None
-        with contextlib.suppress(StopIteration):
-            reader.read_next_batch()
-            raise IPCError(f"Expected single record batch in {context} stream, but found multiple batches")
-        return found
-    except (pa.ArrowException, OSError, ValueError) as exc:
-        raise IPCError(f"Error reading record batch from {context} stream: {exc}") from exc
-
-
-class ValidatedReader:
-    """A stream reader whose batches are validated."""
-
-    def __init__(self, reader: ipc.RecordBatchStreamReader, ipc_validation: IpcValidation) -> None:
-        self._reader = reader
-        self.ipc_validation = ipc_validation
-
-    @property
-    def schema(self) -> pa.Schema:
-        """The stream's schema."""
-        return self._reader.schema
-
-    def read_next_batch(self) -> pa.RecordBatch:
-        """Return the next batch; StopIteration at the end, IPCError for an invalid one."""
-        return self.read_next_batch_with_custom_metadata()[0]
-
-    def read_next_batch_with_custom_metadata(self) -> tuple[pa.RecordBatch, pa.KeyValueMetadata | None]:
-        """Return the next batch and its metadata."""
-        batch, metadata = self._reader.read_next_batch_with_custom_metadata()
-        validate_batch(batch, self.ipc_validation)
-        return batch, metadata
-
-    def __enter__(self) -> Self:
-        self._reader.__enter__()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._reader.__exit__(*exc)
+        message = _ipc_message(source)
+    except EOFError as exc:
+        raise pa.ArrowInvalid(f"a schema message is cut short: {exc}") from exc
+    if message is None or message.kind != _IPC_SCHEMA or data[source.pos :] not in (b"", _EOS):
+        raise pa.ArrowInvalid(f"expected one schema message, got {_ipc_kind_name(message)} in {len(data)} bytes")
+    return _ipc_schema(message.data, source.limits).schema
 
 
 # ---- learned layouts (hot-path law 3; FINDINGS.md section 3)
@@ -2328,10 +2328,12 @@ def _ipc_shape(message: bytes) -> _IpcShape:
     rows, nodes, buffers = (_ipc_slot(meta, header, slot) for slot in (0, 1, 2))
     body_size = _ipc_slot(meta, table, 3)
     compressed, variadic = (_ipc_slot(meta, header, slot) for slot in (3, 4))
-    if not (rows and nodes and buffers and body_size) or compressed or variadic:
+    if not (nodes and buffers) or compressed or variadic:
         raise _IpcUnfamiliar("no plain rows")
     nodes += _IPC_U32(meta, nodes)[0]
     buffers += _IPC_U32(meta, buffers)[0]
+    if _IPC_U32(meta, nodes)[0] and not (rows and body_size):
+        raise _IpcUnfamiliar("no rows")
     return _IpcShape(
         head, body_size, rows, nodes + 4, _IPC_U32(meta, nodes)[0], buffers + 4, _IPC_U32(meta, buffers)[0]
     )
@@ -2360,22 +2362,6 @@ class _IpcCanonical:
         encode(values, deadline=b"") -> the complete stream, or None when pyarrow has to look at the values
         match(data, pos) -> (the row, the position after the stream), or None: another layout, or not all there
     """
-
-    __slots__ = (
-        "_buffers",
-        "_code",
-        "_shape",
-        "_template",
-        "body",
-        "deadline_at",
-        "encode",
-        "head",
-        "heads",
-        "match",
-        "nulls",
-        "schema",
-        "words",
-    )
 
     def __init__(self, code: _IpcCode, messages: list[bytes], deadline: bytes | None) -> None:
         """`messages` are what pyarrow wrote; `deadline` is a metadata value that differs from message to message."""
@@ -2419,9 +2405,10 @@ class _IpcCanonical:
         if len(nodes) != 2 * shape.node_count or len(buffers) != 2 * shape.buffer_count:
             raise _IpcUnfamiliar("other arrays than pyarrow has")
         at = self.body - shape.head
-        _IPC_PACK_I64(head, at + shape.body_size, size)
-        struct.pack_into(f"<{len(nodes)}q", head, at + shape.nodes, *nodes)
-        struct.pack_into(f"<{len(buffers)}q", head, at + shape.buffers, *buffers)
+        if nodes:
+            _IPC_PACK_I64(head, at + shape.body_size, size)
+            struct.pack_into(f"<{len(nodes)}q", head, at + shape.nodes, *nodes)
+            struct.pack_into(f"<{len(buffers)}q", head, at + shape.buffers, *buffers)
         if len(self.heads) * len(head) > _IPC_HEADS_BYTES:
             self.heads.clear()
         found = (bytes(head), b"") if hole < 0 else (bytes(head[:hole]), bytes(head[hole + 16 :]))
@@ -3271,26 +3258,26 @@ def _types_decode_bytes(cls: Any, *validation_and_value: Any) -> Any:
 
 
 def _types_decode_schema(value: Any) -> pa.Schema | None:
-    return _types_read(value, IpcValidation.FULL, 0)[0] if value else None  # no bytes: absent (lenient peers)
+    return _ipc_schema_value(value) if value else None  # no bytes: absent (lenient peers)
 
 
 def _types_decode_batch(value: Any) -> pa.RecordBatch | None:
-    return _types_read(value, IpcValidation.FULL)[1] if value else None
+    return _types_read(value, IpcValidation.FULL) if value else None
 
 
-def _types_read(data: bytes, validation: IpcValidation, batches: int = 1) -> tuple[pa.Schema, pa.RecordBatch]:
-    """Read a value that is a stream of one batch, or only its schema message: nothing may follow."""
+def _types_read(data: bytes, validation: IpcValidation) -> pa.RecordBatch:
+    """Read a value that is a stream of one batch: nothing may follow."""
     source = _IpcSource(data, _ipc_limits.get())
     try:
         reader = _IpcReader(source, validation)
-        item = reader.read() if batches else None
+        item = reader.read()
         if item is not None and source.pos < len(data) and reader.read() is not None:
             raise ValueError("Expected a stream of one batch, but it holds more")
     except EOFError as exc:
         raise pa.ArrowInvalid(f"an IPC stream is cut short: {exc}") from exc
     if source.pos < len(data):
         raise pa.ArrowInvalid(f"{len(data) - source.pos} bytes after the end of an IPC stream")
-    return reader.schema, empty_batch(reader.schema) if item is None else item[0]
+    return _ipc_empty(reader.schema) if item is None else item[0]
 
 
 # ---- cells
@@ -3395,7 +3382,7 @@ class ArrowSerializableDataclass:
         if found is not None and found[1] == len(data):
             row = dict(zip(spec.codecs, found[0], strict=True))
             return _types_restore(cls, row, row.__getitem__)
-        return _types_from_batch(cls, _types_read(data, ipc_validation)[1] if data else empty_batch(EMPTY_SCHEMA))
+        return _types_from_batch(cls, _types_read(data, ipc_validation) if data else empty_batch(EMPTY_SCHEMA))
 
     @classmethod
     def deserialize_from_batch(
@@ -3710,9 +3697,11 @@ class ShmSegment:
     """
 
     def __init__(self, name: str, fd: int, size: int) -> None:
+        """`fd` is the segment's from here on, whatever happens."""
         import mmap
 
         try:
+            self.threshold = _shm_threshold()
             self._map = mmap.mmap(fd, size)
         except BaseException:
             os.close(fd)
@@ -3724,7 +3713,6 @@ class ShmSegment:
         self.allocator = ShmAllocator(self.buf, size)
         self.batches_shared = 0
         self.batches_inline = 0
-        self.threshold = int(os.environ.get("VGI_RPC_SHM_MIN_BATCH_BYTES") or SHM_MIN_BATCH_BYTES)
         self._noted: collections.deque[int] = collections.deque()  # regions that nobody looks at any more
         self._remove: Callable[[], object] | None = None
         self.copies = False
@@ -3745,7 +3733,12 @@ class ShmSegment:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         remove = functools.partial(_shm_remove, path, os.getpid())
         try:
-            os.posix_fallocate(fd, 0, size)
+            try:
+                os.posix_fallocate(fd, 0, size)
+            except BaseException as exc:
+                os.close(fd)
+                exc.add_note(f"a segment of {size} bytes (shm_size) in {_SHM_FOLDER}")
+                raise
             segment = cls(name, fd, size)
         except BaseException:
             remove()
@@ -3881,6 +3874,13 @@ class ShmSegment:
             raise IPCError(f"the shared memory segment {self.name} has become shorter than its {self.size} bytes")
 
 
+def _shm_threshold() -> int:
+    raw = os.environ.get("VGI_RPC_SHM_MIN_BATCH_BYTES") or str(SHM_MIN_BATCH_BYTES)
+    if not raw.isascii() or not raw.isdigit():
+        raise ValueError(f"VGI_RPC_SHM_MIN_BATCH_BYTES={raw!r} is not a number of bytes")
+    return int(raw)
+
+
 def _shm_remove(path: str, pid: int) -> None:
     if os.getpid() == pid:  # not in the child of a fork
         with contextlib.suppress(FileNotFoundError):
@@ -3888,8 +3888,8 @@ def _shm_remove(path: str, pid: int) -> None:
 
 
 def is_shm_pointer_batch(batch: pa.RecordBatch, custom_metadata: pa.KeyValueMetadata | None) -> bool:
-    """Whether a batch only says where in shared memory the real one is."""
-    return batch.num_rows == 0 and custom_metadata is not None and SHM_OFFSET_KEY in custom_metadata
+    """Whether a batch says where in shared memory the real one is."""
+    return _elsewhere_pointer(batch, custom_metadata) is _KIND_SHM
 
 
 def make_shm_pointer_batch(schema: pa.Schema, offset: int, length: int) -> tuple[pa.RecordBatch, pa.KeyValueMetadata]:
@@ -4002,20 +4002,20 @@ _KIND_DATA, _KIND_LOG, _KIND_ERROR, _KIND_EXTERNAL, _KIND_SHM = "data", "log", "
 
 
 def _elsewhere_kind(batch: pa.RecordBatch, metadata: _IpcMetadata | None) -> str:
-    kind = _KIND_DATA
-    if metadata and batch.num_rows == 0:
-        level = metadata.get(LOG_LEVEL_KEY)
-        if level is not None:
-            if LOG_MESSAGE_KEY in metadata:
-                kind = _KIND_ERROR if level == b"EXCEPTION" else _KIND_LOG
-        elif LOCATION_KEY in metadata:
-            kind = _KIND_EXTERNAL
-        elif SHM_OFFSET_KEY in metadata:
-            kind = _KIND_SHM
+    kind = _elsewhere_pointer(batch, metadata) or _KIND_DATA
+    if metadata and batch.num_rows == 0 and LOG_LEVEL_KEY in metadata and LOG_MESSAGE_KEY in metadata:
+        kind = _KIND_ERROR if metadata[LOG_LEVEL_KEY] == b"EXCEPTION" else _KIND_LOG
     if _LOG_WIRE_BATCH.isEnabledFor(logging.DEBUG):
         shown = "no metadata" if not metadata else ("zero-row" if batch.num_rows == 0 else "rows with metadata")
         _LOG_WIRE_BATCH.debug("Classify batch: rows=%d, %s -> %s", batch.num_rows, shown, kind)
     return kind
+
+
+def _elsewhere_pointer(batch: pa.RecordBatch, metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None) -> str:
+    """Where the batch is that this one points to; "" when it is no pointer. A log batch never is."""
+    if not metadata or batch.num_rows or LOG_LEVEL_KEY in metadata:
+        return ""
+    return _KIND_EXTERNAL if LOCATION_KEY in metadata else _KIND_SHM if SHM_OFFSET_KEY in metadata else ""
 
 
 def _elsewhere_error(metadata: _IpcMetadata) -> RpcError:
@@ -4112,10 +4112,8 @@ def make_external_location_batch(
 def is_external_location_batch(
     batch: pa.RecordBatch, custom_metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None
 ) -> bool:
-    """Whether a batch is a pointer; a log batch never is."""
-    if not custom_metadata or batch.num_rows:
-        return False
-    return LOCATION_KEY in custom_metadata and LOG_LEVEL_KEY not in custom_metadata
+    """Whether a batch says where in a store the real one is."""
+    return _elsewhere_pointer(batch, custom_metadata) is _KIND_EXTERNAL
 
 
 class ExternalBatch(_NamedTuple):
@@ -4216,7 +4214,7 @@ def _elsewhere_read_object(
             kind = _elsewhere_kind(*item)
             if kind is _KIND_ERROR:
                 raise _elsewhere_error(item[1] or {})
-            if kind is _KIND_EXTERNAL or kind is _KIND_SHM or LOCATION_KEY in (item[1] or {}):
+            if kind in (_KIND_EXTERNAL, _KIND_SHM) or LOCATION_KEY in (item[1] or {}):
                 raise ExternalLocationError("Redirect loop detected: the stored object holds a pointer")
             if kind is _KIND_LOG:
                 messages.append(item[1] or {})
@@ -4244,14 +4242,14 @@ def _elsewhere_local(
     limits: IpcLimits,
 ) -> tuple[pa.RecordBatch, _IpcMetadata | None]:
     """A batch that a pointer into shared memory means; others as they are."""
-    if shm is None or metadata is None or batch.num_rows or SHM_OFFSET_KEY not in metadata:
+    if shm is None or metadata is None or _elsewhere_pointer(batch, metadata) is not _KIND_SHM:
         return batch, metadata
     return _shm_read(shm, batch.schema, metadata, validation, limits)
 
 
 def _elsewhere_refuse(name: str, batch: pa.RecordBatch, metadata: _IpcMetadata | None) -> None:
     """A batch that is elsewhere must fail loudly, never be taken for an empty one."""
-    kind = _elsewhere_kind(batch, metadata)
+    kind = _elsewhere_pointer(batch, metadata)
     if kind is _KIND_EXTERNAL:
         raise RpcError(
             "ProtocolError",
@@ -5077,11 +5075,16 @@ class Stream(_Record, Generic[_S, _H]):
     def from_arrow(cls, obj: Any, *, header: Any = None) -> Stream[Any, Any]:
         """Serve anything with `__arrow_c_stream__` (table, reader, polars frame, DuckDB relation), batch by batch.
 
-        The source is read while the caller reads, in this process only. TypeError when it is no Arrow stream.
+        The source is read while the caller reads, in this process only. Metadata of its schema travels: a pandas index
+        and extension types are in there. TypeError when it is no Arrow stream.
         """
-        reader = obj if isinstance(obj, pa.RecordBatchReader) else pa.RecordBatchReader.from_stream(obj)
-        schema = pa.schema([field.remove_metadata() for field in reader.schema])  # PORTABILITY.md: nothing in there
-        return Stream(schema, _MethodsReaderState(reader), header=header)
+        if isinstance(obj, pa.RecordBatch):
+            obj = pa.Table.from_batches([obj])
+        if isinstance(obj, pa.Table):
+            reader = obj.to_reader()
+        else:
+            reader = obj if isinstance(obj, pa.RecordBatchReader) else pa.RecordBatchReader.from_stream(obj)
+        return Stream(reader.schema, _MethodsReaderState(reader), header=header)
 
     if TYPE_CHECKING:  # a stream as its caller sees it: a StreamSession
 
@@ -5131,7 +5134,10 @@ class _MethodsReaderState(ProducerState):
 
     def serialize_to_bytes(self) -> bytes:
         """Refuse: a reader cannot travel."""
-        raise TypeError("a stream of Stream.from_arrow() reads its source in one process; over HTTP return a table")
+        raise TypeError(
+            "a stream of Stream.from_arrow() reads its source in one process and cannot go on in another, as streams"
+            " over HTTP do: return a Stream whose ProducerState finds its place again, or one pa.RecordBatch"
+        )
 
     def on_cancel(self, ctx: CallContext) -> None:
         """Let the source go."""
@@ -5185,7 +5191,8 @@ class OutputCollector:
     def emit(self, batch: pa.RecordBatch, metadata: dict[str, str] | None = None) -> None:
         """Emit the turn's data batch; columns are selected by name and cast to the output schema.
 
-        Raises RuntimeError for a second one, ValueError for a missing column, Arrow's error for an impossible cast.
+        Raises RuntimeError for a second one, ValueError for a missing column, Arrow's error for an impossible cast,
+        and what `encode_metadata` does.
         """
         if self._data is not None:
             raise RuntimeError("Only one data batch may be emitted per call")
@@ -5197,6 +5204,8 @@ class OutputCollector:
         schema = self.output_schema
         if batch.schema is not schema and not batch.schema.equals(schema):
             batch = _methods_project(batch, schema)
+        if not batch.num_rows:  # see _ipc_without_rows
+            batch = empty_batch(schema)
         self._data = AnnotatedBatch(batch, encode_metadata(metadata) if metadata else None)
         self.batches.append(self._data)
 
@@ -5234,7 +5243,10 @@ class OutputCollector:
             raise RuntimeError(f"No data batch was emitted; {do}")
 
     def merge_data_metadata(self, metadata: pa.KeyValueMetadata) -> None:
-        """Add metadata to the emitted batch; RuntimeError when there is none."""
+        """Add metadata to the emitted batch; RuntimeError when there is none, and what `encode_metadata` raises."""
+        self._merge(encode_metadata(metadata))
+
+    def _merge(self, metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata) -> None:
         old = self.data_batch
         self._data = AnnotatedBatch(old.batch, merge_metadata(old.custom_metadata, metadata))
         self.batches = [self._data if item is old else item for item in self.batches]
@@ -5266,9 +5278,44 @@ def _methods_project(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch
 # ---- metadata helpers
 
 
-def encode_metadata(metadata: Mapping[str, str]) -> pa.KeyValueMetadata:
-    """Return custom metadata of these strings."""
-    return pa.KeyValueMetadata({key.encode(): value.encode() for key, value in metadata.items()})
+_METHODS_LOCAL_KEYS = {SHM_SOURCE_KEY, LOCATION_FETCH_MS_KEY, LOCATION_SOURCE_KEY}  # say how a batch came to be here
+
+
+def encode_metadata(
+    metadata: Mapping[str, str] | Mapping[bytes, bytes] | pa.KeyValueMetadata,
+) -> pa.KeyValueMetadata:
+    """Return what users say about a batch as it travels; what the framework noted about one that came is left out.
+
+    Raises TypeError for what is neither str nor bytes, ValueError for a key that begins with `vgi_rpc.`, which would
+    steer the connection, for a key that is there twice, and for entries over the limits of `IpcLimits`.
+    """
+    found: dict[bytes, bytes] = {}
+    for entry in metadata.items():
+        key, value = (_methods_text(text, entry[0]) for text in entry)
+        if key in _METHODS_LOCAL_KEYS:
+            continue
+        if key.startswith(b"vgi_rpc."):
+            raise ValueError(f"metadata key {entry[0]!r}: keys that begin with 'vgi_rpc.' are reserved; take another")
+        if key in found:
+            raise ValueError(f"metadata key {entry[0]!r} is there twice")
+        found[key] = value
+    limit = IpcLimits().max_metadata_bytes // 2  # the other half is for what describes the columns
+    if sum(len(key) + len(value) + 64 for key, value in found.items()) > limit:
+        raise ValueError(f"more than {limit} bytes of metadata on one batch; send them as a column")
+    return pa.KeyValueMetadata(found)
+
+
+def _methods_text(text: object, key: object) -> bytes:
+    data = text.encode() if isinstance(text, str) else text
+    if not isinstance(data, bytes):
+        raise TypeError(f"metadata key {key!r}: keys and values are str or bytes, got {type(text).__name__}")
+    limit = IpcLimits().max_metadata_entry_bytes
+    if len(data) > limit:
+        raise ValueError(
+            f"metadata key {str(key)[:80]!r}: an entry of {len(data)} bytes;"
+            f" the limit is max_metadata_entry_bytes={limit}"
+        )
+    return data
 
 
 def merge_metadata(
@@ -5324,7 +5371,7 @@ def type_token(dtype: pa.DataType) -> str:
         return f"dictionary<index:{type_token(dtype.index_type)},value:{type_token(dtype.value_type)}>{ordered}"
     if is_.is_fixed_size_binary(dtype):
         return f"fixed_size_binary({dtype.byte_width})"
-    if is_.is_decimal128(dtype) or is_.is_decimal256(dtype):
+    if is_.is_decimal(dtype):
         return f"decimal{dtype.bit_width}({dtype.precision},{dtype.scale})"
     if is_.is_time(dtype) or is_.is_duration(dtype):
         name = "duration" if is_.is_duration(dtype) else f"time{dtype.bit_width}"
@@ -5403,12 +5450,15 @@ def protocol_description(protocol_name: str, methods: Mapping[str, RpcMethodInfo
             "type": info.method_type.value,
             "has_return": info.has_return,
             "has_header": info.header_type is not None,
-            "params": schema_tokens(info.params_schema),
         }
-        if info.has_return:
-            method["result"] = schema_tokens(info.result_schema)
-        if info.header_schema is not None:
-            method["header"] = schema_tokens(info.header_schema)
+        try:
+            method["params"] = schema_tokens(info.params_schema)
+            if info.has_return:
+                method["result"] = schema_tokens(info.result_schema)
+            if info.header_schema is not None:
+                method["header"] = schema_tokens(info.header_schema)
+        except UnsupportedArrowTypeError as exc:
+            raise UnsupportedArrowTypeError(f"{name}(): {exc}") from exc
         described.append(method)
     return {"protocol": protocol_name, "methods": described}
 
@@ -5436,30 +5486,6 @@ _WIRE_NOTHING: Mapping[bytes, bytes] = types.MappingProxyType({})
 class _WirePlan:
     """One method, compiled at first use: converters, constants and the learned layouts of its messages."""
 
-    __slots__ = (
-        "_deadline_template",
-        "_request_template",
-        "_result_template",
-        "decode_result",
-        "decoders",
-        "doing",
-        "encode_result",
-        "encoders",
-        "info",
-        "is_stream",
-        "metadata",
-        "name",
-        "names",
-        "nullable",
-        "plain",
-        "plain_result",
-        "protocol",
-        "replies",
-        "result_nullable",
-        "types",
-        "version",
-    )
-
     def __init__(self, info: RpcMethodInfo, protocol: str, version: str | None, *, raw: bool = False) -> None:
         """`raw` leaves values as pyarrow takes and gives them, for callers that know only the schema."""
         self.info = info
@@ -5486,28 +5512,30 @@ class _WirePlan:
         self.decode_result = None if result is None else result.decode
         self.result_nullable = info.has_return and info.result_schema.field(0).nullable
         self.metadata = _wire_request_metadata(info.name, protocol, version)
-        self._request_template: _IpcCanonical | Literal[b""] | None = b""  # b"": not tried yet
-        self._deadline_template: _IpcCanonical | Literal[b""] | None = b""
-        self._result_template: _IpcCanonical | Literal[b""] | None = b""
         self.replies: list[_IpcCanonical] = []  # how replies of peers have looked
         if info.returns_ref:
             self.send_by_pyarrow()
         self.is_stream = info.method_type is MethodType.STREAM
         self.doing = f"{'stream init for' if self.is_stream else 'unary call to'} '{info.name}'"
 
+    @functools.cached_property
+    def _request_template(self) -> _IpcCanonical | None:
+        return _ipc_template(self.info.params_schema, self.metadata)
+
+    @functools.cached_property
+    def _deadline_template(self) -> _IpcCanonical | None:
+        return _ipc_template(self.info.params_schema, {**self.metadata, DEADLINE_KEY: _IPC_DEADLINE})
+
+    @functools.cached_property
+    def _result_template(self) -> _IpcCanonical | None:
+        return _ipc_template(self.info.result_schema, None)
+
     def template(self, budget: bytes, extra: Mapping[bytes, bytes] = _WIRE_NOTHING) -> _IpcCanonical | None:
         """What writes requests, with or without a deadline and what a connection adds; None: only pyarrow does."""
-        if extra:
-            deadline = {DEADLINE_KEY: _IPC_DEADLINE} if budget else {}
-            return _ipc_template(self.info.params_schema, {**self.metadata, **extra, **deadline})
-        if budget:
-            if self._deadline_template == b"":
-                metadata = {**self.metadata, DEADLINE_KEY: _IPC_DEADLINE}
-                self._deadline_template = _ipc_template(self.info.params_schema, metadata)
-            return self._deadline_template or None
-        if self._request_template == b"":
-            self._request_template = _ipc_template(self.info.params_schema, self.metadata)
-        return self._request_template or None
+        if not extra:
+            return self._deadline_template if budget else self._request_template
+        deadline = {DEADLINE_KEY: _IPC_DEADLINE} if budget else {}
+        return _ipc_template(self.info.params_schema, {**self.metadata, **extra, **deadline})
 
     def send_by_pyarrow(self) -> None:
         """Make `encode_reply` leave every result to those who may put something else in its place."""
@@ -5516,8 +5544,6 @@ class _WirePlan:
     def encode_reply(self, value: Any) -> _IpcMessages | None:
         """The reply by a template, or None: pyarrow has to look at the value."""
         template = self._result_template
-        if template == b"":
-            template = self._result_template = _ipc_template(self.info.result_schema, None)
         if template is None:
             return None
         if not self.info.has_return:
@@ -5539,7 +5565,8 @@ class _WirePlan:
 
     def learn_reply(self, sample: bytes, batch: pa.RecordBatch) -> None:
         """Remember how a reply looks that is what the method declares; bounded, and never twice the same."""
-        if batch.schema.names != (["result"] if self.info.has_return else []):
+        declared = self.info.result_schema  # whose nullability peers may differ about
+        if batch.schema.names != declared.names or batch.schema.types != declared.types:
             return
         if any(layout.match(sample, 0) for layout in self.replies):
             return
@@ -5949,14 +5976,13 @@ def _wire_value(plan: _WirePlan, reply: _WireReply) -> Any:
             f"{plan.name}() was answered with {batch.num_rows} row(s) of {_log_schema(batch.schema)};"
             " expected one row with a column 'result'",
         )
-    column = batch.select(["result"])
-    if not column.schema.equals(plan.info.result_schema):
-        try:
-            nullable = plan.info.result_schema.field(0).with_nullable(True)  # whether it may be None is asked last
-            column = _ipc_fit(column, pa.schema([nullable]), reply.limits)
-        except (TypeError, IPCError) as exc:
-            raise RpcError("ProtocolError", f"{plan.name}() result: {exc}") from exc
-    return _wire_decode_result(plan, _wire_cell(column.column(0), reply.limits), reply.limits)
+    try:
+        declared = plan.info.result_schema.field(0).with_nullable(True)  # whether it may be None is asked last
+        column = _ipc_fit(batch.select(["result"]), pa.schema([declared]), reply.limits)
+        value = _wire_cell(column.column(0), reply.limits)
+    except (TypeError, IPCError) as exc:
+        raise RpcError("ProtocolError", f"{plan.name}() result: {exc}") from exc
+    return _wire_decode_result(plan, value, reply.limits)
 
 
 def _wire_reply_batch(plan: _WirePlan, reply: _WireReply) -> pa.RecordBatch:
@@ -6548,7 +6574,12 @@ class ShmPipeTransport:
 def make_pipe_pair() -> tuple[PipeTransport, PipeTransport]:
     """Return two connected transports, (client, server), over a pair of pipes."""
     server_in, client_out = os.pipe()
-    client_in, server_out = os.pipe()
+    try:
+        client_in, server_out = os.pipe()
+    except OSError:
+        os.close(server_in)
+        os.close(client_out)
+        raise
     if _LOG_WIRE_TRANSPORT.isEnabledFor(logging.DEBUG):
         _LOG_WIRE_TRANSPORT.debug(
             "make_pipe_pair: c2s=(%d,%d), s2c=(%d,%d)", server_in, client_out, client_in, server_out
@@ -6897,7 +6928,11 @@ def make_tcp_pair() -> tuple[TcpTransport, TcpTransport]:
     """Return two connected transports, (client, server), over the loopback interface."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         client = socket.create_connection(listener.getsockname(), timeout=5.0)
-        server, _ = listener.accept()
+        try:
+            server, _ = listener.accept()
+        except OSError:
+            client.close()
+            raise
     return TcpTransport(client), TcpTransport(server)
 
 
@@ -7012,11 +7047,8 @@ def _transport_listen_unix(path: str, backlog: int) -> socket.socket:
             os.unlink(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        mask = os.umask(0o177)
-        try:
-            listener.bind(path)
-        finally:
-            os.umask(mask)
+        listener.bind(path)
+        os.chmod(path, 0o600)  # nobody can connect before listen(); a umask would be all threads' and their files'
         listener.listen(backlog)
     except BaseException:
         listener.close()
@@ -7298,7 +7330,7 @@ def _describe_method_view(method: Any) -> MethodDescription:
 
 
 def _describe_schema(message: bytes) -> pa.Schema:
-    return ipc.read_schema(pa.py_buffer(message)) if message else EMPTY_SCHEMA
+    return _ipc_schema_value(message) if message else EMPTY_SCHEMA
 
 
 # ==== 12. SERVER ======================================================================================================
@@ -7330,14 +7362,21 @@ class ProtocolBinding:
             raise ValueError(f"{protocol.__name__}: {exc}") from exc
         self.protocol = protocol
         self.impl = impl
-        self._hash = ""
+        self._hash: str | None = None
         self._plans: dict[str, _WirePlan] = {}
 
     @property
     def protocol_hash(self) -> str:
-        """SHA-256 of the contract, as 64 hex digits (wire.md section 9.4); computed at first use."""
-        if not self._hash:  # json and hashlib are 5 ms of a worker's start
-            self._hash = compute_protocol_hash(self.name, self.methods)
+        """SHA-256 of the contract, as 64 hex digits (wire.md section 9.4); computed at first use.
+
+        Empty when a type has no portable token: one method must not hide all others from who asks for a description.
+        """
+        if self._hash is None:  # json and hashlib are 5 ms of a worker's start
+            try:
+                self._hash = compute_protocol_hash(self.name, self.methods)
+            except UnsupportedArrowTypeError as exc:
+                _LOG_RPC.warning("Protocol %s has no hash: %s", self.name, exc)
+                self._hash = ""
         return self._hash
 
     def plan(self, method: str) -> _WirePlan:
@@ -7865,6 +7904,8 @@ class _ServerConnection:
             request = _wire_read_request(self.channel, self.server.ipc_validation)
         except (EOFError, ConnectionError):
             raise
+        except IPCError as exc:
+            return self._refuse_unreadable(exc, data, begin)
         except Exception as exc:
             self._hang_up(exc)
         batch, metadata = request or (empty_batch(EMPTY_SCHEMA), {})
@@ -7906,7 +7947,7 @@ class _ServerConnection:
         if self.observed():
             request = _ServerInput(schema, 1 if row else 0, layout.buffer_bytes(data, pos, end), {})
         elif not plan.is_stream and plan.name not in binding.ctx_methods:
-            self._unary_plain(binding, plan, getattr(binding.impl, plan.name), kwargs)
+            self._unary_plain(binding, plan, kwargs)
             return True
         self._flush()
         budget = layout.deadline(data, pos) if layout.deadline_at >= 0 else None
@@ -8020,35 +8061,32 @@ class _ServerConnection:
         request: _ServerInput | None,
     ) -> None:
         """Step 19: call the method and answer."""
-        method = getattr(binding.impl, plan.name)
         if not plan.is_stream and plan.name not in binding.ctx_methods and request is None:
-            return self._unary_plain(binding, plan, method, kwargs)
+            return self._unary_plain(binding, plan, kwargs)
         call = _ServerCall(self, binding, plan, request)
         call.stream_id = self.stream_id
         call.start(kwargs)
         try:
             if plan.is_stream:
-                self._stream(_ServerStream(call, budget), method, kwargs)
+                self._stream(_ServerStream(call, budget), kwargs)
             else:
-                self._unary(call, method, kwargs, budget)
+                self._unary(call, kwargs, budget)
         finally:
             self._finish(call)
 
-    def _stream(self, stream: _ServerStream, method: Callable[..., Any], kwargs: dict[str, Any]) -> None:
-        stream.run(method, kwargs)
+    def _stream(self, stream: _ServerStream, kwargs: dict[str, Any]) -> None:
+        stream.run(kwargs)
 
     def _finish(self, call: _ServerCall) -> None:
         call.finish()
 
-    def _unary_plain(
-        self, binding: ProtocolBinding, plan: _WirePlan, method: Callable[..., Any], kwargs: dict[str, Any]
-    ) -> None:
+    def _unary_plain(self, binding: ProtocolBinding, plan: _WirePlan, kwargs: dict[str, Any]) -> None:
         """A method without a context that nobody observes: one call, one write."""
         channel = self.channel
         ahead = channel.pos < len(channel.buf)  # the caller has sent more than this request
         began = time.monotonic() if ahead else 0.0
         try:
-            value = method(**kwargs)
+            value = getattr(binding.impl, plan.name)(**kwargs)
             data = self._encoded(plan, value)
             result = _server_result(_ServerCall(self, binding, plan, None), value) if data is None else None
         except BaseException as exc:
@@ -8087,16 +8125,14 @@ class _ServerConnection:
             held, self._held = self._held, []
             self.channel.send(held)
 
-    def _unary(
-        self, call: _ServerCall, method: Callable[..., Any], kwargs: dict[str, Any], budget: float | None
-    ) -> None:
+    def _unary(self, call: _ServerCall, kwargs: dict[str, Any], budget: float | None) -> None:
         """A method with a context, or one that is observed."""
         reply = _ServerReply(call)
         if call.plan.name in call.binding.ctx_methods:
             kwargs["ctx"] = self.context(call, reply.log, budget)
         data = result = None
         try:
-            value = method(**kwargs)
+            value = getattr(call.binding.impl, call.plan.name)(**kwargs)
             data = self._encoded(call.plan, value)
             result = _server_result(call, value) if data is None else None
         except BaseException as exc:
@@ -8148,6 +8184,20 @@ class _ServerConnection:
             hint = f" Describing is the protocol '{REFLECTION_PROTOCOL_NAME}'{_SERVER_DESCRIBE_HINT}."
         raise MethodNotImplementedError(f"No built-in method '{name}'.{hint}")
 
+    def _refuse_unreadable(self, exc: IPCError, data: bytes, begin: int) -> None:
+        """Answer a request whose frames are in order and whose content is not; an input stream may come after it.
+
+        Where one may come, this is one if it does not name a method; when only its first bytes are here, who knows.
+        """
+        self.drain()
+        whole = self.channel.buf is data
+        if self._swallow and RPC_METHOD_KEY not in data[begin : self.channel.pos if whole else None]:
+            if not whole:
+                self._hang_up(exc)
+            self._swallow = False
+            return
+        self._refuse(exc, None, True)
+
     def _refuse(self, exc: Exception, plan: _WirePlan | None, named: bool) -> None:
         """Answer a request that was not dispatched, and keep the connection in step."""
         server = self.server
@@ -8161,9 +8211,9 @@ class _ServerConnection:
         self._swallow = plan is None and named
 
     def drain(self) -> None:
-        """Read an input stream that nobody wants to its end."""
+        """Read an input stream that nobody wants to its end, wherever in it we are."""
         try:
-            _IpcReader(self.channel, IpcValidation.NONE).drain()
+            _ipc_drain(self.channel)
         except (EOFError, ConnectionError):
             raise
         except Exception as exc:
@@ -8260,12 +8310,12 @@ class _ServerStream:
         self._stream: Stream[Any, Any]
         self._out: _IpcWriter
 
-    def run(self, method: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+    def run(self, kwargs: dict[str, Any]) -> None:
         """Serve the whole stream; afterwards the connection is in step."""
-        if self.start(method, kwargs):
+        if self.start(kwargs):
             self._turns()
 
-    def start(self, method: Callable[..., Any], kwargs: dict[str, Any]) -> Stream[Any, Any] | None:
+    def start(self, kwargs: dict[str, Any]) -> Stream[Any, Any] | None:
         """Call the method and send the header, if there is one; None when that failed, which has been answered."""
         call = self._call
         if _LOG_WIRE_STREAM.isEnabledFor(logging.DEBUG):
@@ -8273,7 +8323,8 @@ class _ServerStream:
         if call.plan.name in call.binding.ctx_methods:
             kwargs["ctx"] = self._connection.context(call, self._log_init, self._budget)
         try:
-            self._stream = _server_check_stream(call.plan, method(**kwargs))
+            self._stream = _server_check_stream(call.plan, getattr(call.binding.impl, call.plan.name)(**kwargs))
+            self._out = _IpcWriter(self._stream.output_schema)
             if self._stream.call_state is not None:
                 self._stream.state.bind_call_state(self._stream.call_state)
             header = None if self._stream.header is None else _types_row_batch(self._stream.header)
@@ -8297,20 +8348,18 @@ class _ServerStream:
 
         `seal` packs the state for the caller to bring along next time; a stream that has ended is not packed.
         """
-        call, self._stream = self._call, stream
+        self._stream = stream
         self._out = _IpcWriter(stream.output_schema)
-        self._write_logs(self._out)
-        empty = empty_batch(stream.output_schema)
         failure: BaseException | None = None
         try:
+            self._write_logs(self._out)
             if turn is None:
-                self._out.write(empty, seal(stream))
+                self._out.write(empty_batch(stream.output_schema), seal(stream))
             else:
                 self._answer_turn(*turn, seal)
         except BaseException as exc:
             failure = exc
-            self._out.write(empty, call.fail(exc))
-            call.sent(empty)
+            self._fail(exc)
         self._out.close()
         self._channel.send(self._out.take())
         self._connection._obey(failure)
@@ -8325,7 +8374,7 @@ class _ServerStream:
         out = self._process(batch, metadata, ctx)
         sealed = None if out.finished else seal(self._stream)
         if sealed is not None and len(self._stream.input_schema):
-            out.merge_data_metadata(pa.KeyValueMetadata(sealed))
+            out._merge(sealed)
             sealed = None
         self._write(out)
         if sealed is not None:
@@ -8340,29 +8389,43 @@ class _ServerStream:
         self._channel.send(self._out.take())
 
     def _turns(self) -> None:
-        call, channel = self._call, self._channel
-        self._out = _IpcWriter(self._stream.output_schema)
-        self._write_logs(self._out)
+        """Answer to the end of both streams. What cannot be answered ends the connection, never the server."""
+        channel, failure = self._channel, None
         try:
-            reader = _IpcReader(channel, self._connection.server.ipc_validation)
-            failure = self._loop(reader)
-            if (
-                self._connection.shm is not None
-            ):  # the last input's region is free before the output ends (wire.md 11.4)
-                self._collector = None
-                self._connection.shm.sweep()
-            self._out.close()
-            channel.send(self._out.take())
+            self._write_logs(self._out)
+            try:
+                reader = _IpcReader(channel, self._connection.server.ipc_validation)
+                failure = self._loop(reader)
+            except IPCError as exc:  # an input that makes no sense, in frames that do
+                self._fail(exc)
+                self._end()
+                _ipc_drain(channel)
+                return
+            self._end()
             reader.drain()
         except (EOFError, ConnectionError):
             raise  # the caller vanished: the record says ok, the connection ends quietly
-        except Exception as exc:  # the caller's bytes; what the application raised was caught in _loop
-            self._out.write(empty_batch(self._out.schema), call.fail(exc))
-            self._out.close()
-            with contextlib.suppress(OSError):
-                channel.send(self._out.take())
+        except Exception as exc:  # the caller's bytes, or what cannot be written: _loop has caught the application's
+            _LOG_RPC.warning("Ending a connection: %s: %s", type(exc).__name__, exception_str(exc))
+            with contextlib.suppress(Exception):
+                self._fail(exc)
+                self._end()
             raise _ServerHangUp from exc
         self._connection._obey(failure)
+
+    def _end(self) -> None:
+        """Send the rest of the output."""
+        if self._connection.shm is not None:  # the last input's region is free before the output ends (wire.md 11.4)
+            self._collector = None
+            self._connection.shm.sweep()
+        self._out.close()
+        self._channel.send(self._out.take())
+
+    def _fail(self, exc: BaseException) -> None:
+        """The last batch of an output: an error."""
+        empty = empty_batch(self._stream.output_schema)
+        self._out.write(empty, self._call.fail(exc))
+        self._call.sent(empty)
 
     def _loop(self, reader: _IpcReader) -> BaseException | None:
         """Turn by turn until someone ends it; returns what an application raised."""
@@ -8383,9 +8446,7 @@ class _ServerStream:
             try:
                 finished = self._turn(batch, metadata, ctx)
             except BaseException as exc:
-                empty = empty_batch(self._stream.output_schema)
-                out.write(empty, call.fail(exc))
-                call.sent(empty)
+                self._fail(exc)
                 return exc
             if finished:
                 return None
@@ -8469,8 +8530,8 @@ class _ServerStream:
         self._logs.append(_log_metadata_bytes(message, server_id=server_id, request_id=call.request_id))
 
     def _write_logs(self, writer: _IpcWriter) -> None:
-        empty = empty_batch(writer.schema)
         for metadata in self._logs:
+            empty = empty_batch(writer.schema)
             writer.write(empty, metadata)
             self._call.sent(empty)
         self._logs.clear()
@@ -8663,11 +8724,9 @@ class ServerRequest(_ServerConnection):
         self._check_target(binding, plan)
         super()._dispatch(binding, plan, kwargs, budget, request)
 
-    def _unary_plain(
-        self, binding: ProtocolBinding, plan: _WirePlan, method: Callable[..., Any], kwargs: dict[str, Any]
-    ) -> None:
+    def _unary_plain(self, binding: ProtocolBinding, plan: _WirePlan, kwargs: dict[str, Any]) -> None:
         self._check_target(binding, plan)
-        super()._unary_plain(binding, plan, method, kwargs)
+        super()._unary_plain(binding, plan, kwargs)
 
     def _check_target(self, binding: ProtocolBinding, plan: _WirePlan) -> None:
         """A learned layout knows what it calls; the path may have named something else."""
@@ -8676,8 +8735,8 @@ class ServerRequest(_ServerConnection):
         if binding is not self.binding:
             raise self._other_protocol(binding.name)
 
-    def _stream(self, stream: _ServerStream, method: Callable[..., Any], kwargs: dict[str, Any]) -> None:
-        value, pack = stream.start(method, kwargs), self._seal
+    def _stream(self, stream: _ServerStream, kwargs: dict[str, Any]) -> None:
+        value, pack = stream.start(kwargs), self._seal
         if value is None or pack is None:
             return
         failed: list[BaseException] = []
@@ -9142,6 +9201,7 @@ class _ClientObservation:
         try:
             self._token = hook.on_call_start(info, self.metadata)
             self._hook = hook
+            self.metadata = dict(encode_metadata(self.metadata))
         except Exception:
             self.metadata.clear()
             _LOG_RPC.debug("a call hook failed at start", exc_info=True)
@@ -9233,8 +9293,22 @@ def _client_unary(
 
 
 def _client_reply(channel: Channel, plan: _WirePlan, options: _ClientOptions) -> _WireReply:
-    """Read a reply that looks like no other, to its end."""
-    return _client_local(channel, plan, _wire_read_reply(plan, channel, options.validation, options.on_log), options)
+    """Read a reply that looks like no other, to its end; one that makes no sense is an error of this call only."""
+    try:
+        reply = _wire_read_reply(plan, channel, options.validation, options.on_log)
+    except IPCError as exc:
+        _ipc_drain(channel, _CLIENT_MAX_DRAIN)
+        return _WireReply(None, None, _client_error(exc, plan.doing))
+    return _client_local(channel, plan, reply, options)
+
+
+def _client_error(exc: Exception, doing: str) -> RpcError:
+    """What is wrong with an answer that has arrived; no connection is lost over one in whole messages."""
+    if not isinstance(exc, IPCError):
+        return _errors_translate(exc, doing, "answered")
+    error = RpcError("IPCError", f"{doing}: the answer cannot be read: {exception_str(exc)}")
+    error.__cause__ = exc
+    return error
 
 
 def _client_local(channel: Channel, plan: _WirePlan, reply: _WireReply, options: _ClientOptions) -> _WireReply:
@@ -9267,7 +9341,7 @@ def _client_post(
         row = _wire_read_learned(plan, source)
         reply = None if row is not None else _wire_read_reply(plan, source, options.validation, options.on_log)
     except Exception as exc:
-        raise _errors_translate(exc, plan.doing, "answered")  # noqa: B904 (it sets the cause)
+        raise _client_error(exc, plan.doing)  # noqa: B904 (it sets the cause)
     if reply is None:
         return _wire_row_value(plan, row or (), transport.limits)
     return value(plan, _client_fetched(reply, options))
@@ -9474,13 +9548,17 @@ def _client_transport_options(channel: Channel, doing: str, timeout: float | Non
     writer = _IpcWriter(EMPTY_SCHEMA)
     writer.write(empty_batch(EMPTY_SCHEMA), {**about, **worker_transport_metadata()})
     writer.close()
+    item = None
     channel.check()
     try:
         channel.enter(doing, timeout)
         channel.send(writer.take())
-        reader = _IpcReader(channel, IpcValidation.FULL)
-        item = reader.read()
-        reader.drain()  # an error is an answer too
+        try:
+            reader = _IpcReader(channel, IpcValidation.FULL)
+            item = reader.read()
+            reader.drain()  # an error is an answer too
+        except IPCError:
+            _ipc_drain(channel, _CLIENT_MAX_DRAIN)
         channel.leave()
     except BaseException as exc:
         raise channel.fail(exc)  # noqa: B904
@@ -9997,6 +10075,7 @@ class _ClientStream(StreamSession):
         self._reader: _IpcReader | None = None
         self._first: AnnotatedBatch | None = None  # read ahead by `schema`
         self._ahead = 0  # ticks that have been sent and not been answered
+        self._failed = False  # an error has come, and nothing after it is looked at
         self._closed = False
 
     def tick(
@@ -10158,13 +10237,19 @@ class _ClientStream(StreamSession):
                 f"{self._plan.name}(): all inputs of a stream have one schema: it began with"
                 f" {_log_schema(writer.schema)}, now {_log_schema(batch.schema)}"
             )
-        _client_write_input(self._plan, writer, *maybe_write_to_shm(batch, metadata, self._channel.shm))
+        about = _client_metadata(self._plan, batch, metadata)
+        _client_write_input(self._plan, writer, *maybe_write_to_shm(batch, about, self._channel.shm))
         return writer.take()
 
     def _read(self) -> tuple[pa.RecordBatch, _IpcMetadata | None] | RpcError | None:
-        if self._reader is None:
-            self._reader = _IpcReader(self._channel, self._options.validation)
-        item = _wire_read_data(self._reader, self._logs)
+        item: tuple[pa.RecordBatch, _IpcMetadata | None] | RpcError | None
+        try:
+            if self._reader is None:
+                self._reader = _IpcReader(self._channel, self._options.validation)
+            item = _wire_read_data(self._reader, self._logs)
+        except IPCError as exc:  # a whole message that makes no sense: this stream's error, not the connection's
+            item = _client_error(exc, f"stream of '{self._plan.name}'")
+        self._failed = isinstance(item, RpcError)
         if _LOG_WIRE_STREAM.isEnabledFor(logging.DEBUG):
             shown = _log_batch(item[0]) if isinstance(item, tuple) else item
             _LOG_WIRE_STREAM.debug("Stream read output: %s", shown)
@@ -10180,19 +10265,19 @@ class _ClientStream(StreamSession):
         writer.close()
         channel.send(writer.take())
         error = None
-        if self._reader is None:
-            self._reader = _IpcReader(channel, self._options.validation)
         for _ in range(_CLIENT_MAX_DRAIN):
-            if self._reader.ended or (item := _wire_read_data(self._reader, self._logs)) is None:
+            if self._failed or (self._reader is not None and self._reader.ended):
                 break
+            item = self._read()
             if isinstance(item, RpcError):
                 error = item
-                self._reader.drain()
-            elif channel.shm is not None and item[1]:
+            elif item is not None and channel.shm is not None and item[1]:
                 with contextlib.suppress(IPCError):
                     channel.shm.note(_shm_number(item[1].get(SHM_OFFSET_KEY, b"")))
         else:
             raise EOFError(f"gave up after {_CLIENT_MAX_DRAIN} batches that nobody wanted")
+        if self._failed:
+            _ipc_drain(channel, _CLIENT_MAX_DRAIN)
         self._closed = True
         channel.end_stream()
         return error
@@ -10288,9 +10373,25 @@ def _client_write_input(
     metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None,
 ) -> None:
     try:
-        writer.write(batch, metadata)
+        writer.write(_ipc_without_rows(batch), metadata)
     except (pa.ArrowException, ValueError, TypeError) as exc:
         raise RpcArgumentError(f"{plan.name}(): the input batch cannot be written: {exc}") from exc
+
+
+def _client_metadata(
+    plan: _WirePlan, batch: pa.RecordBatch, metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None
+) -> pa.KeyValueMetadata | None:
+    """What a caller says about an input, as it travels; one that he has stored himself keeps its pointer."""
+    if not metadata:
+        return None
+    pointer = {}
+    try:
+        if is_external_location_batch(batch, metadata):
+            pointer = {key: metadata[key] for key in (LOCATION_KEY, LOCATION_SHA256_KEY) if key in metadata}
+            metadata = {key: value for key, value in metadata.items() if key not in pointer}
+        return merge_metadata(encode_metadata(metadata), pointer)
+    except (TypeError, ValueError, AttributeError) as exc:
+        raise RpcArgumentError(f"{plan.name}(): {exc}") from exc
 
 
 def _client_open(
@@ -10326,9 +10427,13 @@ def _client_open(
 def _client_read_header(session: _ClientStream) -> Any:
     """Read the header stream. When the init failed there is no output stream, but the input still has to follow."""
     channel = session._channel
-    reader = _IpcReader(channel, session._options.validation)
-    item = _wire_read_data(reader, session._logs)
-    reader.drain()
+    try:
+        reader = _IpcReader(channel, session._options.validation)
+        item = _wire_read_data(reader, session._logs)
+        reader.drain()
+    except IPCError as exc:  # the output follows as after any header
+        _ipc_drain(channel, _CLIENT_MAX_DRAIN)
+        return _client_error(exc, session._plan.doing)
     if not isinstance(item, tuple):
         writer = _IpcWriter(EMPTY_SCHEMA)
         writer.close()
@@ -10439,6 +10544,12 @@ class StreamCall:
         writer.close()
         return writer.take()
 
+    def encoded(
+        self, batch: pa.RecordBatch, metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None
+    ) -> dict[bytes, bytes]:
+        """Return what the caller says about an input as it travels; RpcArgumentError for what is not his to say."""
+        return dict(_client_metadata(self._plan, batch, metadata) or {})
+
     def read_opening(self, body: bytes) -> StreamReply:
         """Read the answer to the request: the header stream, if the method has one, and the first turn.
 
@@ -10458,7 +10569,7 @@ class StreamCall:
         except Exception as exc:
             if exc is logs.failure:
                 raise
-            raise _errors_translate(exc, self.doing, "answered")  # noqa: B904
+            raise _client_error(exc, self.doing)  # noqa: B904
 
     def _read_header(self, source: _IpcSource, logs: _ElsewhereLogs) -> object:
         reader = _IpcReader(source, self._options.validation)
@@ -12526,7 +12637,9 @@ if TYPE_CHECKING:  # what __getattr__ gives
     from typing import Any as ProtocolList
     from typing import Any as ProtocolSummary
     from typing import Any as Reflection
+    from typing import Any as ValidatedReader
     from typing import Any as WireServiceDescription
+    from typing import Any as read_single_record_batch
 
 # Module of vgi_rpc_extras: the pip extra, the third-party modules it imports, the names it gives.
 _EXTRAS_NAMES: Final = {
@@ -12561,6 +12674,7 @@ _EXTRAS_NAMES: Final = {
     "otel": ("otel", "opentelemetry.trace", "OtelConfig instrument_client instrument_server instrument_store"),
     "sentry": ("sentry", "sentry_sdk", "SentryConfig instrument_server_sentry"),
     "access_log": ("", "", "configure_access_log AccessLogSampler DroppingQueueHandler"),
+    "readers": ("", "", "ValidatedReader read_single_record_batch"),
     "tools.stub": ("", "", "generate_stub protocol_from_description"),
 }
 _EXTRAS_WHERE: Final = {
