@@ -3008,7 +3008,7 @@ def _types_is_dataclass(core: Any) -> bool:
 
 
 def _types_is_list(dtype: pa.DataType) -> bool:
-    return "list" in str(dtype).partition("<")[0]  # large, of a fixed size, views
+    return re.match("(large_|fixed_size_)?list", str(dtype)) is not None  # and views
 
 
 def _types_converters(core: Any) -> tuple[_TypesConvert | None, _TypesConvert | None]:
@@ -3032,7 +3032,7 @@ def _types_sequence(dtype: pa.DataType, nullable: bool, item: _TypesCodec, origi
     def encode(value: Any) -> list[Any]:
         if type(value) is list and item.takes(value):
             return value
-        if isinstance(value, (*_TYPES_TEXTS, Mapping)):
+        if isinstance(value, (*_TYPES_TEXTS, Mapping)) or not hasattr(value, "__iter__"):
             raise _types_wrong("a list", value)
         return _types_each(item.cell, "element ", enumerate(value))
 
@@ -3052,7 +3052,7 @@ def _types_mapping(dtype: pa.DataType, nullable: bool, key: _TypesCodec, item: _
     def encode(value: Any) -> list[tuple[Any, Any]]:
         if type(value) is dict and key.takes(value) and item.takes(value.values()):
             return list(value.items())
-        if isinstance(value, _TYPES_TEXTS):
+        if isinstance(value, _TYPES_TEXTS) or not hasattr(value, "__iter__"):
             raise _types_wrong("a dict", value)
         return _types_each(entry, "entry ", enumerate(value.items() if isinstance(value, Mapping) else value))
 
@@ -3461,7 +3461,7 @@ def _types_record(
     decode = functools.partial(_types_decode_record, cls)
     if top and cls.serialize_to_bytes is ArrowSerializableDataclass.serialize_to_bytes:
         _types_spec(cls)  # says now what is wrong with it
-    if top or (dtype is not None and "binary" in str(dtype)):
+    if top or (dtype is not None and _types_raw(dtype).exact == {bytes}):
         encode = functools.partial(_types_made, cls, lambda value: bytes(value.serialize_to_bytes()))
         return pa.binary() if top or dtype is None else dtype, encode, decode
     spec = _types_spec(cls)

@@ -399,6 +399,23 @@ def test_nan_and_negative_zero() -> None:
     assert math.copysign(1, through(float, -0.0)) == -1
 
 
+BLOB = pa.struct([("x", pa.int8()), ("y", pa.float32()), ("blob", pa.binary())])
+
+
+@pytest.mark.parametrize(
+    "dtype", [BLOB, pa.large_binary(), pa.struct([("x", pa.int64()), ("y", pa.float64())])], ids=str
+)
+def test_a_record_in_another_type(dtype: Any) -> None:
+    assert through(Annotated[Point, Arrow(dtype)], Point(1, 2.0), top=False) == Point(1, 2.0)
+
+
+def test_names_in_types_mean_nothing() -> None:
+    for dtype in (pa.timestamp("us", "list"), pa.struct([("binary", pa.int8())]), pa.list_(pa.field("map", pa.int8()))):
+        with pytest.raises(TypeError, match="expected"):
+            core._types_cell(object(), core._types_raw(dtype))
+        assert core._types_cell(None, core._types_raw(dtype)).null_count == 1
+
+
 def test_schema_keeps_its_metadata() -> None:
     assert through(pa.Schema, SCHEMA).metadata == {b"k": b"v"}
 
