@@ -3123,11 +3123,11 @@ def _types_odd(value: Any) -> Any:
     module = type(value).__module__
     if module == "builtins":
         return value
-    if isinstance(value, enum.Enum) and isinstance(value, str | bytes | int | float):
-        return value.value
     if module == "numpy" and getattr(value, "shape", None) == () and value.dtype.kind not in "mM":
         return value.item()
-    return value.as_py() if isinstance(value, pa.Scalar) else value
+    if isinstance(value, pa.Scalar):
+        return value.as_py()
+    return value.value if isinstance(value, enum.Enum) and isinstance(value, str | bytes | int | float) else value
 
 
 def _types_made(kind: type | tuple[type, ...], make: _TypesConvert, value: Any) -> Any:
