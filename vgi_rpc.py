@@ -1348,19 +1348,32 @@ _IpcMessages: TypeAlias = "bytes | list[_IpcPiece]"  # whole messages, in one pi
 
 
 class IpcLimits(_NamedTuple):
-    """What a peer may claim; each refusal names the field that would allow it (DESIGN.md section 7)."""
+    """What a peer may send, and what that may unfold into; each refusal names the field that would allow it.
+
+    `max_message_bytes` bounds the body of one message, all dictionaries that a stream holds, and what a batch becomes
+    when it is cast or turned into Python values. None: whatever arrives, and 16 times that (64 MiB at least) unfolded.
+    """
 
     max_metadata_bytes: int = 16 << 20  # flatbuffer of one message
     max_columns: int = 10_000
     max_nesting: int = 64
     max_metadata_entry_bytes: int = 1 << 20  # one custom metadata key or value
-    max_message_bytes: int | None = None  # one message's body; None: whatever arrives
+    max_message_bytes: int | None = None
 
 
 class _IpcMessage(_NamedTuple):
     kind: int
     data: _IpcPiece  # the whole message, contiguous
     metadata: _IpcMetadata | None
+
+
+class _IpcAbout(_NamedTuple):
+    """What the metadata of a message says."""
+
+    kind: int
+    body: int  # its size
+    metadata: _IpcMetadata | None
+    flaw: str  # why its content is refused
 
 
 class _IpcSource:
@@ -1401,25 +1414,29 @@ class _IpcSource:
 
 
 class _IpcReader:
-    """One IPC stream of a source. Create it where the stream begins; call `read` or `drain` until it has ended."""
+    """One IPC stream of a source. Create it where the stream begins; call `read` or `drain` until it has ended.
 
-    __slots__ = ("_decode", "_learned", "_source", "_validation", "ended", "schema")
+    IPCError: what a message says is refused, and the next message begins where it should (`drain` goes on from there).
+    Everything else that is raised means that the source is no longer in step.
+    """
+
+    __slots__ = ("_decode", "_hollow", "_learned", "_source", "_validation", "ended", "schema")
 
     def __init__(self, source: _IpcSource, validation: IpcValidation) -> None:
         message = _ipc_message(source)
         if message is None or message.kind != _IPC_SCHEMA:
             raise pa.ArrowInvalid(f"expected the schema message of an IPC stream, got {_ipc_kind_name(message)}")
-        self.schema, dictionaries = _ipc_schema(message.data, source.limits)
+        known = _ipc_schema(message.data, source.limits)
+        self.schema, self._hollow = known.schema, known.hollow
         self._source = source
         self._validation = validation
-        self._decode = _IpcDictionaries(message.data) if dictionaries else None
-        self._learned: tuple[bytes, int] | None = None  # how a plain batch begins, and the size of its head
+        self._decode = _IpcDictionaries(message.data, source.limits) if known.dictionaries else None
+        self._learned: _IpcHead | None = None  # how a batch without metadata begins
         self.ended = False
 
     def read(self) -> tuple[pa.RecordBatch, _IpcMetadata | None] | None:
         """Return the next batch and its custom metadata, or None at the end of the stream."""
-        batch = None if self._learned is None else self._read_learned(*self._learned)
-        if batch is not None:
+        if self._learned is not None and (batch := self._read_learned(self._learned)) is not None:
             return batch, None
         while True:
             message = _ipc_message(self._source)
@@ -1427,67 +1444,128 @@ class _IpcReader:
                 self.ended = True
                 return None
             if message.kind == _IPC_DICTIONARY and self._decode is not None:
-                self._decode.feed.push(message.data)
+                self._decode.push(message.data)
                 continue
             if message.kind != _IPC_BATCH:
                 raise pa.ArrowInvalid(f"unexpected {_ipc_kind_name(message)} inside an IPC stream")
-            if self._decode is not None:
-                batch = self._decode.batch(message.data)
-            else:
-                batch = ipc.read_record_batch(pa.py_buffer(message.data), self.schema)
-                if self._learned is None and message.metadata is None and _ipc_learning:
-                    self._learned = _ipc_plain_head(message.data, batch)
-            validate_batch(batch, self._validation)
+            batch = self._batch(message.data)
+            if self._learned is None and self._decode is None and message.metadata is None and _ipc_learning:
+                self._learned = _ipc_head(message.data, batch)
             return batch, message.metadata
 
-    def _read_learned(self, begin: bytes, head: int) -> pa.RecordBatch | None:
+    def _batch(self, message: _IpcPiece) -> pa.RecordBatch:
+        """The gate's last door: what pyarrow reads from a message that has been measured, validated."""
+        try:
+            if self._decode is not None:
+                batch = self._decode.batch(message)
+            else:
+                batch = ipc.read_record_batch(pa.py_buffer(message), self.schema)
+        except (pa.ArrowException, OSError, ValueError) as exc:
+            raise IPCError(f"a record batch is malformed: {exc}") from exc
+        validate_batch(batch, self._validation)
+        for at in self._hollow:
+            _ipc_unfold(batch.column(at), self._source.limits)
+        return batch
+
+    def _read_learned(self, learned: _IpcHead) -> pa.RecordBatch | None:
         """Read a batch that begins like an earlier one without metadata, if it is all there."""
         source = self._source
         if source.pos == len(source.buf):
             source.more(8)
         data, pos = source.buf, source.pos
-        if not data.startswith(begin, pos) or len(data) - pos < head:
+        size = learned.match(data, pos, source.limits)
+        if not size or len(data) - pos < size:
             return None
-        if head == len(begin):  # a tick: no columns, no rows, no body
-            source.pos += head
+        source.pos += size
+        if learned.tick:
             return empty_batch(self.schema)
-        body = _IPC_I64(data, pos + len(begin))[0]
-        end = pos + head + body
-        limit = source.limits.max_message_bytes
-        if body < 0 or (limit is not None and body > limit) or len(data) < end:
-            return None
-        source.pos = end
-        message = data if len(data) == end - pos else data[pos:end]
-        batch = ipc.read_record_batch(pa.py_buffer(message), self.schema)
-        validate_batch(batch, self._validation)
-        return batch
+        return self._batch(data if len(data) == size else data[pos : pos + size])
 
     def tick_waits(self) -> bool:
         """Whether the next message is a tick that has arrived already."""
-        if self._learned is None or self._learned[1] != len(self._learned[0]):
-            return False
-        return self._source.buf.startswith(self._learned[0], self._source.pos)
+        learned = self._learned
+        return learned is not None and learned.tick and self._source.buf.startswith(learned.first, self._source.pos)
 
     def drain(self) -> None:
         """Consume the rest of the stream without decoding it."""
-        while not self.ended:
-            self.ended = _ipc_skip(self._source)
+        if not self.ended:
+            _ipc_drain(self._source)
+            self.ended = True
+
+
+class _IpcHead:
+    """The metadata of a batch message without custom metadata: fixed bytes, and the holes between them."""
+
+    __slots__ = ("_body_size_at", "_fixed", "_size", "_sizes", "first", "tick")
+
+    def __init__(self, meta: bytes, shape: _IpcShape | None) -> None:
+        """`meta` with the prefix; no shape: a tick, which has no holes."""
+        self.tick = shape is None
+        self.first, self._fixed = meta, []
+        self._size = len(meta)
+        if shape is None:
+            return
+        self._body_size_at = shape.body_size
+        self._sizes = struct.Struct("<" + "8xq" * shape.buffer_count), shape.buffers
+        holes = [(shape.body_size, 8), (shape.rows, 8)]
+        holes += [(shape.nodes, 16 * shape.node_count), (shape.buffers, 16 * shape.buffer_count)]
+        at, pieces = 0, []
+        for start, size in [*sorted(holes), (len(meta), 0)]:
+            pieces.append((at, meta[at:start]))
+            at = start + size
+        self.first = pieces[0][1]
+        self._fixed = [(at, piece) for at, piece in pieces[1:] if piece]
+
+    def match(self, data: bytes, pos: int, limits: IpcLimits) -> int:
+        """Return the size of the message that begins at `pos`; 0 when it is another, or its head is not all there."""
+        if not data.startswith(self.first, pos):
+            return 0
+        if self.tick:
+            return self._size
+        for at, piece in self._fixed:
+            if not data.startswith(piece, pos + at):
+                return 0
+        if len(data) - pos < self._size:
+            return 0
+        body: int = _IPC_I64(data, pos + self._body_size_at)[0]
+        limit = limits.max_message_bytes
+        sizes, at = self._sizes
+        known = sizes.unpack_from(data, pos + at)
+        if body < 0 or (limit is not None and body > limit) or sum(known) > body or (known and min(known) < 0):
+            return 0
+        return self._size + body
 
 
 class _IpcDictionaries:
-    """Batches of a schema with dictionaries: pyarrow's stream reader keeps them between batches (wire.md trap 13)."""
+    """Batches of a schema with dictionaries: pyarrow's stream reader keeps them between batches (wire.md trap 13).
 
-    __slots__ = ("_reader", "feed")
+    All that a stream holds count together: those that wait for a batch, and the last of each with its deltas.
+    """
 
-    def __init__(self, schema_message: _IpcPiece) -> None:
-        self.feed = _IpcFeed()
-        self.feed.push(schema_message)
+    __slots__ = ("_feed", "_held", "_limit", "_reader", "_waiting")
+
+    def __init__(self, schema_message: _IpcPiece, limits: IpcLimits) -> None:
+        self._feed = _IpcFeed()
+        self._feed.push(schema_message)
         self._reader: Any = None
+        self._held: dict[int, int] = {}  # bytes of each dictionary, by its id
+        self._waiting = 0  # bytes of those that no batch has used yet
+        self._limit = limits.max_message_bytes
+
+    def push(self, message: _IpcPiece) -> None:
+        number, delta = _ipc_dictionary(message)
+        self._waiting += len(message)
+        self._held[number] = len(message) + delta * self._held.get(number, 0)
+        total = max(self._waiting, sum(self._held.values()))
+        if self._limit is not None and total > self._limit:
+            raise IPCError(f"a stream's dictionaries of {total} bytes; the limit is max_message_bytes={self._limit}")
+        self._feed.push(message)
 
     def batch(self, message: _IpcPiece) -> pa.RecordBatch:
-        self.feed.push(message)
+        self._feed.push(message)
+        self._waiting = 0
         if self._reader is None:
-            self._reader = ipc.open_stream(self.feed)
+            self._reader = ipc.open_stream(self._feed)
         return self._reader.read_next_batch()
 
 
@@ -1591,72 +1669,50 @@ def _ipc_message(source: _IpcSource) -> _IpcMessage | None:
     size = _ipc_metadata_size(source)
     if size == 0:
         return None
-    kind, body, metadata = _ipc_parse(source.buf[source.pos + 8 : source.pos + 8 + size], source.limits)
-    head = 8 + size
-    data = source.take(head + body, head)
-    if kind != _IPC_SCHEMA:
-        _ipc_check_compressed(data, head, body, source.limits)
-    return _IpcMessage(kind, data, metadata)
+    if size <= _IPC_LARGE:
+        about = _ipc_parse(source.buf[source.pos + 8 : source.pos + 8 + size], source.limits)
+        data = source.take(8 + size + about.body, 8 + size)
+    else:  # a long head is read into its final place, however slowly it comes
+        head = bytes(source.take(8 + size, 8 + size))
+        about = _ipc_parse(head[8:], source.limits)
+        data = b"".join((head, memoryview(source.take(about.body, 0)))) if about.body else head
+    if about.flaw:
+        raise IPCError(about.flaw)
+    return _IpcMessage(about.kind, data, about.metadata)
 
 
-def _ipc_check_compressed(data: _IpcPiece, head: int, body: int, limits: IpcLimits) -> None:
-    """Bound what compressed buffers claim to become, before pyarrow allocates it (each begins with its real size)."""
-    view = memoryview(data)
-    meta = bytes(view[:head])
+def _ipc_drain(source: _IpcSource) -> None:
+    """Consume messages without keeping them, up to and with the end-of-stream marker."""
+    while size := _ipc_metadata_size(source):
+        meta = bytes(source.take(8 + size, 8 + size))[8:]
+        source.skip(_ipc_parse(meta, source.limits).body)
+
+
+def _ipc_head(message: _IpcPiece, batch: pa.RecordBatch) -> _IpcHead | None:
+    """How a batch message without custom metadata begins; None when it has parts that a head does not know."""
+    meta = bytes(memoryview(message)[: 8 + _IPC_I32(message, 4)[0]])
+    if batch.num_columns == 0:
+        return _IpcHead(meta, None) if batch.num_rows == 0 and len(meta) == len(message) else None
     try:
-        table = 8 + _IPC_U32(meta, 8)[0]
-        at = _ipc_slot(meta, table, 2)
+        return _IpcHead(meta, _ipc_shape(meta))
+    except _IpcUnfamiliar:
+        return None
+
+
+def _ipc_dictionary(message: _IpcPiece) -> tuple[int, bool]:
+    """Return (id, whether it is a delta) of a dictionary message."""
+    meta = bytes(memoryview(message)[: 8 + _IPC_I32(message, 4)[0]])
+    try:
+        at = _ipc_slot(meta, 8 + _IPC_U32(meta, 8)[0], 2)
         header = at + _IPC_U32(meta, at)[0]
-        if meta[_ipc_slot(meta, table, 1)] == _IPC_DICTIONARY:
-            at = _ipc_slot(meta, header, 1)
-            header = at + _IPC_U32(meta, at)[0]
-        buffers = _ipc_slot(meta, header, 2)
-        if not buffers or not _ipc_slot(meta, header, 3):
-            return
-        buffers += _IPC_U32(meta, buffers)[0]
-        total = 0
-        for entry in range(buffers + 4, buffers + 4 + 16 * _IPC_U32(meta, buffers)[0], 16):
-            start, size = _IPC_I64(meta, entry)[0], _IPC_I64(meta, entry + 8)[0]
-            if size >= 8 and 0 <= start <= body - 8:
-                total += max(_IPC_I64(view, head + start)[0], 0)
+        number, delta = _ipc_slot(meta, header, 0), _ipc_slot(meta, header, 2)
+        return (_IPC_I64(meta, number)[0] if number else 0), bool(delta and meta[delta])
     except (struct.error, IndexError) as exc:
-        raise pa.ArrowInvalid("malformed flatbuffer in an IPC message") from exc
-    limit = limits.max_message_bytes
-    if total > (_IPC_EAGER + 1024 * body if limit is None else limit):
-        raise pa.ArrowInvalid(f"compressed buffers claim {total} bytes; max_message_bytes={limit} does not allow them")
-
-
-def _ipc_plain_head(message: _IpcPiece, batch: pa.RecordBatch) -> tuple[bytes, int] | None:
-    """How a batch message without metadata begins, up to its body size; None when that does not settle its kind."""
-    head = 8 + _IPC_I32(message, 4)[0]
-    meta = bytes(memoryview(message)[:head])
-    table = 8 + _IPC_U32(meta, 8)[0]
-    vtable = table - _IPC_I32(meta, table)[0]
-    size_at = _ipc_slot(meta, table, 3)
-    if not size_at:  # a tick has three slots: no body size, and so no metadata either
-        tick = batch.num_columns == 0 and batch.num_rows == 0 and _IPC_U16(meta, vtable)[0] == 10
-        return (meta, head) if tick else None
-    settled = (
-        vtable + _IPC_U16(meta, vtable)[0],
-        table + 4,
-        _ipc_slot(meta, table, 0) + 2,
-        _ipc_slot(meta, table, 1) + 1,
-    )
-    return (meta[:size_at], head) if size_at and max(settled) <= size_at else None
-
-
-def _ipc_skip(source: _IpcSource) -> bool:
-    """Consume one message without keeping it; True for the end-of-stream marker."""
-    size = _ipc_metadata_size(source)
-    if size == 0:
-        return True
-    _, body, _ = _ipc_parse(source.buf[source.pos + 8 : source.pos + 8 + size], source.limits)
-    source.skip(8 + size + body)
-    return False
+        raise pa.ArrowInvalid("malformed flatbuffer in a dictionary message") from exc
 
 
 def _ipc_metadata_size(source: _IpcSource) -> int:
-    """Bring a message's metadata into the buffer and return its size; 0 consumes the end-of-stream marker."""
+    """Return the size of a message's metadata, which is in the buffer if it is small; 0 consumes the end marker."""
     while len(source.buf) - source.pos < 8:
         _ipc_check_marker(source)
         source.more(8 - len(source.buf) + source.pos)
@@ -1668,7 +1724,7 @@ def _ipc_metadata_size(source: _IpcSource) -> int:
     limit = source.limits.max_metadata_bytes
     if not 8 <= size <= limit:
         raise pa.ArrowInvalid(f"a message claims {size} bytes of metadata; the limit is max_metadata_bytes={limit}")
-    while len(source.buf) - source.pos < 8 + size:
+    while size <= _IPC_LARGE and len(source.buf) - source.pos < 8 + size:
         source.more(8 + size - len(source.buf) + source.pos)
     return size
 
@@ -1689,8 +1745,9 @@ def _ipc_check_marker(source: _IpcSource) -> None:
         )
 
 
-def _ipc_parse(meta: bytes, limits: IpcLimits) -> tuple[int, int, _IpcMetadata | None]:
-    """Read kind, body size and custom metadata of a Message flatbuffer; a schema is also measured."""
+def _ipc_parse(meta: bytes, limits: IpcLimits) -> _IpcAbout:
+    """Read a Message flatbuffer. ArrowInvalid: nobody can say where the next message begins; else content has flaws."""
+    metadata, flaw = None, ""
     try:
         table = _IPC_U32(meta, 0)[0]
         version = _ipc_slot(meta, table, 0)
@@ -1700,17 +1757,39 @@ def _ipc_parse(meta: bytes, limits: IpcLimits) -> tuple[int, int, _IpcMetadata |
         kind = meta[at] if at else 0
         at = _ipc_slot(meta, table, 3)
         body = _IPC_I64(meta, at)[0] if at else 0
+        if body < 0 or (kind == _IPC_SCHEMA and body):
+            raise pa.ArrowInvalid(f"a message claims a body of {body} bytes")
+        limit = limits.max_message_bytes
+        if limit is not None and body > limit:
+            raise pa.ArrowInvalid(f"a message claims a body of {body} bytes; the limit is max_message_bytes={limit}")
         at = _ipc_slot(meta, table, 4)
-        metadata = _ipc_custom_metadata(meta, at + _IPC_U32(meta, at)[0], limits) if at else None
+        try:
+            metadata = _ipc_custom_metadata(meta, at + _IPC_U32(meta, at)[0], limits) if at else None
+            if kind != _IPC_SCHEMA:
+                _ipc_check_buffers(meta, table, kind, body)
+        except IPCError as exc:
+            flaw = str(exc)
     except (struct.error, IndexError) as exc:
         raise pa.ArrowInvalid("malformed flatbuffer in an IPC message") from exc
-    if body < 0 or (kind == _IPC_SCHEMA and body):
-        raise pa.ArrowInvalid(f"a message claims a body of {body} bytes")
-    if limits.max_message_bytes is not None and body > limits.max_message_bytes:
-        raise pa.ArrowInvalid(
-            f"a message claims a body of {body} bytes; the limit is max_message_bytes={limits.max_message_bytes}"
-        )
-    return kind, body, metadata
+    return _IpcAbout(kind, body, metadata, flaw)
+
+
+def _ipc_check_buffers(meta: bytes, table: int, kind: int, body: int) -> None:
+    """Refuse a batch or dictionary whose buffers are compressed, or have more bytes than its body."""
+    at = _ipc_slot(meta, table, 2)
+    header = at + _IPC_U32(meta, at)[0] if at else 0
+    if header and kind == _IPC_DICTIONARY:
+        at = _ipc_slot(meta, header, 1)
+        header = at + _IPC_U32(meta, at)[0] if at else 0
+    if not header:
+        raise IPCError("a message without its header")
+    if _ipc_slot(meta, header, 3):
+        raise IPCError("compressed Arrow buffers are not read; write without IpcWriteOptions(compression=...)")
+    if at := _ipc_slot(meta, header, 2):
+        at += _IPC_U32(meta, at)[0]
+        sizes = struct.unpack_from(f"<{2 * _IPC_U32(meta, at)[0]}q", meta, at + 4)[1::2]
+        if sum(sizes) > body or min(sizes, default=0) < 0:
+            raise IPCError(f"buffers of {sum(sizes)} bytes in a body of {body}: they overlap, or leave it")
 
 
 def _ipc_slot(meta: bytes, table: int, slot: int) -> int:
@@ -1734,13 +1813,15 @@ def _ipc_custom_metadata(meta: bytes, vector: int, limits: IpcLimits) -> _IpcMet
         table = entry + _IPC_U32(meta, entry)[0]
         key, value = _ipc_string(meta, table, 0), _ipc_string(meta, table, 1)
         if max(len(key), len(value)) > limits.max_metadata_entry_bytes:
-            raise pa.ArrowInvalid(
+            raise IPCError(
                 f"a custom metadata entry of {max(len(key), len(value))} bytes; the limit is"
                 f" max_metadata_entry_bytes={limits.max_metadata_entry_bytes}"
             )
         total += len(key) + len(value) + 8
         if total > len(meta):
-            raise pa.ArrowInvalid("custom metadata entries overlap in an IPC message")
+            raise IPCError("custom metadata entries overlap in an IPC message")
+        if key in found:  # readers differ in which of them counts
+            raise IPCError(f"the custom metadata key {key[:80]!r} is there twice")
         found[key] = value
     return found
 
@@ -1756,59 +1837,275 @@ def _ipc_string(meta: bytes, table: int, slot: int) -> bytes:
     return meta[at + 4 : end]
 
 
-# Schemas repeat on every call; bounded, and filled only with what pyarrow has accepted.
-_IPC_SCHEMAS: dict[bytes, tuple[pa.Schema, bool]] = {}
-_IPC_SCHEMAS_MAX = 256
-_IPC_USUAL = IpcLimits()  # stricter readers measure for themselves
-_IPC_SCHEMAS_MAX_BYTES = 16_384
+class _IpcSchema(_NamedTuple):
+    """A schema of a peer, and what its batches need."""
+
+    schema: pa.Schema
+    dictionaries: bool  # any column or nested field is one
+    hollow: tuple[int, ...]  # columns of which some rows take no bytes of a message
 
 
-def _ipc_schema(message: _IpcPiece, limits: IpcLimits) -> tuple[pa.Schema, bool]:
-    """Decode a schema message -> (schema, whether any column or nested field is a dictionary)."""
+_IPC_SCHEMA_BYTES = 8192  # larger schema messages are read each time: with the 128 that are kept, at most 1 MiB
+_IPC_FIELD_BYTES = 32  # the least that a field takes in a schema message
+
+
+def _ipc_schema(message: _IpcPiece, limits: IpcLimits) -> _IpcSchema:
+    """Decode a schema message; IPCError for one that is too large, too deep or not little-endian."""
     key = bytes(message)
-    known = _IPC_SCHEMAS.get(key) if limits.max_columns >= _IPC_USUAL.max_columns else None
-    if known is not None and limits.max_nesting >= _IPC_USUAL.max_nesting:
-        return known
-    try:
-        _ipc_measure_schema(key[8:], limits)
-    except struct.error as exc:
-        raise pa.ArrowInvalid("malformed flatbuffer in a schema message") from exc
-    schema = ipc.read_schema(pa.py_buffer(key))
-    try:
-        found = (schema, _ipc_has_dictionaries(schema))
-    except UnicodeDecodeError as exc:
-        raise pa.ArrowInvalid("a column name of a schema is not UTF-8") from exc
-    if len(key) <= _IPC_SCHEMAS_MAX_BYTES and limits == _IPC_USUAL:
-        if len(_IPC_SCHEMAS) >= _IPC_SCHEMAS_MAX:
-            _IPC_SCHEMAS.clear()
-        _IPC_SCHEMAS[key] = found
-    return found
+    read = _ipc_read_schema if len(key) <= _IPC_SCHEMA_BYTES else _ipc_read_schema.__wrapped__
+    return read(key, limits.max_columns, limits.max_nesting)
 
 
-def _ipc_measure_schema(meta: bytes, limits: IpcLimits) -> None:
-    """Count columns and nesting before pyarrow recurses into them (Field: slot 5 holds the children)."""
+@functools.lru_cache(128)  # schemas repeat on every call
+def _ipc_read_schema(message: bytes, max_columns: int, max_nesting: int) -> _IpcSchema:
+    try:
+        _ipc_measure_schema(message[8:], max_columns, max_nesting)
+        schema = ipc.read_schema(pa.py_buffer(message))
+        hollow = tuple(i for i, dtype in enumerate(schema.types) if _ipc_holds(dtype, _ipc_is_hollow))
+        return _IpcSchema(schema, _ipc_has_dictionaries(schema), hollow)
+    except (struct.error, IndexError) as exc:
+        raise IPCError("malformed flatbuffer in a schema message") from exc
+    except (pa.ArrowException, ValueError) as exc:
+        raise IPCError(f"a schema message is malformed: {exc}") from exc
+
+
+def _ipc_measure_schema(meta: bytes, max_columns: int, max_nesting: int) -> None:
+    """Count columns, nesting and texts before pyarrow recurses into them: in a flatbuffer, tables may share parts.
+
+    Schema: slots 0 endianness, 1 fields. Field: 0 name, 2 and 3 type, 5 children, 6 metadata. Type: 1 the time zone
+    of a timestamp (10), the codes of a union (14).
+    """
     header = _ipc_slot(meta, _IPC_U32(meta, 0)[0], 2)
     if not header:
-        raise pa.ArrowInvalid("a schema message without a schema")
-    columns = _ipc_slot(meta, header + _IPC_U32(meta, header)[0], 1)
-    todo = [(columns, 1)] if columns else []
-    total = 0
+        raise IPCError("a schema message without a schema")
+    header += _IPC_U32(meta, header)[0]
+    if (endianness := _ipc_slot(meta, header, 0)) and _IPC_U16(meta, endianness)[0]:
+        raise IPCError("big-endian Arrow data is not read")
+    fields = _ipc_slot(meta, header, 1)
+    todo = [(fields, 1)] if fields else []
+    total = texts = 0
     while todo:
         at, depth = todo.pop()
         vector = at + _IPC_U32(meta, at)[0]
         count = _IPC_U32(meta, vector)[0]
         total += count
-        if count > limits.max_columns or total > 16 * limits.max_columns:
-            raise pa.ArrowInvalid(
+        if count > max_columns or total > 16 * max_columns:
+            raise IPCError(
                 f"a schema of {max(count, total)} columns and nested fields; the limit is"
-                f" max_columns={limits.max_columns}, with 16 nested fields each"
+                f" max_columns={max_columns}, with 16 nested fields each"
             )
-        if count and depth > limits.max_nesting:
-            raise pa.ArrowInvalid(f"a schema nested deeper than max_nesting={limits.max_nesting}")
+        if count and depth > max_nesting:
+            raise IPCError(f"a schema nested deeper than max_nesting={max_nesting}")
         for entry in range(vector + 4, vector + 4 + 4 * count, 4):
-            children = _ipc_slot(meta, entry + _IPC_U32(meta, entry)[0], 5)
-            if children:
+            field = entry + _IPC_U32(meta, entry)[0]
+            texts += _ipc_field_texts(meta, field)
+            if children := _ipc_slot(meta, field, 5):
                 todo.append((children, depth + 1))
+        if total * _IPC_FIELD_BYTES + texts > len(meta) + _IPC_LARGE:
+            raise IPCError(f"a schema message of {len(meta)} bytes unfolds into more: its fields share parts")
+
+
+def _ipc_field_texts(meta: bytes, field: int) -> int:
+    """Bytes of a field's texts: its name, its metadata, and what its type has."""
+    size = len(_ipc_string(meta, field, 0))
+    at = _ipc_slot(meta, field, 2)
+    if at and meta[at] in (10, 14) and (at := _ipc_slot(meta, field, 3)):
+        size += len(_ipc_string(meta, at + _IPC_U32(meta, at)[0], 1))
+    if at := _ipc_slot(meta, field, 6):
+        vector = at + _IPC_U32(meta, at)[0]
+        for entry in range(vector + 4, vector + 4 + 4 * min(_IPC_U32(meta, vector)[0], len(meta)), 4):
+            table = entry + _IPC_U32(meta, entry)[0]
+            size += 32 + len(_ipc_string(meta, table, 0)) + len(_ipc_string(meta, table, 1))
+            if size > len(meta) + _IPC_LARGE:
+                break
+    return size
+
+
+# ---- what a batch unfolds into
+#
+# Rows of some types take less of a message than of anything that is made of them: null, struct<>, dictionary, run-end
+# encoded, unions, views. What such a column becomes is counted before it is cast or turned into Python values.
+#
+#   declared                     also accepted, if every value fits             never
+#   intN, uintN                  integers of another size or sign               text, bool, float
+#   float, double                smaller floats, integers                       text, decimal
+#   utf8, large_utf8             each other, utf8_view                          binary, numbers
+#   binary, large_binary         each other, binary_view                        utf8
+#   list, large_list             each other, fixed_size_list; elements          list views
+#   struct, map                  children by this table, of the same names
+#   timestamp, time, duration    another unit, the same zone                    integers, text
+#   decimal128(p, s)             another precision, the same scale              text, integers
+#   T                            dictionary<i, T>; null, where T is nullable
+#   dictionary<i, T>             T, dictionary<j, T>
+
+_IPC_INTEGERS = frozenset(("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"))
+_IPC_CASTS: dict[str, frozenset[str]] = {
+    **dict.fromkeys(_IPC_INTEGERS, _IPC_INTEGERS),
+    "float": _IPC_INTEGERS | {"halffloat"},
+    "double": _IPC_INTEGERS | {"halffloat", "float"},
+    "string": frozenset(("large_string", "string_view")),
+    "large_string": frozenset(("string", "string_view")),
+    "binary": frozenset(("large_binary", "binary_view")),
+    "large_binary": frozenset(("binary", "binary_view")),
+    "list": frozenset(("list", "large_list", "fixed_size_list")),
+    "large_list": frozenset(("list", "large_list", "fixed_size_list")),
+    "struct": frozenset(("struct",)),
+    "map": frozenset(("map",)),
+}
+_IPC_UNIT = re.compile(
+    r"(?<=^time)\d\d\[\w+|\[(s|ms|us|ns)\b|(?<=^decimal128)\(\d+"
+)  # what a cast may change in a name
+_IPC_TEXTS = frozenset(("string", "large_string", "string_view", "binary", "large_binary", "binary_view"))
+
+
+def _ipc_fit(batch: pa.RecordBatch, schema: pa.Schema, limits: IpcLimits) -> pa.RecordBatch:
+    """Cast the columns of a peer to a schema of the same names; TypeError for what the table or a value forbids.
+
+    The size of the result is estimated before (IPCError), and it is validated after.
+    """
+    if batch.schema.equals(schema):
+        return batch
+    validate_batch(batch, IpcValidation.FULL)  # kernels trust their input
+    size = 0
+    for field, column in zip(schema, batch.columns, strict=True):
+        if not _ipc_castable(column.type, field.type):
+            raise TypeError(f"column '{field.name}' is {column.type}, which is not cast to {field.type}")
+        if column.null_count and not field.nullable:
+            raise TypeError(f"column '{field.name}' has nulls, and its declaration allows none")
+        size += _ipc_cast_size(column, field.type)
+    _ipc_check_unfolded(size, batch.get_total_buffer_size(), limits)
+    try:
+        columns = [column.cast(field.type) for field, column in zip(schema, batch.columns, strict=True)]
+        found = pa.RecordBatch.from_arrays(columns, schema=schema)
+    except (pa.ArrowException, ValueError) as exc:
+        raise TypeError(f"a value does not fit: {exc}") from exc
+    validate_batch(found, IpcValidation.FULL)
+    return found
+
+
+def _ipc_castable(have: pa.DataType, want: pa.DataType) -> bool:
+    """Whether the table above has this cast."""
+    if have.equals(want) or pa.types.is_null(have):
+        return True
+    if pa.types.is_dictionary(have) or pa.types.is_dictionary(want):
+        plain = [dtype.value_type if pa.types.is_dictionary(dtype) else dtype for dtype in (have, want)]
+        return _ipc_castable(*plain)
+    old, new = (str(dtype).partition("<")[0] for dtype in (have, want))
+    if old not in _IPC_CASTS.get(new, ()):
+        return not want.num_fields and _IPC_UNIT.sub("", old) == _IPC_UNIT.sub("", new)
+    if have.num_fields != want.num_fields:
+        return False
+    pairs = [(have.field(i), want.field(i)) for i in range(want.num_fields)]
+    named = new == "struct"  # the names of elements and entries say nothing
+    return all((h.name == w.name or not named) and _ipc_castable(h.type, w.type) for h, w in pairs)
+
+
+def _ipc_cast_size(array: Any, want: pa.DataType) -> int:
+    """Bytes that a cast makes, estimated."""
+    if pa.types.is_dictionary(want):
+        want = want.value_type
+    rows = len(array) * _ipc_row_bytes(want)
+    children = [] if pa.types.is_dictionary(array.type) else _ipc_children(array)
+    if not children:
+        return max(rows, _ipc_unfolded(array))
+    return rows + sum(_ipc_cast_size(child, want.field(i).type) for i, child in enumerate(children))
+
+
+def _ipc_row_bytes(dtype: pa.DataType) -> int:
+    """Bytes of a row without its texts and elements."""
+    if pa.types.is_fixed_size_list(dtype):
+        return 1 + int(dtype.list_size) * _ipc_row_bytes(dtype.value_type)
+    if pa.types.is_struct(dtype):
+        return 1 + sum(_ipc_row_bytes(dtype.field(i).type) for i in range(dtype.num_fields))
+    if pa.types.is_primitive(dtype) or pa.types.is_decimal(dtype) or pa.types.is_fixed_size_binary(dtype):
+        return max(dtype.bit_width // 8, 1)
+    return 8
+
+
+def _ipc_unfold(array: pa.Array[Any], limits: IpcLimits) -> pa.Array[Any]:
+    """The array, if the limits allow what it unfolds into; else IPCError."""
+    if _ipc_holds(array.type, _ipc_is_folded):
+        _ipc_check_unfolded(_ipc_unfolded(array), array.get_total_buffer_size(), limits)
+    return array
+
+
+def _ipc_check_unfolded(size: int, arrived: int, limits: IpcLimits) -> None:
+    limit = limits.max_message_bytes
+    if size > (max(_IPC_EAGER, 16 * arrived) if limit is None else limit):
+        raise IPCError(f"{arrived} bytes unfold into {size}; the limit is max_message_bytes={limit}")
+
+
+def _ipc_is_folded(dtype: pa.DataType) -> bool:
+    kinds = "_view", "dictionary", "run_end", "_union"
+    return _ipc_is_hollow(dtype) or any(kind in str(dtype).partition("<")[0] for kind in kinds)
+
+
+def _ipc_is_hollow(dtype: pa.DataType) -> bool:
+    """Whether rows take no bytes at all."""
+    if pa.types.is_fixed_size_binary(dtype):
+        return bool(dtype.byte_width == 0)
+    if pa.types.is_fixed_size_list(dtype):
+        return bool(dtype.list_size == 0)
+    return bool(pa.types.is_null(dtype) or (pa.types.is_struct(dtype) and dtype.num_fields == 0))
+
+
+def _ipc_holds(dtype: pa.DataType, test: Callable[[pa.DataType], bool]) -> bool:
+    """Whether a type or one nested in it passes; UnicodeDecodeError for a field's name that is not UTF-8."""
+    if test(dtype):
+        return True
+    if isinstance(dtype, pa.BaseExtensionType):
+        return _ipc_holds(dtype.storage_type, test)
+    if pa.types.is_dictionary(dtype):
+        return _ipc_holds(dtype.value_type, test)
+    children = [dtype.field(i) for i in range(dtype.num_fields)]
+    return any([child.name is None or _ipc_holds(child.type, test) for child in children])
+
+
+def _ipc_children(array: Any) -> list[Any]:
+    if pa.types.is_struct(array.type) or pa.types.is_union(array.type):
+        return [array.field(i) for i in range(array.type.num_fields)]
+    return [array.values] if array.type.num_fields else []
+
+
+def _ipc_unfolded(array: Any) -> int:
+    """Bytes when each row has a value of its own; a bound from above where exact numbers cost more."""
+    dtype, rows = array.type, len(array)
+    if isinstance(dtype, pa.BaseExtensionType):
+        return _ipc_unfolded(array.storage)
+    name = str(dtype).partition("<")[0]
+    children = [array.dictionary] if name == "dictionary" else _ipc_children(array)
+    if name in ("string_view", "binary_view"):
+        return 8 * rows + _ipc_sum(_ipc_lengths(array))
+    if name == "dictionary" and str(dtype.value_type) in _IPC_TEXTS:
+        return 8 * rows + _ipc_sum(_ipc_lengths(array.dictionary).take(array.indices))
+    if name.endswith("_view"):
+        return 8 * rows + _ipc_sum(array.sizes) * _ipc_widest(children[0])
+    if name == "dictionary" or name == "run_end_encoded" or name.endswith("_union"):
+        return 8 * rows + rows * max(map(_ipc_widest, children), default=0)
+    if children or _ipc_is_hollow(dtype):
+        return sum(map(_ipc_unfolded, children), 8 * rows)
+    return int(array.nbytes)
+
+
+def _ipc_widest(array: Any) -> int:
+    """Bytes of the longest text, or all bytes of nested values."""
+    if str(array.type) not in _IPC_TEXTS:
+        return _ipc_row_bytes(array.type) if array.type.num_fields == 0 else _ipc_unfolded(array)
+    return max(_ipc_lengths(array).drop_null().to_pylist(), default=0)
+
+
+def _ipc_lengths(array: Any) -> Any:
+    """The length of each text or binary value."""
+    import pyarrow.compute as pc
+
+    if "view" not in str(array.type):
+        return pc.binary_length(array)
+    views = pa.Array.from_buffers(pa.int32(), 4 * len(array), [None, array.buffers()[1]], offset=4 * array.offset)
+    return pc.list_element(pa.FixedSizeListArray.from_arrays(views, 4), 0)  # a view begins with its length
+
+
+def _ipc_sum(numbers: Any) -> int:
+    return int(numbers.cast(pa.int64()).sum().as_py() or 0)
 
 
 def _ipc_schema_message(schema: pa.Schema) -> bytes:
@@ -1817,16 +2114,7 @@ def _ipc_schema_message(schema: pa.Schema) -> bytes:
 
 def _ipc_has_dictionaries(schema: pa.Schema) -> bool:
     """Look at every field; UnicodeDecodeError for a name that is not UTF-8."""
-    return any([field.name is None or _ipc_type_has_dictionary(field.type) for field in schema])
-
-
-def _ipc_type_has_dictionary(dtype: pa.DataType) -> bool:
-    if pa.types.is_dictionary(dtype):
-        return True
-    if isinstance(dtype, pa.BaseExtensionType):
-        return _ipc_type_has_dictionary(dtype.storage_type)
-    children = [dtype.field(i) for i in range(dtype.num_fields)]
-    return any([child.name is None or _ipc_type_has_dictionary(child.type) for child in children])
+    return any([field.name is None or _ipc_holds(field.type, pa.types.is_dictionary) for field in schema])
 
 
 def _ipc_key_values(metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None) -> pa.KeyValueMetadata | None:
@@ -1898,17 +2186,24 @@ def serialize_record_batch_bytes(batch: pa.RecordBatch, custom_metadata: pa.KeyV
     return bytes(sink.getvalue())
 
 
+# What a stream inside a value may unfold into: the limits of the connection that brought it.
+_ipc_limits = contextvars.ContextVar("vgi_rpc_limits", default=IpcLimits())  # noqa: B039 (immutable)
+
+
 def deserialize_record_batch(
     data: bytes, ipc_validation: IpcValidation = IpcValidation.FULL
 ) -> tuple[pa.RecordBatch, pa.KeyValueMetadata | None]:
-    """Read the first batch of an IPC stream; no data and no batch give an empty one."""
+    """Read the first batch of an IPC stream; no data and no batch give an empty one.
+
+    Raises pa.ArrowInvalid (not a stream) or IPCError (what the stream says is refused).
+    """
     if not data:
         return empty_batch(EMPTY_SCHEMA), None
     try:
-        reader = _IpcReader(_IpcSource(data), ipc_validation)
+        reader = _IpcReader(_IpcSource(data, _ipc_limits.get()), ipc_validation)
         item = reader.read()
-    except (EOFError, struct.error) as exc:
-        raise pa.ArrowInvalid(f"the IPC stream is cut short: {exc}") from exc
+    except EOFError as exc:
+        raise pa.ArrowInvalid(f"an IPC stream is cut short: {exc}") from exc
     return (empty_batch(reader.schema), None) if item is None else (item[0], _ipc_key_values(item[1]))
 
 
@@ -2008,6 +2303,7 @@ class _IpcShape(_NamedTuple):
 
     head: int
     body_size: int
+    rows: int
     nodes: int
     node_count: int
     buffers: int
@@ -2015,7 +2311,7 @@ class _IpcShape(_NamedTuple):
 
 
 def _ipc_shape(message: bytes) -> _IpcShape:
-    """Find the holes of one message that holds one row; refuses what a layout cannot describe."""
+    """Find the holes of one batch or dictionary message; refuses what a layout cannot describe."""
     head = 8 + _IPC_I32(message, 4)[0]
     meta = message[:head]
     table = 8 + _IPC_U32(meta, 8)[0]
@@ -2029,11 +2325,13 @@ def _ipc_shape(message: bytes) -> _IpcShape:
     rows, nodes, buffers = (_ipc_slot(meta, header, slot) for slot in (0, 1, 2))
     body_size = _ipc_slot(meta, table, 3)
     compressed, variadic = (_ipc_slot(meta, header, slot) for slot in (3, 4))
-    if not (rows and nodes and buffers and body_size) or compressed or variadic or _IPC_I64(meta, rows)[0] != 1:
-        raise _IpcUnfamiliar("not one plain row")
+    if not (rows and nodes and buffers and body_size) or compressed or variadic:
+        raise _IpcUnfamiliar("no plain rows")
     nodes += _IPC_U32(meta, nodes)[0]
     buffers += _IPC_U32(meta, buffers)[0]
-    return _IpcShape(head, body_size, nodes + 4, _IPC_U32(meta, nodes)[0], buffers + 4, _IPC_U32(meta, buffers)[0])
+    return _IpcShape(
+        head, body_size, rows, nodes + 4, _IPC_U32(meta, nodes)[0], buffers + 4, _IPC_U32(meta, buffers)[0]
+    )
 
 
 def _ipc_split(stream: bytes) -> list[bytes]:
@@ -2055,172 +2353,97 @@ class _IpcCanonical:
 
     Everything in front of the body follows from the sizes of the values. Writing computes it; reading computes what
     it would have to be for the sizes found, and demands equal bytes: what is accepted is what we would have written.
+
+        encode(values, deadline=b"") -> the complete stream, or None when pyarrow has to look at the values
+        match(data, pos) -> (the row, the position after the stream), or None: another layout, or not all there
     """
 
     __slots__ = (
-        "_batch_at",
         "_buffers",
         "_code",
-        "_first",
-        "_fixed_bytes",
-        "_head",
-        "_heads",
-        "_nulls_at",
-        "_rest",
-        "_row",
         "_shape",
-        "_size",
-        "_types",
-        "_words",
+        "_template",
+        "body",
         "deadline_at",
+        "encode",
+        "head",
+        "heads",
+        "match",
+        "nulls",
+        "schema",
+        "words",
     )
 
-    def __init__(self, schema: pa.Schema, messages: list[bytes], deadline: bytes | None) -> None:
+    def __init__(self, code: _IpcCode, messages: list[bytes], deadline: bytes | None) -> None:
         """`messages` are what pyarrow wrote; `deadline` is a metadata value that differs from message to message."""
-        batch = messages[-1]
-        self._batch_at = len(messages[0])
-        self._head = messages[0] + batch[: 8 + _IPC_I32(batch, 4)[0]]
-        self.deadline_at = -1 if deadline is None else self._head.find(deadline)
-        self._first, self._rest = self._cut(self._head)
-        names = [str(field.type) for field in schema]
-        self._row: struct.Struct | None = None
-        self._words: list[_IpcWord] = []
-        if all(name in _IPC_FIXED and not field.nullable for name, field in zip(names, schema, strict=True)):
-            # Numbers only: nothing in front of the body ever changes, and the body is one struct.
-            self._row = struct.Struct("<" + "".join(_ipc_padded(_IPC_FIXED[name]) for name in names))
-            self._types = tuple(float if _IPC_FIXED[name] in "fd" else int for name in names)
-            self._size = len(self._head) + self._row.size  # without the end-of-stream marker
-            self._fixed_bytes = sum(struct.calcsize(_IPC_FIXED[name]) for name in names)
-            return
-        self._heads: dict[tuple[int, ...], tuple[bytes, bytes]] = {}
-        self._shape = _ipc_shape(batch)
-        self._nulls_at = self._batch_at + self._shape.nodes + 8
-        self._buffers = struct.Struct("<" + "8xq" * self._shape.buffer_count).unpack_from
-        self._code = _ipc_compile(schema)
-        columns = [i for i, field in enumerate(schema) if pa.types.is_dictionary(field.type)]
-        self._words = [_IpcWord(*each) for each in zip(messages[1:-1], columns, strict=True)]
-
-    def encode(self, values: Sequence[Any], deadline: bytes = b"") -> _IpcMessages | None:
-        """Return the complete stream, or None when pyarrow has to look at the values."""
-        try:
-            row = self._row
-            if row is None:
-                return self._encode(values, deadline)
-            if tuple(map(type, values)) != self._types:
-                return None
-            if not deadline:
-                return self._first + row.pack(*values) + _EOS
-            return b"".join((self._first, deadline, self._rest, row.pack(*values), _EOS))
-        except (struct.error, OverflowError, ValueError):
-            return None
-
-    def match(self, data: bytes, pos: int) -> tuple[Sequence[Any], int] | None:
-        """Return (the row, the position after the stream); None when it is not this layout, or not all there."""
-        try:
-            row = self._row
-            if row is None:
-                return self._match(data, pos)
-            end = pos + self._size
-            if not data.startswith(self._first, pos) or not data.startswith(_EOS, end):
-                return None
-            if self._rest and not data.startswith(self._rest, pos + self.deadline_at + 16):
-                return None
-            return row.unpack_from(data, pos + len(self._head)), end + 8
-        except (struct.error, UnicodeDecodeError, IndexError):
-            return None
+        schema, *dictionaries, batch = messages
+        shape = self._shape = _ipc_shape(batch)
+        self._code = code
+        self.words = [_IpcWord(message) for message in dictionaries]
+        self.schema = schema if dictionaries else b""  # else part of the head
+        self._template = (b"" if dictionaries else schema) + batch[: shape.head]
+        self.body = len(self._template)
+        self.nulls = self.body - shape.head + shape.nodes + 8
+        self._buffers = struct.Struct("<" + "8xq" * shape.buffer_count).unpack_from
+        self.deadline_at = -1 if deadline is None else self._template.find(deadline)
+        self.heads: dict[tuple[int, ...], tuple[bytes, bytes]] = {}
+        self.head = self.place((0,) * code.sizes)
+        self.encode: Callable[..., _IpcMessages | None] = functools.partial(code.encode, self)
+        self.match: Callable[[bytes, int], tuple[Sequence[Any], int] | None] = functools.partial(code.match, self)
 
     def deadline(self, data: bytes, pos: int) -> bytes:
         """Return the 16 digits of a stream that matches."""
-        at = pos + self.deadline_at
-        for word in self._words:
-            _, end = word.read(data, pos + self._batch_at) or ("", 0)
-            at, pos = at + end - pos - self._batch_at, end - self._batch_at
+        at = self._begin(data, pos) + self.deadline_at
         return data[at : at + 16]
 
     def buffer_bytes(self, data: bytes, pos: int, end: int) -> int:
         """`get_total_buffer_size()` of the batch in a stream that matches, or that this one wrote."""
-        if self._row is not None:
-            return self._fixed_bytes
-        if self._words:
+        if self.words:
             return int(ipc.open_stream(data[pos:end]).read_next_batch().get_total_buffer_size())
-        return sum(self._buffers(data, pos + self._batch_at + self._shape.buffers))
+        return sum(self._buffers(data, pos + self.body - self._shape.head + self._shape.buffers))
 
-    def _encode(self, values: Sequence[Any], deadline: bytes) -> _IpcMessages | None:
-        found = self._code.write(values)
-        if found is None:
-            return None
-        sizes, body = found
-        first, rest = self._heads.get(sizes) or self._divide(sizes)
-        if self._words:
-            at = self._batch_at
-            first = b"".join((first[:at], *[word.write(values[word.column]) for word in self._words], first[at:]))
-        if sum(sizes) > _IPC_LARGE:  # left in pieces: joining would copy
-            return [b"".join((first, deadline, rest)), *body, _EOS]
-        return b"".join((first, deadline, rest, *body, _EOS))
+    def _begin(self, data: bytes, pos: int) -> int:
+        """Where the head of the batch begins."""
+        pos += len(self.schema)
+        for word in self.words:
+            pos = cast("tuple[str, int]", word.read(data, pos))[1]
+        return pos
 
-    def _match(self, data: bytes, pos: int) -> tuple[Sequence[Any], int] | None:
-        texts = []
-        if self._words:
-            schema, at = self._head[: self._batch_at], pos + self._batch_at
-            if not data.startswith(schema, pos):
-                return None
-            for word in self._words:
-                entry = word.read(data, at)
-                if entry is None:
-                    return None
-                texts.append(entry[0])
-                at = entry[1]
-            pos = at - self._batch_at
-        found = self._code.read(data, pos + len(self._head), pos + self._nulls_at, texts)
-        if found is None:
-            return None
-        row, sizes, end = found
-        first, rest = self._heads.get(sizes) or self._divide(sizes)
-        at = self._batch_at if texts else 0
-        if not data.startswith(first[at:], pos + at) or not data.startswith(_EOS, end):
-            return None
-        if rest and not data.startswith(rest, pos + self.deadline_at + 16):
-            return None
-        return row, end + 8
-
-    def _divide(self, sizes: tuple[int, ...]) -> tuple[bytes, bytes]:
+    def place(self, sizes: tuple[int, ...]) -> tuple[bytes, bytes]:
         """Return what is in front of the body for values of these sizes, before and after the deadline."""
-        head = bytearray(self._head)
-        shape, at = self._shape, self._batch_at
+        shape, head, hole = self._shape, bytearray(self._template), self.deadline_at
         nodes, buffers, size = self._code.place(*sizes)
         if len(nodes) != 2 * shape.node_count or len(buffers) != 2 * shape.buffer_count:
             raise _IpcUnfamiliar("other arrays than pyarrow has")
+        at = self.body - shape.head
         _IPC_PACK_I64(head, at + shape.body_size, size)
         struct.pack_into(f"<{len(nodes)}q", head, at + shape.nodes, *nodes)
         struct.pack_into(f"<{len(buffers)}q", head, at + shape.buffers, *buffers)
-        if len(self._heads) >= _IPC_HEADS_MAX:
-            self._heads.clear()
-        found = self._heads[sizes] = self._cut(head)
+        if len(self.heads) * len(head) > _IPC_HEADS_BYTES:
+            self.heads.clear()
+        found = (bytes(head), b"") if hole < 0 else (bytes(head[:hole]), bytes(head[hole + 16 :]))
+        self.heads[sizes] = found
         return found
 
-    def _cut(self, head: bytes | bytearray) -> tuple[bytes, bytes]:
-        hole = self.deadline_at
-        return (bytes(head), b"") if hole < 0 else (bytes(head[:hole]), bytes(head[hole + 16 :]))
 
-
-_IPC_HEADS_MAX = 64  # sizes of which a layout remembers the computed bytes
+_IPC_HEADS_BYTES = 32_768  # of computed heads, which a layout remembers by their sizes
 
 
 class _IpcCode(_NamedTuple):
     """What is compiled for the columns of a schema."""
 
-    write: Callable[[Sequence[Any]], tuple[tuple[int, ...], tuple[bytes, ...]] | None]  # values -> sizes, body
-    read: Callable[
-        [bytes, int, int, list[str]], tuple[Sequence[Any], tuple[int, ...], int] | None
-    ]  # -> row, sizes, end
+    encode: Callable[..., _IpcMessages | None]
+    match: Callable[[_IpcCanonical, bytes, int], tuple[Sequence[Any], int] | None]
     place: Callable[..., tuple[tuple[int, ...], tuple[int, ...], int]]  # sizes -> nodes, buffers, size of the body
+    sizes: int  # how many numbers `place` takes
 
 
 class _IpcCompiler:
     """Writes the source of `_IpcCode` column by column: straight lines are twice as fast as calls through closures.
 
     The three functions meet the same sizes in the same order: the bytes of a text, the elements of a list, whether a
-    column is null. Nothing of a peer becomes source text: not even the names of columns are looked at.
+    column is null. `self` in them is an _IpcCanonical. Nothing of a peer becomes source text: not even the names of
+    columns are looked at.
     """
 
     _NAMES: ClassVar[dict[str, Any]] = {
@@ -2231,6 +2454,9 @@ class _IpcCompiler:
         "ends_of": struct.Struct("<ii").unpack_from,
         "PAD": _IPC_PAD,
         "NULL": (b"", _IPC_ZERO),
+        "EOS": _EOS,
+        "join": b"".join,
+        "error": struct.error,
         **{f"{kind.__name__}s": {kind} for kind in (int, float, str, bytes, list, tuple)},
     }
 
@@ -2244,27 +2470,67 @@ class _IpcCompiler:
         self._nodes: list[str] = []
         self._buffers: list[str] = []
         self._run: list[tuple[str, str]] = []  # neighbours of fixed width: one struct
-        self._unique = self._words = 0
+        self._words: list[str] = []
+        self._unique = 0
+        self._nullable = False
         self._row = "".join(f"v{i}, " for i in range(len(schema)))
         for i, field in enumerate(schema):
             self._column(f"v{i}", field)
         self._flush()
-        self._results = self._pieces, self._nodes, self._buffers
 
     def compile(self) -> _IpcCode:
-        """Return the three functions."""
+        """Return the functions; linecache knows their source, so that a traceback shows it."""
+        import linecache
+
         sizes = "".join(f"{name}, " for name in self._sizes)
-        pieces, nodes, buffers = ("".join(f"{each}, " for each in part) for part in self._results)
+        nodes, buffers = ("".join(f"{each}, " for each in part) for part in (self._nodes, self._buffers))
         source = [
-            "def write(values):",
-            *(f"    {line}" for line in (f"{self._row}= values", *self._write, f"return ({sizes}), ({pieces})")),
-            "def read(data, at, nulls, texts):",
-            *(f"    {line}" for line in (*self._read, f"return ({self._row}), ({sizes}), at")),
-            f"def place({sizes}):",
-            *(f"    {line}" for line in ("at = 0", *self._place, f"return ({nodes}), ({buffers}), at")),
+            *self._function("encode(self, values, deadline=b'')", self._encode_lines(sizes)),
+            *self._function("match(self, data, pos)", self._match_lines(sizes)),
+            *self._function(f"place({sizes})", ["at = 0", *self._place, f"return ({nodes}), ({buffers}), at"]),
         ]
-        exec(compile("\n".join(source), "<vgi_rpc layout>", "exec"), self._names)
-        return _IpcCode(self._names["write"], self._names["read"], self._names["place"])
+        text = "\n".join(source)
+        name = f"<vgi_rpc layout {hash(text) & 0xFFFFFFFF:08x}>"
+        linecache.cache[name] = len(text), None, text.splitlines(True), name
+        exec(compile(text, name, "exec"), self._names)
+        names = self._names
+        return _IpcCode(names["encode"], names["match"], names["place"], len(self._sizes))
+
+    def _function(self, head: str, lines: list[str]) -> list[str]:
+        wrong = ["except (error, OverflowError, ValueError, IndexError):", "    return None"]
+        return [f"def {head}:", "    try:", *(f"        {line}" for line in lines), *(f"    {line}" for line in wrong)]
+
+    def _head(self, sizes: str) -> str:
+        return f"self.heads.get(({sizes})) or self.place(({sizes}))" if sizes else "self.head"
+
+    def _encode_lines(self, sizes: str) -> list[str]:
+        before = "".join(f"self.words[{i}].write({name}), " for i, name in enumerate(self._words))
+        before = f"self.schema, {before}first, deadline, rest" if before else "first, deadline, rest"
+        pieces = "".join(f"{piece}, " for piece in self._pieces)
+        lines = [f"{self._row}= values" if self._row else "() = values", *self._write]
+        lines.append(f"first, rest = {self._head(sizes)}")
+        if sizes:  # large ones are left in pieces: joining would copy
+            lines.append(f"if {' + '.join(self._sizes)} > {_IPC_LARGE}: return [join(({before})), {pieces}EOS]")
+        return [*lines, f"return join(({before}, {pieces}EOS))"]
+
+    def _match_lines(self, sizes: str) -> list[str]:
+        lines = []
+        if self._words:
+            lines = ["if not data.startswith(self.schema, pos): return None", "pos += len(self.schema)"]
+        for i, name in enumerate(self._words):
+            lines += [f"word = self.words[{i}].read(data, pos)", "if word is None: return None", f"{name}, pos = word"]
+        checked = "if not data.startswith(first, pos): return None"
+        if not sizes:
+            lines += [f"first, rest = {self._head(sizes)}", checked]
+        lines += ["at = pos + self.body", *["nulls = pos + self.nulls"] * self._nullable, *self._read]
+        if sizes:
+            lines += [f"first, rest = {self._head(sizes)}", checked]
+        return [
+            *lines,
+            "if not data.startswith(EOS, at): return None",
+            "if rest and not data.startswith(rest, pos + self.deadline_at + 16): return None",
+            f"return ({self._row}), at + 8",
+        ]
 
     def _new(self, prefix: str) -> str:
         self._unique += 1
@@ -2294,6 +2560,7 @@ class _IpcCompiler:
             self._buffer("0")
             return self._value(name, field.type)
         self._flush()
+        self._nullable = True
         null = self._size()
         self._write += [f"{null} = {name} is None", f"if {null}: {name} = {kind}()"]
         self._refuse(other)
@@ -2319,8 +2586,8 @@ class _IpcCompiler:
         self._flush()
         if pa.types.is_dictionary(dtype):  # one entry, which stands in a message of its own
             self._pieces.append("NULL[1]")
-            self._read += ["if data[at] or data[at + 1]: return None", "at += 8", f"{name} = texts[{self._words}]"]
-            self._words += 1
+            self._read += ["if data[at] or data[at + 1]: return None", "at += 8"]
+            self._words.append(name)
             self._buffer("2")
         elif pa.types.is_list(dtype) or pa.types.is_map(dtype):
             self._container(name, dtype)
@@ -2468,7 +2735,7 @@ def _ipc_template(schema: pa.Schema, metadata: _IpcMetadata | None) -> _IpcCanon
         return None
     deadline = _IPC_DEADLINE if metadata and DEADLINE_KEY in metadata else None
     try:
-        return _IpcCanonical(schema, _ipc_split(_ipc_sample_stream(schema, metadata)), deadline)
+        return _IpcCanonical(_ipc_compile(schema), _ipc_split(_ipc_sample_stream(schema, metadata)), deadline)
     except _IpcUnfamiliar:
         return None
 
@@ -2477,11 +2744,13 @@ def _ipc_learn(sample: bytes, batch: pa.RecordBatch, deadline: bytes | None = No
     """Learn how a stream looks that pyarrow has read; it must read the same from it, or it is not learned."""
     if not _ipc_learning or len(sample) > _IPC_LARGE or (deadline is not None and sample.count(deadline) != 1):
         return None
+    if batch.num_rows > 1 or batch.schema.metadata or any([field.metadata for field in batch.schema]):
+        return None  # with metadata, a peer could make any number of schemas that mean the same
     try:
         validate_batch(batch, IpcValidation.FULL)
         messages = _ipc_split(sample)
+        layout = _IpcCanonical(_ipc_compile(batch.schema), messages, deadline)
         row = [column[0].as_py() for column in batch.columns]
-        layout = _IpcCanonical(batch.schema, messages, deadline)
         found = layout.match(sample, 0)
         return layout if found is not None and list(found[0]) == row and found[1] == len(sample) else None
     except (_IpcUnfamiliar, IPCError, pa.ArrowException, EOFError, struct.error, IndexError, ValueError):
@@ -2503,10 +2772,9 @@ _IPC_SAMPLES = {"int": 0, "float": 0.0, "bool": False, "str": "x", "bytes": b"",
 class _IpcWord:
     """The dictionary message in front of a batch for one column of an enum: one entry, its text."""
 
-    __slots__ = ("_head", "_known", "_shape", "column")
+    __slots__ = ("_head", "_known", "_shape")
 
-    def __init__(self, message: bytes, column: int) -> None:
-        self.column = column
+    def __init__(self, message: bytes) -> None:
         self._shape = _ipc_shape(message)
         self._head = message[: self._shape.head]
         self._known: dict[str, bytes] = {}  # enum members; bounded, because the type also carries any other string
@@ -3733,7 +4001,8 @@ def resolve_external_location(
     if config is None or not is_external_location_batch(batch, custom_metadata):
         return batch, custom_metadata
     logs = _ElsewhereLogs(on_log)
-    found, metadata = _elsewhere_load(config, batch, dict(custom_metadata or {}), logs, ipc_validation, None)
+    about = dict(custom_metadata or {})
+    found, metadata = _elsewhere_load(config, batch, about, logs, ipc_validation, IpcLimits(), None)
     if logs.failure is not None:
         raise logs.failure
     return found, pa.KeyValueMetadata(metadata)
@@ -3745,6 +4014,7 @@ def _elsewhere_load(
     metadata: _IpcMetadata,
     logs: _ElsewhereLogs,
     validation: IpcValidation,
+    limits: IpcLimits,
     timeout: float | None,
 ) -> tuple[pa.RecordBatch, _IpcMetadata]:
     """Follow a pointer. Messages are delivered once the whole object has been read and is what it must be."""
@@ -3756,7 +4026,7 @@ def _elsewhere_load(
         raise
     except Exception as exc:  # its text may hold a signed URL
         raise ExternalLocationError(f"Failed to resolve ExternalLocation: {type(exc).__name__}") from None
-    found, inner, messages = _elsewhere_read_object(data, batch.schema, validation)
+    found, inner, messages = _elsewhere_read_object(_IpcSource(data, limits), batch.schema, validation)
     for message in messages:
         logs.deliver(message)
     timing = {LOCATION_FETCH_MS_KEY: b"%.1f" % (seconds * 1000), LOCATION_SOURCE_KEY: location}
@@ -3764,13 +4034,13 @@ def _elsewhere_load(
 
 
 def _elsewhere_read_object(
-    data: bytes, schema: pa.Schema, validation: IpcValidation
+    source: _IpcSource, schema: pa.Schema, validation: IpcValidation
 ) -> tuple[pa.RecordBatch, _IpcMetadata | None, list[_IpcMetadata]]:
     """Read a stored object: exactly one data batch of that schema, with the messages around it; nothing nested."""
     found: tuple[pa.RecordBatch, _IpcMetadata | None] | None = None
     messages = []
     try:
-        reader = _IpcReader(_IpcSource(data), validation)
+        reader = _IpcReader(source, validation)
         while (item := reader.read()) is not None:
             kind = _elsewhere_kind(*item)
             if kind is _KIND_ERROR:
@@ -5101,10 +5371,11 @@ class _WirePlan:
         """Remember how a reply looks that is what the method declares; bounded, and never twice the same."""
         if batch.schema.names != (["result"] if self.info.has_return else []):
             return
-        if len(self.replies) < _IPC_LAYOUTS_MAX and not any(layout.match(sample, 0) for layout in self.replies):
-            layout = _ipc_learn(sample, batch)
-            if layout is not None:
-                self.replies.append(layout)
+        if any(layout.match(sample, 0) for layout in self.replies):
+            return
+        layout = _ipc_learn(sample, batch)
+        if layout is not None:
+            self.replies = [layout, *self.replies][:_IPC_LAYOUTS_MAX]
 
 
 def _wire_request_metadata(method: str, protocol: str | None, version: str | None) -> _IpcMetadata:
@@ -5358,21 +5629,12 @@ def _wire_check_version(protocol: str, required: str | None, metadata: _IpcMetad
     )
 
 
-def _wire_arguments(plan: _WirePlan, batch: pa.RecordBatch) -> dict[str, Any]:
-    """Steps 14 to 18: the request row as keyword arguments."""
-    schema = plan.info.params_schema
-    fits = batch.schema.equals(schema)
-    if not fits:
-        undeclared = [name for name in batch.schema.names if name not in plan.names]
-        if undeclared:
-            raise TypeError(
-                f"Request carries parameter(s) this protocol does not declare: {', '.join(undeclared)}. "
-                f"{plan.name}() declares: {', '.join(plan.names) or '(none)'}"
-            )
-    found = dict(zip(batch.schema.names, batch.columns, strict=True))
-    kwargs = _wire_decode(plan, {name: _wire_cell(found[name]) for name in plan.names if name in found})
-    if not fits:
+def _wire_arguments(plan: _WirePlan, batch: pa.RecordBatch, limits: IpcLimits) -> dict[str, Any]:
+    """Steps 14 to 18: the request row as keyword arguments. No value is read before the schema has been compared."""
+    if not batch.schema.equals(plan.info.params_schema):
         _wire_check_schema(plan, batch.schema)
+    found = dict(zip(batch.schema.names, batch.columns, strict=True))
+    kwargs = _wire_decode(plan, {name: _wire_cell(found[name], limits) for name in plan.names}, limits)
     for name, nullable in zip(plan.names, plan.nullable, strict=True):
         if kwargs[name] is None and not nullable:
             # Some clients send null for what the caller left out. Where None is a value of its own, it stays None.
@@ -5382,34 +5644,49 @@ def _wire_arguments(plan: _WirePlan, batch: pa.RecordBatch) -> dict[str, Any]:
     return kwargs
 
 
-def _wire_cell(column: pa.Array[Any]) -> Any:
+def _wire_cell(column: pa.Array[Any], limits: IpcLimits) -> Any:
     """The first value of a column. as_py() copies megabytes three times, through pages that are new each time."""
     if column.type not in _WIRE_BYTES or column.null_count or column.get_total_buffer_size() <= _IPC_LARGE:
-        return column[0].as_py()
+        return _ipc_unfold(column, limits)[0].as_py()
     _, offsets, data = column.buffers()
     begin, end = struct.unpack_from("<ii", offsets, 4 * column.offset)
     view = memoryview(data)[begin:end]
     return bytes(view) if column.type == pa.binary() else str(view, "utf-8")
 
 
-def _wire_row_arguments(plan: _WirePlan, row: Sequence[Any]) -> dict[str, Any] | None:
+def _wire_row_arguments(plan: _WirePlan, row: Sequence[Any], limits: IpcLimits) -> dict[str, Any] | None:
     """A row that a layout has read, as keyword arguments; None: let the pyarrow path decide."""
     kwargs = dict(zip(plan.names, row, strict=True))
     try:
-        return _wire_decode(plan, kwargs) if plan.decoders else kwargs
+        return _wire_decode(plan, kwargs, limits) if plan.decoders else kwargs
     except Exception:
         return None
 
 
-def _wire_decode(plan: _WirePlan, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _wire_decode(plan: _WirePlan, kwargs: dict[str, Any], limits: IpcLimits) -> dict[str, Any]:
     for name, decode in plan.decoders:
         if kwargs.get(name) is not None:
-            kwargs[name] = decode(kwargs[name])
+            kwargs[name] = _wire_nested(decode, kwargs[name], limits)
     return kwargs
 
 
+def _wire_nested(decode: _TypesConvert, value: Any, limits: IpcLimits) -> Any:
+    """Decode a value; streams inside it have the limits of the connection."""
+    token = _ipc_limits.set(limits)
+    try:
+        return decode(value)
+    finally:
+        _ipc_limits.reset(token)
+
+
 def _wire_check_schema(plan: _WirePlan, got: pa.Schema) -> None:
-    """Steps 16 and 17. Field and schema metadata do not count."""
+    """Steps 14, 16 and 17. Field and schema metadata do not count."""
+    undeclared = [name for name in got.names if name not in plan.names]
+    if undeclared:
+        raise TypeError(
+            f"Request carries parameter(s) this protocol does not declare: {', '.join(undeclared)}. "
+            f"{plan.name}() declares: {', '.join(plan.names) or '(none)'}"
+        )
     missing = [n for n in plan.names if n not in got.names and n not in plan.info.param_defaults]
     if missing:
         raise TypeError(f"{plan.name}() missing required argument(s): {', '.join(map(repr, missing))}")
@@ -5440,6 +5717,7 @@ class _WireReply(_NamedTuple):
     batch: pa.RecordBatch | None
     metadata: _IpcMetadata | None
     error: Exception | None
+    limits: IpcLimits = IpcLimits()
 
 
 def _wire_read_reply(
@@ -5456,7 +5734,7 @@ def _wire_read_reply(
     batch, metadata = item or (None, None)
     if batch is not None and metadata is None and source.buf is data:
         plan.learn_reply(data[begin : source.pos], batch)
-    return _WireReply(batch, metadata, logs.failure)
+    return _WireReply(batch, metadata, logs.failure, source.limits)
 
 
 def _wire_read_learned(plan: _WirePlan, source: _IpcSource) -> Sequence[Any] | None:
@@ -5503,7 +5781,14 @@ def _wire_value(plan: _WirePlan, reply: _WireReply) -> Any:
             f"{plan.name}() was answered with {batch.num_rows} row(s) of {_log_schema(batch.schema)};"
             " expected one row with a column 'result'",
         )
-    return _wire_decode_result(plan, _wire_cell(batch.column("result")))
+    column = batch.select(["result"])
+    if not column.schema.equals(plan.info.result_schema):
+        try:
+            nullable = plan.info.result_schema.field(0).with_nullable(True)  # whether it may be None is asked last
+            column = _ipc_fit(column, pa.schema([nullable]), reply.limits)
+        except (TypeError, IPCError) as exc:
+            raise RpcError("ProtocolError", f"{plan.name}() result: {exc}") from exc
+    return _wire_decode_result(plan, _wire_cell(column.column(0), reply.limits), reply.limits)
 
 
 def _wire_reply_batch(plan: _WirePlan, reply: _WireReply) -> pa.RecordBatch:
@@ -5519,18 +5804,18 @@ def _wire_reply_batch(plan: _WirePlan, reply: _WireReply) -> pa.RecordBatch:
     return reply.batch
 
 
-def _wire_row_value(plan: _WirePlan, row: Sequence[Any]) -> Any:
+def _wire_row_value(plan: _WirePlan, row: Sequence[Any], limits: IpcLimits) -> Any:
     """The Python value of a reply that a layout has read."""
     if not row:
         return None
     value = row[0]
-    return _wire_decode_result(plan, value) if value is None or plan.decode_result is not None else value
+    return _wire_decode_result(plan, value, limits) if value is None or plan.decode_result is not None else value
 
 
-def _wire_decode_result(plan: _WirePlan, value: Any) -> Any:
+def _wire_decode_result(plan: _WirePlan, value: Any, limits: IpcLimits) -> Any:
     if value is not None and plan.decode_result is not None:
         try:
-            value = plan.decode_result(value)
+            value = _wire_nested(plan.decode_result, value, limits)
         except Exception as exc:
             raise RpcError(type(exc).__name__, f"{plan.name}() result: {exception_str(exc)}") from exc
     if value is None and not plan.result_nullable:
@@ -7104,7 +7389,8 @@ class RpcServer:
 
 
 _server_created: list[Callable[[RpcServer], None]] = []  # told of every new server; rooms below add to it
-_SERVER_LAYOUT_SCHEMAS = 256
+_SERVER_LAYOUTS_BYTES = 8 << 20
+_SERVER_LAYOUT_BYTES = 8192  # of one, beside what the request has, four times at most
 _SERVER_LAYOUTS_PER_SCHEMA = 64  # methods with the same parameters share a schema message
 _SERVER_LEARNED_KEYS = {RPC_METHOD_KEY, REQUEST_VERSION_KEY, PROTOCOL_KEY, PROTOCOL_VERSION_KEY, DEADLINE_KEY}
 _SERVER_SHARED_KEYS = _SERVER_LEARNED_KEYS | {SHM_SEGMENT_NAME_KEY, SHM_SEGMENT_SIZE_KEY}
@@ -7115,20 +7401,28 @@ class _ServerLayout(_NamedTuple):
     schema: pa.Schema
     binding: ProtocolBinding
     plan: _WirePlan
+    size: int  # bytes it may hold
 
 
 class _ServerLayouts:
-    """How requests have looked, by their schema message; bounded, and filled only after every check has passed."""
+    """How requests have looked, by their schema message; filled only after every check has passed.
+
+    Bounded in bytes: when there is no more room, those that have not been used for longest are forgotten.
+    """
 
     __slots__ = ("_known", "_lock")
 
     def __init__(self) -> None:
-        self._known: dict[bytes, tuple[_ServerLayout, ...]] = {}
+        self._known: dict[bytes, tuple[_ServerLayout, ...]] = {}  # the least recently used first
         self._lock = threading.Lock()
 
     def candidates(self, data: bytes, pos: int) -> tuple[_ServerLayout, ...]:
         """Return what has begun with the schema message at `pos`."""
-        return self._known.get(data[pos : pos + 8 + _IPC_I32(data, pos + 4)[0]], ())
+        key = data[pos : pos + 8 + _IPC_I32(data, pos + 4)[0]]
+        found = self._known.pop(key, ())
+        if found:
+            self._known[key] = found
+        return found
 
     def learn(
         self, sample: bytes, batch: pa.RecordBatch, deadline: bytes | None, binding: ProtocolBinding, plan: _WirePlan
@@ -7137,13 +7431,21 @@ class _ServerLayouts:
         layout = _ipc_learn(sample, batch, deadline)
         if layout is None:
             return
-        key = sample[: 8 + _IPC_I32(sample, 4)[0]]
         with self._lock:
-            known = self._known.get(key, ())
+            known = self.candidates(sample, 0)
             if any(entry.layout.match(sample, 0) for entry in known):
                 return
-            if len(known) < _SERVER_LAYOUTS_PER_SCHEMA and (known or len(self._known) < _SERVER_LAYOUT_SCHEMAS):
-                self._known[key] = (_ServerLayout(layout, batch.schema, binding, plan), *known)
+            size = _SERVER_LAYOUT_BYTES + 4 * len(sample)
+            key = sample[: 8 + _IPC_I32(sample, 4)[0]]
+            self._known[key] = (_ServerLayout(layout, batch.schema, binding, plan, size), *known)
+            self._known[key] = self._known[key][:_SERVER_LAYOUTS_PER_SCHEMA]
+            oldest = list(self._known.items())
+            total = sum(entry.size for _, entries in oldest for entry in entries)
+            for key, entries in oldest[:-1]:
+                if total <= _SERVER_LAYOUTS_BYTES:
+                    break
+                total -= sum(entry.size for entry in entries)
+                self._known.pop(key, None)
 
     def __len__(self) -> int:
         return len(self._known)
@@ -7410,8 +7712,8 @@ class _ServerConnection:
         limit = channel.limits.max_message_bytes
         if limit is not None and end - pos > limit:
             return False
-        layout, schema, binding, plan = last
-        kwargs = _wire_row_arguments(plan, row)
+        layout, schema, binding, plan, _ = last
+        kwargs = _wire_row_arguments(plan, row, channel.limits)
         if kwargs is None:
             return False
         channel.pos = end
@@ -7440,7 +7742,7 @@ class _ServerConnection:
             binding = self._route(name, metadata)
             plan = binding.plan(name)
             _wire_check_version(binding.name, binding.version, metadata)
-            kwargs = _wire_arguments(plan, batch)
+            kwargs = _wire_arguments(plan, batch, self.channel.limits)
         except Exception as exc:
             return self._refuse(exc, plan, RPC_METHOD_KEY in metadata)
         if _LOG_WIRE_REQUEST.isEnabledFor(logging.DEBUG):
@@ -7509,7 +7811,10 @@ class _ServerConnection:
         store = self.server.external_location
         if store is None or not is_external_location_batch(batch, metadata):
             return batch, metadata
-        batch, found = _elsewhere_load(store, batch, metadata, _ElsewhereLogs(None), self.server.ipc_validation, None)
+        server = self.server
+        batch, found = _elsewhere_load(
+            store, batch, metadata, _ElsewhereLogs(None), server.ipc_validation, server.limits, None
+        )
         return batch, {key: value for key, value in found.items() if key not in (STATE_KEY, CALL_STATE_KEY)}
 
     def _route(self, name: str, metadata: _IpcMetadata) -> ProtocolBinding:
@@ -7925,7 +8230,7 @@ class _ServerStream:
             externalization_enabled=connection.externalization_enabled,
         )
         if batch.schema is not stream.input_schema and not batch.schema.equals(stream.input_schema):
-            batch = _server_reconcile(batch, stream.input_schema)
+            batch = _server_reconcile(batch, stream.input_schema, connection.server.limits)
         stream.state.process(AnnotatedBatch(batch, _ipc_key_values(metadata)), out, ctx)
         if not out.finished:
             out.validate()
@@ -8257,7 +8562,7 @@ def _server_check_stream(plan: _WirePlan, value: Any) -> Stream[Any, Any]:
     return value
 
 
-def _server_reconcile(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+def _server_reconcile(batch: pa.RecordBatch, schema: pa.Schema, limits: IpcLimits) -> pa.RecordBatch:
     """Fit an input batch to the declared schema: reorder, cast, or refuse (wire.md section 8.2)."""
     got = batch.schema
     refusal = f"Input schema mismatch: expected {_log_schema(schema)}, got {_log_schema(got)}"
@@ -8270,9 +8575,9 @@ def _server_reconcile(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatc
     if got.names != schema.names:
         batch = batch.select(schema.names)
     try:
-        return batch if batch.schema.equals(schema) else batch.cast(schema)
-    except (pa.ArrowException, ValueError, TypeError) as exc:
-        raise TypeError(refusal) from exc
+        return _ipc_fit(batch, schema, limits)
+    except TypeError as exc:
+        raise TypeError(f"{refusal}; {exc}") from exc
 
 
 _SERVER_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}[!-~]{0,200}\Z")
@@ -8733,7 +9038,7 @@ def _client_unary(
     if _LOG_WIRE_RESPONSE.isEnabledFor(logging.DEBUG):
         _LOG_WIRE_RESPONSE.debug("Read unary response: method=%s, result_type=%s", plan.name, plan.info.result_type)
     if reply is None:
-        return _wire_row_value(plan, row or ())
+        return _wire_row_value(plan, row or (), channel.limits)
     return value(plan, _client_fetched(reply, options))
 
 
@@ -8752,7 +9057,7 @@ def _client_local(channel: Channel, plan: _WirePlan, reply: _WireReply, options:
         error = RpcError(type(exc).__name__, f"{plan.name}() result: {exception_str(exc)}", sent="answered")
         error.__cause__ = exc
         return _WireReply(None, None, reply.error or error)
-    return _WireReply(*found, reply.error)
+    return _WireReply(*found, reply.error, reply.limits)
 
 
 def _client_post(
@@ -8774,7 +9079,7 @@ def _client_post(
     except Exception as exc:
         raise _errors_translate(exc, plan.doing, "answered")  # noqa: B904 (it sets the cause)
     if reply is None:
-        return _wire_row_value(plan, row or ())
+        return _wire_row_value(plan, row or (), transport.limits)
     return value(plan, _client_fetched(reply, options))
 
 
@@ -8783,18 +9088,21 @@ def _client_fetched(reply: _WireReply, options: _ClientOptions) -> _WireReply:
     if reply.batch is None or reply.metadata is None or reply.error is not None or options.store is None:
         return reply
     logs = _ElsewhereLogs(options.on_log)
-    batch, metadata = _client_fetch((reply.batch, reply.metadata), options, logs)
-    return _WireReply(batch, metadata, logs.failure)
+    batch, metadata = _client_fetch((reply.batch, reply.metadata), options, logs, reply.limits)
+    return _WireReply(batch, metadata, logs.failure, reply.limits)
 
 
 def _client_fetch(
-    item: tuple[pa.RecordBatch, _IpcMetadata | None], options: _ClientOptions, logs: _ElsewhereLogs
+    item: tuple[pa.RecordBatch, _IpcMetadata | None],
+    options: _ClientOptions,
+    logs: _ElsewhereLogs,
+    limits: IpcLimits,
 ) -> tuple[pa.RecordBatch, _IpcMetadata | None]:
     """The batch that a pointer stands for, if it is one and there is a store; `on_log` may fail into `logs`."""
     batch, metadata = item
     if options.store is None or not metadata or not is_external_location_batch(batch, metadata):
         return item
-    return _elsewhere_load(options.store, batch, metadata, logs, options.validation, options.timeout)
+    return _elsewhere_load(options.store, batch, metadata, logs, options.validation, limits, options.timeout)
 
 
 def _client_caller(link: _ClientLink, plan: _WirePlan) -> Callable[..., Any]:
@@ -9262,7 +9570,7 @@ class _ClientPipeline:
         except BaseException as exc:
             raise channel.fail(exc)  # noqa: B904 (fail sets the cause)
         if reply is None:
-            return lambda: _wire_row_value(plan, row or ())
+            return lambda: _wire_row_value(plan, row or (), channel.limits)
         return lambda: _wire_value(plan, _client_fetched(reply, options))
 
     def drain(self) -> None:
@@ -9591,7 +9899,7 @@ class _ClientStream(StreamSession):
             item = self._read()
             reply = None
             if isinstance(item, tuple) and item[1]:
-                reply = _client_local(channel, self._plan, _WireReply(*item, None), self._options)
+                reply = _client_local(channel, self._plan, _WireReply(*item, None, channel.limits), self._options)
             if item is None or isinstance(item, RpcError) or self._logs.failure is not None:
                 self._finish()
             channel.leave()
@@ -9617,7 +9925,7 @@ class _ClientStream(StreamSession):
 
     def _fetched(self, item: tuple[pa.RecordBatch, _IpcMetadata | None]) -> tuple[pa.RecordBatch, _IpcMetadata | None]:
         """The batch behind a pointer; the connection is in step, and the stream goes on after a failure."""
-        item = _client_fetch(item, self._options, self._logs)
+        item = _client_fetch(item, self._options, self._logs, self._channel.limits)
         if self._logs.failure is not None:
             self._end("stream close")
         return item
@@ -9844,7 +10152,7 @@ def _client_take_header(session: _ClientStream, item: Any) -> None:
     try:
         if session._logs.failure is not None:
             raise session._logs.failure
-        session.header = _client_header(session._plan, item, session._options, session._logs)
+        session.header = _client_header(session._plan, item, session._options, session._logs, session._channel.limits)
     except Exception:
         session._end("stream close")
         raise
@@ -9855,13 +10163,14 @@ def _client_header(
     item: tuple[pa.RecordBatch, _IpcMetadata | None] | RpcError | None,
     options: _ClientOptions,
     logs: _ElsewhereLogs,
+    limits: IpcLimits,
 ) -> object:
     """What a header stream has brought, as the type that the Protocol declares; a batch when that is unknown."""
     if isinstance(item, RpcError):
         raise item
     if item is None:
         raise RpcError("ProtocolError", f"{plan.name}() stream header ended without a batch")
-    item = _client_fetch(item, options, logs)
+    item = _client_fetch(item, options, logs, limits)
     if logs.failure is not None:
         raise logs.failure
     _elsewhere_refuse(plan.name, *item)
@@ -9967,14 +10276,14 @@ class StreamCall:
         reader.drain()
         if logs.failure is not None:
             raise logs.failure
-        return _client_header(self._plan, item, self._options, logs)
+        return _client_header(self._plan, item, self._options, logs, source.limits)
 
     def _read_stream(self, source: _IpcSource, logs: _ElsewhereLogs) -> StreamReply:
         reader = _IpcReader(source, self._options.validation)
         batches = []
         while isinstance(item := _wire_read_data(reader, logs), tuple):
             if item[1]:
-                item = _client_fetch(item, self._options, logs)
+                item = _client_fetch(item, self._options, logs, source.limits)
                 _elsewhere_refuse(self._plan.name, *item)
             batches.append(item)
         reader.drain()

@@ -675,7 +675,7 @@ def test_a_request_stream_without_a_batch_is_answered(peer: Peer) -> None:
     [("max_message_bytes", 15), ("max_metadata_bytes", 200), ("max_metadata_entry_bytes", 20), ("max_columns", 1)],
 )
 def test_a_refusal_by_size_names_its_option_on_the_wire(option: str, value: int) -> None:
-    core._IPC_SCHEMAS.clear()
+    core._ipc_read_schema.cache_clear()
     peer = Peer(limits=core.IpcLimits(**{option: value}))
     peer.send(GOOD)
     _, answer = peer.refusal()
@@ -826,9 +826,12 @@ def test_the_result_of_a_void_method_is_none_whatever_it_holds() -> None:
     assert value_of(reply((ONE, None)), "noop") is None
 
 
-def test_a_result_may_have_another_type_and_further_rows() -> None:
-    batch = pa.RecordBatch.from_pydict({"x": [1, 2], "result": ["a", "b"]})
-    assert value_of(reply((batch, None), schema=batch.schema)) == "a"
+def test_a_result_of_another_type_is_cast_by_the_table_or_refused() -> None:
+    whole = pa.RecordBatch.from_pydict({"result": [1]})
+    assert repr(value_of(reply((whole, None), schema=whole.schema))) == "1.0"
+    text = pa.RecordBatch.from_pydict({"result": ["1.0"]})
+    with pytest.raises(core.RpcError, match=r"add\(\) result: column 'result' is string, which is not cast to double"):
+        value_of(reply((text, None), schema=text.schema))
 
 
 def test_replies_that_look_like_earlier_ones_are_read_as_they_are() -> None:

@@ -200,9 +200,8 @@ def _count(body: bytes) -> int:
         raise ValueError(f"Method name mismatch: the path has '{names.UPLOAD_URL_METHOD}', the batch another one")
     if said.get(core.REQUEST_VERSION_KEY) != core.REQUEST_VERSION:
         raise core.VersionError(f"Unsupported request version, expected {core.REQUEST_VERSION!r}")
-    # One row of it: a column of nulls claims any number of rows in no bytes.
-    values = batch.column("count")[:1].to_pylist() if "count" in batch.schema.names else []
-    asked = values[0] if values else 1
-    if isinstance(asked, bool) or not isinstance(asked, int):
-        asked = 1
-    return min(max(asked, 1), names.MAX_UPLOAD_URL_COUNT)
+    # The type first, then one row of it: a column of another type may unfold into anything.
+    at = batch.schema.get_field_index("count")
+    counted = at >= 0 and batch.num_rows > 0 and pa.types.is_integer(batch.schema.field(at).type)
+    asked = batch.column(at)[0].as_py() if counted else None
+    return min(max(asked or 1, 1), names.MAX_UPLOAD_URL_COUNT)
