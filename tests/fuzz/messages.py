@@ -435,8 +435,8 @@ def parts_of(messages: list[Message], message: Message) -> list[Part]:
 # ---- other writers
 
 
-def relaid(rng: random.Random, messages: list[Message]) -> list[Message]:
-    """The same stream as another writer lays its bodies out: still valid."""
+def relaid(rng: random.Random, messages: list[Message], *, shared: bool = False) -> list[Message]:
+    """The same stream as another writer lays its bodies out: still valid. `shared`: equal buffers stand there once."""
     found = [messages[0].copy()]
     for message in messages[1:]:
         message = message.copy()
@@ -446,7 +446,7 @@ def relaid(rng: random.Random, messages: list[Message]) -> list[Message]:
             continue
         message.changed()
         align = rng.choice((8, 8, 64))
-        bitmaps, shares, gap = rng.random() < 0.4, rng.random() < 0.3, rng.choice((0, 0, 8, 64))
+        bitmaps, shares, gap = rng.random() < 0.4, shared and rng.random() < 0.3, rng.choice((0, 0, 8, 64))
         body, known, places = bytearray(), {}, []
         parts = parts_of(messages, message)
         for i, (at, size) in enumerate(batch[2]):
@@ -916,7 +916,7 @@ class Corpus:
     def mutant(self, rng: random.Random, base: int | None = None) -> bytes:
         """A mutant of a valid stream."""
         i = rng.randrange(len(self.streams)) if base is None else base
-        messages = relaid(rng, self.parsed[i]) if rng.random() < 0.3 else [m.copy() for m in self.parsed[i]]
+        messages = relaid(rng, self.parsed[i], shared=True) if rng.random() < 0.3 else [m.copy() for m in self.parsed[i]]
         style = random_style(rng) if rng.random() < 0.3 else PLAIN
         return mutate(rng, Stream(messages, self.parsed, style))
 
