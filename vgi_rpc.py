@@ -73,6 +73,7 @@ import re
 import select
 import signal
 import socket
+import stat
 import struct
 import sys
 import threading
@@ -899,6 +900,8 @@ def _errors_translate(exc: BaseException, doing: str, sent: _Sent) -> RpcError:
     text = exception_str(exc) or type(exc).__name__
     if isinstance(exc, TimeoutError):
         found: RpcError = DeadlineExceededError(f"{doing} did not finish in time: {text}", sent=sent)
+    elif isinstance(exc, IPCError):
+        found = RpcError("IPCError", f"{doing}: the answer cannot be read: {text}", sent=sent)
     else:
         found = ConnectionLostError(f"Transport failed during {doing}: {text}", sent=sent)
     found.__cause__ = exc
@@ -1711,6 +1714,15 @@ def _ipc_dictionary(message: _IpcPiece) -> tuple[int, bool]:
         raise pa.ArrowInvalid("malformed flatbuffer in a dictionary message") from exc
 
 
+def _ipc_drain(source: _IpcSource, most: int | None = None) -> None:
+    """Consume messages without keeping them, up to and with the end-of-stream marker; EOFError after `most` of them."""
+    for count in itertools.count():
+        if _ipc_skip(source):
+            return
+        if count == most:
+            raise EOFError(f"gave up after {most} messages that nobody wanted")
+
+
 def _ipc_metadata_size(source: _IpcSource) -> int:
     """Return the size of a message's metadata, which is in the buffer if it is small; 0 consumes the end marker."""
     while len(source.buf) - source.pos < 8:
@@ -2018,7 +2030,7 @@ def _ipc_row_bytes(dtype: pa.DataType) -> int:
     if pa.types.is_struct(dtype):
         return 1 + sum(_ipc_row_bytes(dtype.field(i).type) for i in range(dtype.num_fields))
     if pa.types.is_primitive(dtype) or pa.types.is_decimal(dtype) or pa.types.is_fixed_size_binary(dtype):
-        return max(dtype.bit_width // 8, 1)
+        return max(int(dtype.bit_width) // 8, 1)
     return 8
 
 
@@ -2164,11 +2176,41 @@ def empty_batch(schema: pa.Schema) -> pa.RecordBatch:
     known = _types_empty.get(id(schema))
     if known is not None:
         return known[1]
-    batch = pa.RecordBatch.from_arrays([pa.nulls(0, field.type) for field in schema], schema=schema)
+    batch = _ipc_empty(schema)
     if len(_types_empty) >= _TYPES_EMPTY_MAX:
         _types_empty.clear()
     _types_empty[id(schema)] = schema, batch  # the schema stays alive, so its id is not reused
     return batch
+
+
+def _ipc_empty(schema: pa.Schema) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays([_ipc_empty_array(field.type) for field in schema], schema=schema)
+
+
+def _ipc_empty_array(dtype: pa.DataType) -> pa.Array[Any]:
+    """Build an array without values. pa.nulls() is wrong for run ends inside others, and aborts for some unions."""
+    if isinstance(dtype, pa.BaseExtensionType):
+        return pa.ExtensionArray.from_storage(dtype, _ipc_empty_array(dtype.storage_type))
+    if not _ipc_is_odd(dtype):
+        return pa.nulls(0, dtype)
+    if isinstance(dtype, pa.DictionaryType):
+        index, values = _ipc_empty_array(dtype.index_type), _ipc_empty_array(dtype.value_type)
+        return pa.DictionaryArray.from_arrays(index, values, ordered=dtype.ordered)
+    children = [_ipc_empty_array(dtype.field(i).type) for i in range(dtype.num_fields)]
+    return pa.Array.from_buffers(dtype, 0, [None, *[pa.py_buffer(_IPC_ZERO)] * (dtype.num_buffers - 1)], 0, 0, children)
+
+
+def _ipc_is_odd(dtype: pa.DataType) -> bool:
+    if isinstance(dtype, pa.BaseExtensionType) or pa.types.is_union(dtype) or pa.types.is_run_end_encoded(dtype):
+        return True
+    if isinstance(dtype, pa.DictionaryType):
+        return _ipc_is_odd(dtype.value_type)
+    return any([_ipc_is_odd(dtype.field(i).type) for i in range(dtype.num_fields)])
+
+
+def _ipc_without_rows(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """A user's batch as it can be written: pyarrow gives negative sizes to empty slices that another library made."""
+    return batch if batch.num_rows or not batch.num_columns else _ipc_empty(batch.schema)
 
 
 def serialize_record_batch(
@@ -2176,7 +2218,7 @@ def serialize_record_batch(
 ) -> None:
     """Write a batch as a complete IPC stream."""
     with new_ipc_stream(destination, batch.schema) as writer:
-        writer.write_batch(batch, custom_metadata=custom_metadata)
+        writer.write_batch(_ipc_without_rows(batch), custom_metadata=custom_metadata)
 
 
 def serialize_record_batch_bytes(batch: pa.RecordBatch, custom_metadata: pa.KeyValueMetadata | None = None) -> bytes:
@@ -3454,6 +3496,11 @@ def _types_from_mapping(cls: type[_T], row: Mapping[str, Any]) -> _T:
 # column and slice of it; when the last of them is gone, a finaliser notes the region, in whatever thread that happens,
 # and `sweep` frees it in our own next turn. A peer's numbers are checked before anything is read: table and pointer
 # must lie within the segment, and the file must still be as long as it was.
+#
+# Whoever shares memory can change it after it has been checked, or truncate the file under a reader (SIGBUS). Such a
+# peer could as well trace us, if it is a process of the same user: memory is shared with those only
+# (`Channel.same_user`), all others are answered inline. With `shm_copy=True` or VGI_RPC_SHM_COPY=1 nothing is read
+# where it lies: table and regions are copied by pread, and only private copies are looked at.
 
 SHM_MIN_BATCH_BYTES: Final = 131_072  # below, a pipe is as fast; VGI_RPC_SHM_MIN_BATCH_BYTES sets another value
 _SHM_FOLDER = "/dev/shm"
@@ -3552,6 +3599,25 @@ class ShmAllocator:
         struct.pack_into("<I", self._buf, 16, len(table))
 
 
+class _ShmFileTable(ShmAllocator):
+    """The table, read and written through the file: nothing happens to us when the peer truncates it."""
+
+    def __init__(self, fd: int, total_size: int) -> None:
+        super().__init__(memoryview(bytearray(HEADER_SIZE)), total_size)
+        self._fd = fd
+
+    def table(self) -> list[tuple[int, int]]:
+        header = os.pread(self._fd, HEADER_SIZE, 0)
+        if len(header) < HEADER_SIZE:
+            raise IPCError("the shared memory segment has become shorter than its header")
+        self._buf[:] = header
+        return super().table()
+
+    def _store(self, table: list[tuple[int, int]], first: int) -> None:
+        super()._store(table, first)
+        os.pwrite(self._fd, self._buf, 0)
+
+
 class ShmSegment:
     """A named segment of shared memory; use `create` or `attach`. Closing is up to whoever made the object.
 
@@ -3562,9 +3628,11 @@ class ShmSegment:
     """
 
     def __init__(self, name: str, fd: int, size: int) -> None:
+        """`fd` is the segment's from here on, whatever happens."""
         import mmap
 
         try:
+            self.threshold = _shm_threshold()
             self._map = mmap.mmap(fd, size)
         except BaseException:
             os.close(fd)
@@ -3576,9 +3644,11 @@ class ShmSegment:
         self.allocator = ShmAllocator(self.buf, size)
         self.batches_shared = 0
         self.batches_inline = 0
-        self.threshold = int(os.environ.get("VGI_RPC_SHM_MIN_BATCH_BYTES") or SHM_MIN_BATCH_BYTES)
         self._noted: collections.deque[int] = collections.deque()  # regions that nobody looks at any more
         self._remove: Callable[[], object] | None = None
+        self.copies = False
+        if os.environ.get("VGI_RPC_SHM_COPY", "") not in ("", "0"):
+            self.copy_only()
 
     @classmethod
     def create(cls, size: int) -> ShmSegment:
@@ -3594,7 +3664,12 @@ class ShmSegment:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         remove = functools.partial(_shm_remove, path, os.getpid())
         try:
-            os.posix_fallocate(fd, 0, size)
+            try:
+                os.posix_fallocate(fd, 0, size)
+            except BaseException as exc:
+                os.close(fd)
+                exc.add_note(f"a segment of {size} bytes (shm_size) in {_SHM_FOLDER}")
+                raise
             segment = cls(name, fd, size)
         except BaseException:
             remove()
@@ -3614,12 +3689,16 @@ class ShmSegment:
         if not _SHM_NAME.fullmatch(name) or name in (".", ".."):
             raise ValueError(f"not the name of a shared memory segment: {name!r}")
         fd = os.open(f"{_SHM_FOLDER}/{name}", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        actual = os.fstat(fd).st_size
+        about = os.fstat(fd)
+        actual = about.st_size
+        if about.st_uid != os.geteuid():
+            os.close(fd)
+            raise ValueError(f"the shared memory segment {name} belongs to another user")
         if actual <= HEADER_SIZE:
             os.close(fd)
             raise ValueError(f"data_size mismatch: the segment has {actual} bytes, which is no more than a header")
         segment = cls(name, fd, actual)
-        magic, version, data_size, _ = _SHM_HEAD.unpack_from(segment.buf)
+        magic, version, data_size, _ = _SHM_HEAD.unpack(os.pread(fd, _SHM_HEAD.size, 0).ljust(_SHM_HEAD.size))
         problem = ""
         if magic != _SHM_MAGIC:
             problem = f"Bad SHM magic: {magic!r}"
@@ -3631,6 +3710,11 @@ class ShmSegment:
             segment.close()
             raise ValueError(problem)
         return segment
+
+    def copy_only(self) -> None:
+        """Touch the memory no more: read and write through the file, into and out of private copies."""
+        self.copies = True
+        self.allocator = _ShmFileTable(self._fd, self.size)
 
     def allocate_and_write(self, batch: pa.RecordBatch) -> tuple[int, int] | None:
         """Store a batch as a complete IPC stream -> (offset, length); None when it does not fit."""
@@ -3645,7 +3729,10 @@ class ShmSegment:
             return None
         at = offset
         for view in views:
-            self.buf[at : at + len(view)] = view
+            if self.copies:
+                os.pwrite(self._fd, view, at)
+            else:
+                self.buf[at : at + len(view)] = view
             at += len(view)
         return offset, length
 
@@ -3700,7 +3787,15 @@ class ShmSegment:
         self._check_file()
         if length <= 0 or not any(at == offset and length <= size for at, size in self.allocator.table()):
             raise IPCError(f"a pointer to {length} bytes at {offset}, where the shared memory has no such region")
-        return self.buf[offset : offset + length]
+        if not self.copies:
+            return self.buf[offset : offset + length]
+        copy = pa.allocate_buffer(length)
+        view = memoryview(copy).cast("B")
+        at = 0
+        while at < length and (got := os.preadv(self._fd, [view[at:]], offset + at)):
+            at += got
+        self._check_file()
+        return view
 
     def _check_file(self) -> None:
         """A segment that has been truncated kills whoever touches the missing pages."""
@@ -3708,6 +3803,13 @@ class ShmSegment:
             raise IPCError(f"the shared memory segment {self.name} is closed")
         if os.fstat(self._fd).st_size < self.size:
             raise IPCError(f"the shared memory segment {self.name} has become shorter than its {self.size} bytes")
+
+
+def _shm_threshold() -> int:
+    raw = os.environ.get("VGI_RPC_SHM_MIN_BATCH_BYTES") or str(SHM_MIN_BATCH_BYTES)
+    if not raw.isascii() or not raw.isdigit():
+        raise ValueError(f"VGI_RPC_SHM_MIN_BATCH_BYTES={raw!r} is not a number of bytes")
+    return int(raw)
 
 
 def _shm_remove(path: str, pid: int) -> None:
@@ -4909,11 +5011,16 @@ class Stream(_Record, Generic[_S, _H]):
     def from_arrow(cls, obj: Any, *, header: Any = None) -> Stream[Any, Any]:
         """Serve anything with `__arrow_c_stream__` (table, reader, polars frame, DuckDB relation), batch by batch.
 
-        The source is read while the caller reads, in this process only. TypeError when it is no Arrow stream.
+        The source is read while the caller reads, in this process only. Metadata of its schema travels: a pandas index
+        and extension types are in there. TypeError when it is no Arrow stream.
         """
-        reader = obj if isinstance(obj, pa.RecordBatchReader) else pa.RecordBatchReader.from_stream(obj)
-        schema = pa.schema([field.remove_metadata() for field in reader.schema])  # PORTABILITY.md: nothing in there
-        return Stream(schema, _MethodsReaderState(reader), header=header)
+        if isinstance(obj, pa.RecordBatch):
+            obj = pa.Table.from_batches([obj])
+        if isinstance(obj, pa.Table):
+            reader = obj.to_reader()
+        else:
+            reader = obj if isinstance(obj, pa.RecordBatchReader) else pa.RecordBatchReader.from_stream(obj)
+        return Stream(reader.schema, _MethodsReaderState(reader), header=header)
 
     if TYPE_CHECKING:  # a stream as its caller sees it: a StreamSession
 
@@ -4963,7 +5070,10 @@ class _MethodsReaderState(ProducerState):
 
     def serialize_to_bytes(self) -> bytes:
         """Refuse: a reader cannot travel."""
-        raise TypeError("a stream of Stream.from_arrow() reads its source in one process; over HTTP return a table")
+        raise TypeError(
+            "a stream of Stream.from_arrow() reads its source in one process and cannot go on in another, as streams over"
+            " HTTP do: return a Stream whose ProducerState finds its place again, or one pa.RecordBatch"
+        )
 
     def on_cancel(self, ctx: CallContext) -> None:
         """Let the source go."""
@@ -5017,7 +5127,8 @@ class OutputCollector:
     def emit(self, batch: pa.RecordBatch, metadata: dict[str, str] | None = None) -> None:
         """Emit the turn's data batch; columns are selected by name and cast to the output schema.
 
-        Raises RuntimeError for a second one, ValueError for a missing column, Arrow's error for an impossible cast.
+        Raises RuntimeError for a second one, ValueError for a missing column, Arrow's error for an impossible cast,
+        and what `encode_metadata` does.
         """
         if self._data is not None:
             raise RuntimeError("Only one data batch may be emitted per call")
@@ -5029,6 +5140,8 @@ class OutputCollector:
         schema = self.output_schema
         if batch.schema is not schema and not batch.schema.equals(schema):
             batch = _methods_project(batch, schema)
+        if not batch.num_rows:  # see _ipc_without_rows
+            batch = empty_batch(schema)
         self._data = AnnotatedBatch(batch, encode_metadata(metadata) if metadata else None)
         self.batches.append(self._data)
 
@@ -5097,9 +5210,43 @@ def _methods_project(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch
 # ---- metadata helpers
 
 
-def encode_metadata(metadata: Mapping[str, str]) -> pa.KeyValueMetadata:
-    """Return custom metadata of these strings."""
-    return pa.KeyValueMetadata({key.encode(): value.encode() for key, value in metadata.items()})
+_METHODS_LOCAL_KEYS = {SHM_SOURCE_KEY, LOCATION_FETCH_MS_KEY, LOCATION_SOURCE_KEY}  # say how a batch came to be here
+
+
+def encode_metadata(
+    metadata: Mapping[str, str] | Mapping[bytes, bytes] | pa.KeyValueMetadata,
+) -> pa.KeyValueMetadata:
+    """Return what users say about a batch as it travels; what the framework noted about one that came is left out.
+
+    Raises TypeError for what is neither str nor bytes, ValueError for a key that begins with `vgi_rpc.`, which would
+    steer the connection, for a key that is there twice, and for entries over the limits of `IpcLimits`.
+    """
+    found: dict[bytes, bytes] = {}
+    for entry in metadata.items():
+        key, value = (_methods_text(text, entry[0]) for text in entry)
+        if key in _METHODS_LOCAL_KEYS:
+            continue
+        if key.startswith(b"vgi_rpc."):
+            raise ValueError(f"metadata key {entry[0]!r}: keys that begin with 'vgi_rpc.' are reserved; take another")
+        if key in found:
+            raise ValueError(f"metadata key {entry[0]!r} is there twice")
+        found[key] = value
+    limit = IpcLimits().max_metadata_bytes // 2  # the other half is for what describes the columns
+    if sum(len(key) + len(value) + 64 for key, value in found.items()) > limit:
+        raise ValueError(f"more than {limit} bytes of metadata on one batch; send them as a column")
+    return pa.KeyValueMetadata(found)
+
+
+def _methods_text(text: object, key: object) -> bytes:
+    data = text.encode() if isinstance(text, str) else text
+    if not isinstance(data, bytes):
+        raise TypeError(f"metadata key {key!r}: keys and values are str or bytes, got {type(text).__name__}")
+    limit = IpcLimits().max_metadata_entry_bytes
+    if len(data) > limit:
+        raise ValueError(
+            f"metadata key {str(key)[:80]!r}: an entry of {len(data)} bytes; the limit is max_metadata_entry_bytes={limit}"
+        )
+    return data
 
 
 def merge_metadata(
@@ -5155,7 +5302,7 @@ def type_token(dtype: pa.DataType) -> str:
         return f"dictionary<index:{type_token(dtype.index_type)},value:{type_token(dtype.value_type)}>{ordered}"
     if is_.is_fixed_size_binary(dtype):
         return f"fixed_size_binary({dtype.byte_width})"
-    if is_.is_decimal128(dtype) or is_.is_decimal256(dtype):
+    if is_.is_decimal(dtype):
         return f"decimal{dtype.bit_width}({dtype.precision},{dtype.scale})"
     if is_.is_time(dtype) or is_.is_duration(dtype):
         name = "duration" if is_.is_duration(dtype) else f"time{dtype.bit_width}"
@@ -5234,12 +5381,15 @@ def protocol_description(protocol_name: str, methods: Mapping[str, RpcMethodInfo
             "type": info.method_type.value,
             "has_return": info.has_return,
             "has_header": info.header_type is not None,
-            "params": schema_tokens(info.params_schema),
         }
-        if info.has_return:
-            method["result"] = schema_tokens(info.result_schema)
-        if info.header_schema is not None:
-            method["header"] = schema_tokens(info.header_schema)
+        try:
+            method["params"] = schema_tokens(info.params_schema)
+            if info.has_return:
+                method["result"] = schema_tokens(info.result_schema)
+            if info.header_schema is not None:
+                method["header"] = schema_tokens(info.header_schema)
+        except UnsupportedArrowTypeError as exc:
+            raise UnsupportedArrowTypeError(f"{name}(): {exc}") from exc
         described.append(method)
     return {"protocol": protocol_name, "methods": described}
 
@@ -6059,6 +6209,18 @@ class Channel(_IpcSource):
         self._let_go()
         return True
 
+    def same_user(self) -> bool:
+        """Whether the peer is a process of our user on this machine; that of a pipe is our parent or our child."""
+        if self.inp < 0:
+            return False
+        if not stat.S_ISSOCK(os.fstat(self.inp).st_mode):
+            return True
+        with socket.socket(fileno=os.dup(self.inp)) as sock:
+            if sock.family != socket.AF_UNIX or not hasattr(socket, "SO_PEERCRED"):
+                return False
+            _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return bool(uid == os.geteuid())
+
     def linger(self) -> None:
         """Let the last words arrive: a socket that is closed with unread input takes them back (TCP reset)."""
         if self.inp != self.out or self.inp < 0:
@@ -6368,7 +6530,12 @@ class ShmPipeTransport:
 def make_pipe_pair() -> tuple[PipeTransport, PipeTransport]:
     """Return two connected transports, (client, server), over a pair of pipes."""
     server_in, client_out = os.pipe()
-    client_in, server_out = os.pipe()
+    try:
+        client_in, server_out = os.pipe()
+    except OSError:
+        os.close(server_in)
+        os.close(client_out)
+        raise
     if _LOG_WIRE_TRANSPORT.isEnabledFor(logging.DEBUG):
         _LOG_WIRE_TRANSPORT.debug(
             "make_pipe_pair: c2s=(%d,%d), s2c=(%d,%d)", server_in, client_out, client_in, server_out
@@ -6717,7 +6884,11 @@ def make_tcp_pair() -> tuple[TcpTransport, TcpTransport]:
     """Return two connected transports, (client, server), over the loopback interface."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         client = socket.create_connection(listener.getsockname(), timeout=5.0)
-        server, _ = listener.accept()
+        try:
+            server, _ = listener.accept()
+        except OSError:
+            client.close()
+            raise
     return TcpTransport(client), TcpTransport(server)
 
 
@@ -6832,11 +7003,8 @@ def _transport_listen_unix(path: str, backlog: int) -> socket.socket:
             os.unlink(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        mask = os.umask(0o177)
-        try:
-            listener.bind(path)
-        finally:
-            os.umask(mask)
+        listener.bind(path)
+        os.chmod(path, 0o600)  # nobody can connect before listen(); a umask would be all threads' and their files'
         listener.listen(backlog)
     except BaseException:
         listener.close()
@@ -7150,14 +7318,21 @@ class ProtocolBinding:
             raise ValueError(f"{protocol.__name__}: {exc}") from exc
         self.protocol = protocol
         self.impl = impl
-        self._hash = ""
+        self._hash: str | None = None
         self._plans: dict[str, _WirePlan] = {}
 
     @property
     def protocol_hash(self) -> str:
-        """SHA-256 of the contract, as 64 hex digits (wire.md section 9.4); computed at first use."""
-        if not self._hash:  # json and hashlib are 5 ms of a worker's start
-            self._hash = compute_protocol_hash(self.name, self.methods)
+        """SHA-256 of the contract, as 64 hex digits (wire.md section 9.4); computed at first use.
+
+        Empty when a type has no portable token: one method must not hide all others from whoever asks for a description.
+        """
+        if self._hash is None:  # json and hashlib are 5 ms of a worker's start
+            try:
+                self._hash = compute_protocol_hash(self.name, self.methods)
+            except UnsupportedArrowTypeError as exc:
+                _LOG_RPC.warning("Protocol %s has no hash: %s", self.name, exc)
+                self._hash = ""
         return self._hash
 
     def plan(self, method: str) -> _WirePlan:
@@ -7190,6 +7365,8 @@ class RpcServer:
         accept_unrouted: let old clients that send no routing key reach the only application protocol.
         limits: what a peer may claim before memory is allocated for it.
         external_location: keeps results that are too large to travel, and fetches arguments that are kept elsewhere.
+        shm_copy: copy batches out of shared memory before they are checked, so that a peer cannot change them later.
+            Memory is shared with processes of the same user only. VGI_RPC_SHM_COPY=1 does it on both sides.
 
     Raises:
         TypeError: the implementation does not fit; one error lists every problem.
@@ -7210,8 +7387,10 @@ class RpcServer:
         accept_unrouted: bool = False,
         limits: IpcLimits = IpcLimits(),  # noqa: B008 (immutable)
         external_location: BatchStore | None = None,
+        shm_copy: bool = False,
     ) -> None:
         self.external_location = external_location
+        self.shm_copy = shm_copy
         self.server_id = server_id or f"{int.from_bytes(os.urandom(6), 'big'):012x}"
         self.server_version = server_version
         self.describe_enabled = enable_describe
@@ -7681,6 +7860,8 @@ class _ServerConnection:
             request = _wire_read_request(self.channel, self.server.ipc_validation)
         except (EOFError, ConnectionError):
             raise
+        except IPCError as exc:
+            return self._refuse_unreadable(exc, data[begin:])
         except Exception as exc:
             self._hang_up(exc)
         batch, metadata = request or (empty_batch(EMPTY_SCHEMA), {})
@@ -7722,7 +7903,7 @@ class _ServerConnection:
         if self.observed():
             request = _ServerInput(schema, 1 if row else 0, layout.buffer_bytes(data, pos, end), {})
         elif not plan.is_stream and plan.name not in binding.ctx_methods:
-            self._unary_plain(binding, plan, getattr(binding.impl, plan.name), kwargs)
+            self._unary_plain(binding, plan, kwargs)
             return True
         self._flush()
         budget = layout.deadline(data, pos) if layout.deadline_at >= 0 else None
@@ -7761,11 +7942,15 @@ class _ServerConnection:
         """Find the segment that a request names, and the request itself if it is in there (wire.md section 11.3)."""
         self.shm = None
         named = metadata.get(SHM_SEGMENT_NAME_KEY)
-        if self.kind not in _SERVER_SHM_KINDS or (named is None and SHM_OFFSET_KEY not in metadata):
+        if (named is None and SHM_OFFSET_KEY not in metadata) or not self._shares():
             return batch, metadata
         self._enter_shared(self.channel.shm or self._attached(named))
         found, about = _elsewhere_local(self.shm, batch, metadata, self.server.ipc_validation, self.server.limits)
         return found, about or {}
+
+    def _shares(self) -> bool:
+        """Whether this peer may share memory with us."""
+        return shm_available() and self.kind in _SERVER_SHM_KINDS and self.channel.same_user()
 
     def _enter_shared(self, segment: ShmSegment | None) -> None:
         """It is our turn to touch the segment, if the call has one."""
@@ -7798,6 +7983,8 @@ class _ServerConnection:
                 self._segment = ShmSegment.attach(name, 0)
             except (OSError, ValueError) as exc:
                 raise RpcError("ProtocolError", f"cannot attach the shared memory segment {name!r}: {exc}") from exc
+            if self.server.shm_copy:
+                self._segment.copy_only()
         return self._segment
 
     def _detach(self) -> None:
@@ -7830,35 +8017,32 @@ class _ServerConnection:
         request: _ServerInput | None,
     ) -> None:
         """Step 19: call the method and answer."""
-        method = getattr(binding.impl, plan.name)
         if not plan.is_stream and plan.name not in binding.ctx_methods and request is None:
-            return self._unary_plain(binding, plan, method, kwargs)
+            return self._unary_plain(binding, plan, kwargs)
         call = _ServerCall(self, binding, plan, request)
         call.stream_id = self.stream_id
         call.start(kwargs)
         try:
             if plan.is_stream:
-                self._stream(_ServerStream(call, budget), method, kwargs)
+                self._stream(_ServerStream(call, budget), kwargs)
             else:
-                self._unary(call, method, kwargs, budget)
+                self._unary(call, kwargs, budget)
         finally:
             self._finish(call)
 
-    def _stream(self, stream: _ServerStream, method: Callable[..., Any], kwargs: dict[str, Any]) -> None:
-        stream.run(method, kwargs)
+    def _stream(self, stream: _ServerStream, kwargs: dict[str, Any]) -> None:
+        stream.run(kwargs)
 
     def _finish(self, call: _ServerCall) -> None:
         call.finish()
 
-    def _unary_plain(
-        self, binding: ProtocolBinding, plan: _WirePlan, method: Callable[..., Any], kwargs: dict[str, Any]
-    ) -> None:
+    def _unary_plain(self, binding: ProtocolBinding, plan: _WirePlan, kwargs: dict[str, Any]) -> None:
         """A method without a context that nobody observes: one call, one write."""
         channel = self.channel
         ahead = channel.pos < len(channel.buf)  # the caller has sent more than this request
         began = time.monotonic() if ahead else 0.0
         try:
-            value = method(**kwargs)
+            value = getattr(binding.impl, plan.name)(**kwargs)
             data = self._encoded(plan, value)
             result = _server_result(_ServerCall(self, binding, plan, None), value) if data is None else None
         except BaseException as exc:
@@ -7897,16 +8081,14 @@ class _ServerConnection:
             held, self._held = self._held, []
             self.channel.send(held)
 
-    def _unary(
-        self, call: _ServerCall, method: Callable[..., Any], kwargs: dict[str, Any], budget: float | None
-    ) -> None:
+    def _unary(self, call: _ServerCall, kwargs: dict[str, Any], budget: float | None) -> None:
         """A method with a context, or one that is observed."""
         reply = _ServerReply(call)
         if call.plan.name in call.binding.ctx_methods:
             kwargs["ctx"] = self.context(call, reply.log, budget)
         data = result = None
         try:
-            value = method(**kwargs)
+            value = getattr(call.binding.impl, call.plan.name)(**kwargs)
             data = self._encoded(call.plan, value)
             result = _server_result(call, value) if data is None else None
         except BaseException as exc:
@@ -7946,7 +8128,7 @@ class _ServerConnection:
         server = self.server
         if name == TRANSPORT_OPTIONS_METHOD_NAME:
             metadata = {
-                TRANSPORT_SHM_KEY: b"true" if shm_available() and self.kind in _SERVER_SHM_KINDS else b"false",
+                TRANSPORT_SHM_KEY: b"true" if self._shares() else b"false",
                 REQUEST_VERSION_KEY: REQUEST_VERSION,
                 SERVER_ID_KEY: server.server_id.encode(),
             }
@@ -7957,6 +8139,16 @@ class _ServerConnection:
         if name == LEGACY_DESCRIBE_METHOD_NAME:
             hint = f" Describing is the protocol '{REFLECTION_PROTOCOL_NAME}'{_SERVER_DESCRIBE_HINT}."
         raise MethodNotImplementedError(f"No built-in method '{name}'.{hint}")
+
+    def _refuse_unreadable(self, exc: IPCError, begun: bytes) -> None:
+        """Answer a request whose frames are in order and whose content is not; an input stream may come after it.
+
+        Where one may come, what does not name a method in its first bytes could be either, and nobody can be in step.
+        """
+        if self._swallow and RPC_METHOD_KEY not in begun:
+            self._hang_up(exc)
+        self.drain()
+        self._refuse(exc, None, True)
 
     def _refuse(self, exc: Exception, plan: _WirePlan | None, named: bool) -> None:
         """Answer a request that was not dispatched, and keep the connection in step."""
@@ -7971,9 +8163,9 @@ class _ServerConnection:
         self._swallow = plan is None and named
 
     def drain(self) -> None:
-        """Read an input stream that nobody wants to its end."""
+        """Read an input stream that nobody wants to its end, wherever in it we are."""
         try:
-            _IpcReader(self.channel, IpcValidation.NONE).drain()
+            _ipc_drain(self.channel)
         except (EOFError, ConnectionError):
             raise
         except Exception as exc:
@@ -8070,12 +8262,12 @@ class _ServerStream:
         self._stream: Stream[Any, Any]
         self._out: _IpcWriter
 
-    def run(self, method: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+    def run(self, kwargs: dict[str, Any]) -> None:
         """Serve the whole stream; afterwards the connection is in step."""
-        if self.start(method, kwargs):
+        if self.start(kwargs):
             self._turns()
 
-    def start(self, method: Callable[..., Any], kwargs: dict[str, Any]) -> Stream[Any, Any] | None:
+    def start(self, kwargs: dict[str, Any]) -> Stream[Any, Any] | None:
         """Call the method and send the header, if there is one; None when that failed, which has been answered."""
         call = self._call
         if _LOG_WIRE_STREAM.isEnabledFor(logging.DEBUG):
@@ -8083,7 +8275,8 @@ class _ServerStream:
         if call.plan.name in call.binding.ctx_methods:
             kwargs["ctx"] = self._connection.context(call, self._log_init, self._budget)
         try:
-            self._stream = _server_check_stream(call.plan, method(**kwargs))
+            self._stream = _server_check_stream(call.plan, getattr(call.binding.impl, call.plan.name)(**kwargs))
+            self._out = _IpcWriter(self._stream.output_schema)
             if self._stream.call_state is not None:
                 self._stream.state.bind_call_state(self._stream.call_state)
             header = None if self._stream.header is None else _types_row_batch(self._stream.header)
@@ -8107,20 +8300,18 @@ class _ServerStream:
 
         `seal` packs the state for the caller to bring along next time; a stream that has ended is not packed.
         """
-        call, self._stream = self._call, stream
+        self._stream = stream
         self._out = _IpcWriter(stream.output_schema)
-        self._write_logs(self._out)
-        empty = empty_batch(stream.output_schema)
         failure: BaseException | None = None
         try:
+            self._write_logs(self._out)
             if turn is None:
-                self._out.write(empty, seal(stream))
+                self._out.write(empty_batch(stream.output_schema), seal(stream))
             else:
                 self._answer_turn(*turn, seal)
         except BaseException as exc:
             failure = exc
-            self._out.write(empty, call.fail(exc))
-            call.sent(empty)
+            self._fail(exc)
         self._out.close()
         self._channel.send(self._out.take())
         self._connection._obey(failure)
@@ -8150,29 +8341,43 @@ class _ServerStream:
         self._channel.send(self._out.take())
 
     def _turns(self) -> None:
-        call, channel = self._call, self._channel
-        self._out = _IpcWriter(self._stream.output_schema)
-        self._write_logs(self._out)
+        """Turn by turn to the end of both streams. What cannot be answered ends the connection, never the server."""
+        channel, failure = self._channel, None
         try:
-            reader = _IpcReader(channel, self._connection.server.ipc_validation)
-            failure = self._loop(reader)
-            if (
-                self._connection.shm is not None
-            ):  # the last input's region is free before the output ends (wire.md 11.4)
-                self._collector = None
-                self._connection.shm.sweep()
-            self._out.close()
-            channel.send(self._out.take())
+            self._write_logs(self._out)
+            try:
+                reader = _IpcReader(channel, self._connection.server.ipc_validation)
+                failure = self._loop(reader)
+            except IPCError as exc:  # an input that makes no sense, in frames that do
+                self._fail(exc)
+                self._end()
+                _ipc_drain(channel)
+                return
+            self._end()
             reader.drain()
         except (EOFError, ConnectionError):
             raise  # the caller vanished: the record says ok, the connection ends quietly
-        except Exception as exc:  # the caller's bytes; what the application raised was caught in _loop
-            self._out.write(empty_batch(self._out.schema), call.fail(exc))
-            self._out.close()
-            with contextlib.suppress(OSError):
-                channel.send(self._out.take())
+        except Exception as exc:  # the caller's bytes, or what cannot be written; the application's own _loop has caught
+            _LOG_RPC.warning("Ending a connection: %s: %s", type(exc).__name__, exception_str(exc))
+            with contextlib.suppress(Exception):
+                self._fail(exc)
+                self._end()
             raise _ServerHangUp from exc
         self._connection._obey(failure)
+
+    def _end(self) -> None:
+        """Send the rest of the output."""
+        if self._connection.shm is not None:  # the last input's region is free before the output ends (wire.md 11.4)
+            self._collector = None
+            self._connection.shm.sweep()
+        self._out.close()
+        self._channel.send(self._out.take())
+
+    def _fail(self, exc: BaseException) -> None:
+        """The last batch of an output: an error."""
+        empty = empty_batch(self._stream.output_schema)
+        self._out.write(empty, self._call.fail(exc))
+        self._call.sent(empty)
 
     def _loop(self, reader: _IpcReader) -> BaseException | None:
         """Turn by turn until someone ends it; returns what an application raised."""
@@ -8193,9 +8398,7 @@ class _ServerStream:
             try:
                 finished = self._turn(batch, metadata, ctx)
             except BaseException as exc:
-                empty = empty_batch(self._stream.output_schema)
-                out.write(empty, call.fail(exc))
-                call.sent(empty)
+                self._fail(exc)
                 return exc
             if finished:
                 return None
@@ -8279,8 +8482,8 @@ class _ServerStream:
         self._logs.append(_log_metadata_bytes(message, server_id=server_id, request_id=call.request_id))
 
     def _write_logs(self, writer: _IpcWriter) -> None:
-        empty = empty_batch(writer.schema)
         for metadata in self._logs:
+            empty = empty_batch(writer.schema)
             writer.write(empty, metadata)
             self._call.sent(empty)
         self._logs.clear()
@@ -8473,11 +8676,9 @@ class ServerRequest(_ServerConnection):
         self._check_target(binding, plan)
         super()._dispatch(binding, plan, kwargs, budget, request)
 
-    def _unary_plain(
-        self, binding: ProtocolBinding, plan: _WirePlan, method: Callable[..., Any], kwargs: dict[str, Any]
-    ) -> None:
+    def _unary_plain(self, binding: ProtocolBinding, plan: _WirePlan, kwargs: dict[str, Any]) -> None:
         self._check_target(binding, plan)
-        super()._unary_plain(binding, plan, method, kwargs)
+        super()._unary_plain(binding, plan, kwargs)
 
     def _check_target(self, binding: ProtocolBinding, plan: _WirePlan) -> None:
         """A learned layout knows what it calls; the path may have named something else."""
@@ -8486,8 +8687,8 @@ class ServerRequest(_ServerConnection):
         if binding is not self.binding:
             raise self._other_protocol(binding.name)
 
-    def _stream(self, stream: _ServerStream, method: Callable[..., Any], kwargs: dict[str, Any]) -> None:
-        value, pack = stream.start(method, kwargs), self._seal
+    def _stream(self, stream: _ServerStream, kwargs: dict[str, Any]) -> None:
+        value, pack = stream.start(kwargs), self._seal
         if value is None or pack is None:
             return
         failed: list[BaseException] = []
@@ -8952,6 +9153,7 @@ class _ClientObservation:
         try:
             self._token = hook.on_call_start(info, self.metadata)
             self._hook = hook
+            self.metadata = dict(encode_metadata(self.metadata))
         except Exception:
             self.metadata.clear()
             _LOG_RPC.debug("a call hook failed at start", exc_info=True)
@@ -9043,8 +9245,13 @@ def _client_unary(
 
 
 def _client_reply(channel: Channel, plan: _WirePlan, options: _ClientOptions) -> _WireReply:
-    """Read a reply that looks like no other, to its end."""
-    return _client_local(channel, plan, _wire_read_reply(plan, channel, options.validation, options.on_log), options)
+    """Read a reply that looks like no other, to its end; one that makes no sense is an error of this call only."""
+    try:
+        reply = _wire_read_reply(plan, channel, options.validation, options.on_log)
+    except IPCError as exc:
+        _ipc_drain(channel, _CLIENT_MAX_DRAIN)
+        return _WireReply(None, None, _errors_translate(exc, plan.doing, "answered"))
+    return _client_local(channel, plan, reply, options)
 
 
 def _client_local(channel: Channel, plan: _WirePlan, reply: _WireReply, options: _ClientOptions) -> _WireReply:
@@ -9284,13 +9491,17 @@ def _client_transport_options(channel: Channel, doing: str, timeout: float | Non
     writer = _IpcWriter(EMPTY_SCHEMA)
     writer.write(empty_batch(EMPTY_SCHEMA), {**about, **worker_transport_metadata()})
     writer.close()
+    item = None
     channel.check()
     try:
         channel.enter(doing, timeout)
         channel.send(writer.take())
-        reader = _IpcReader(channel, IpcValidation.FULL)
-        item = reader.read()
-        reader.drain()  # an error is an answer too
+        try:
+            reader = _IpcReader(channel, IpcValidation.FULL)
+            item = reader.read()
+            reader.drain()  # an error is an answer too
+        except IPCError:
+            _ipc_drain(channel, _CLIENT_MAX_DRAIN)
         channel.leave()
     except BaseException as exc:
         raise channel.fail(exc)  # noqa: B904
@@ -9807,6 +10018,7 @@ class _ClientStream(StreamSession):
         self._reader: _IpcReader | None = None
         self._first: AnnotatedBatch | None = None  # read ahead by `schema`
         self._ahead = 0  # ticks that have been sent and not been answered
+        self._failed = False  # an error has come, and nothing after it is looked at
         self._closed = False
 
     def tick(
@@ -9968,13 +10180,19 @@ class _ClientStream(StreamSession):
                 f"{self._plan.name}(): all inputs of a stream have one schema: it began with"
                 f" {_log_schema(writer.schema)}, now {_log_schema(batch.schema)}"
             )
-        _client_write_input(self._plan, writer, *maybe_write_to_shm(batch, metadata, self._channel.shm))
+        about = _client_metadata(self._plan, metadata)
+        _client_write_input(self._plan, writer, *maybe_write_to_shm(batch, about, self._channel.shm))
         return writer.take()
 
     def _read(self) -> tuple[pa.RecordBatch, _IpcMetadata | None] | RpcError | None:
-        if self._reader is None:
-            self._reader = _IpcReader(self._channel, self._options.validation)
-        item = _wire_read_data(self._reader, self._logs)
+        item: tuple[pa.RecordBatch, _IpcMetadata | None] | RpcError | None
+        try:
+            if self._reader is None:
+                self._reader = _IpcReader(self._channel, self._options.validation)
+            item = _wire_read_data(self._reader, self._logs)
+        except IPCError as exc:  # a whole message that makes no sense: this stream's error, not the connection's
+            item = _errors_translate(exc, f"stream of '{self._plan.name}'", "answered")
+        self._failed = isinstance(item, RpcError)
         if _LOG_WIRE_STREAM.isEnabledFor(logging.DEBUG):
             shown = _log_batch(item[0]) if isinstance(item, tuple) else item
             _LOG_WIRE_STREAM.debug("Stream read output: %s", shown)
@@ -9990,19 +10208,19 @@ class _ClientStream(StreamSession):
         writer.close()
         channel.send(writer.take())
         error = None
-        if self._reader is None:
-            self._reader = _IpcReader(channel, self._options.validation)
         for _ in range(_CLIENT_MAX_DRAIN):
-            if self._reader.ended or (item := _wire_read_data(self._reader, self._logs)) is None:
+            if self._failed or (self._reader is not None and self._reader.ended):
                 break
+            item = self._read()
             if isinstance(item, RpcError):
                 error = item
-                self._reader.drain()
-            elif channel.shm is not None and item[1]:
+            elif item is not None and channel.shm is not None and item[1]:
                 with contextlib.suppress(IPCError):
                     channel.shm.note(_shm_number(item[1].get(SHM_OFFSET_KEY, b"")))
         else:
             raise EOFError(f"gave up after {_CLIENT_MAX_DRAIN} batches that nobody wanted")
+        if self._failed:
+            _ipc_drain(channel, _CLIENT_MAX_DRAIN)
         self._closed = True
         channel.end_stream()
         return error
@@ -10098,9 +10316,18 @@ def _client_write_input(
     metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None,
 ) -> None:
     try:
-        writer.write(batch, metadata)
+        writer.write(_ipc_without_rows(batch), metadata)
     except (pa.ArrowException, ValueError, TypeError) as exc:
         raise RpcArgumentError(f"{plan.name}(): the input batch cannot be written: {exc}") from exc
+
+
+def _client_metadata(
+    plan: _WirePlan, metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None
+) -> pa.KeyValueMetadata | None:
+    try:
+        return encode_metadata(metadata) if metadata else None
+    except (TypeError, ValueError, AttributeError) as exc:
+        raise RpcArgumentError(f"{plan.name}(): {exc}") from exc
 
 
 def _client_open(
@@ -10136,9 +10363,13 @@ def _client_open(
 def _client_read_header(session: _ClientStream) -> Any:
     """Read the header stream. When the init failed there is no output stream, but the input still has to follow."""
     channel = session._channel
-    reader = _IpcReader(channel, session._options.validation)
-    item = _wire_read_data(reader, session._logs)
-    reader.drain()
+    try:
+        reader = _IpcReader(channel, session._options.validation)
+        item = _wire_read_data(reader, session._logs)
+        reader.drain()
+    except IPCError as exc:  # the output follows as after any header
+        _ipc_drain(channel, _CLIENT_MAX_DRAIN)
+        return _errors_translate(exc, session._plan.doing, "answered")
     if not isinstance(item, tuple):
         writer = _IpcWriter(EMPTY_SCHEMA)
         writer.close()
@@ -10248,6 +10479,10 @@ class StreamCall:
         _client_write_input(self._plan, writer, batch, metadata)
         writer.close()
         return writer.take()
+
+    def encoded(self, metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None) -> dict[bytes, bytes]:
+        """Return what the caller says about an input as it travels; RpcArgumentError for what is not his to say."""
+        return dict(_client_metadata(self._plan, metadata) or {})
 
     def read_opening(self, body: bytes) -> StreamReply:
         """Read the answer to the request: the header stream, if the method has one, and the first turn.
