@@ -176,13 +176,16 @@ class _Writer:
         self.places: list[Place] = [Place("offset", 0, "I")]
         self.style, self.rng = style, rng
         self.vtables: dict[bytes, int] = {}
+        self.known: dict[int, int] = {}
         self.todo: list[tuple[int, Any, str]] = [(0, None, "")]
 
     def write(self, tree: Table) -> Written:
         self.todo = [(0, tree, "T")]
         while self.todo:
             at, value, code = self.todo.pop(0)
-            place = self.put(value, code)
+            place = self.known.get(id(value), 0)
+            if place <= at:  # one object of the tree stands in the buffer once, if an offset can reach it
+                place = self.known[id(value)] = self.put(value, code)
             struct.pack_into("<I", self.buf, at, place - at)
         self.align(8)
         return Written(bytes(self.buf), self.places)

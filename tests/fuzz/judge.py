@@ -56,6 +56,8 @@ def same_batch(batch: pa.RecordBatch, other: pa.RecordBatch) -> None:
         raise Finding(f"schema {batch.schema} for {other.schema}")
     if batch.num_rows != other.num_rows:
         raise Finding(f"{batch.num_rows} rows for {other.num_rows}")
+    if "month_interval" in str(batch.schema):  # of which pyarrow cannot make Python arrays
+        return
     for ours, theirs in zip(batch.columns, other.columns, strict=True):
         if not same_array(ours, theirs):
             raise Finding(f"{ours.type}: {str(ours)[:200]} for {str(theirs)[:200]}")
@@ -72,8 +74,6 @@ def same_array(ours: Any, theirs: Any) -> bool:
 
 def _dictionaries(array: Any) -> list[Any]:
     """The dictionaries of an array and of what it holds: its buffers do not have them."""
-    if "month_interval" in str(array.type):  # of which pyarrow cannot make a Python array
-        return []
     if isinstance(array.type, pa.BaseExtensionType):
         return _dictionaries(array.storage)
     if pa.types.is_dictionary(array.type):

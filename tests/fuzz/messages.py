@@ -305,10 +305,17 @@ class Message:
         return b"\xff\xff\xff\xff" + struct.pack("<i", len(meta)) + meta + self.body
 
 
-def _copied(value: Any) -> Any:
-    if isinstance(value, Table):
-        return Table(value.kind, {slot: _copied(each) for slot, each in value.slots.items()})
-    return [_copied(each) for each in value] if isinstance(value, list) else value
+def _copied(value: Any, known: dict[int, Any] | None = None) -> Any:
+    """A deep copy that shares what the original shares."""
+    known = {} if known is None else known
+    if not isinstance(value, Table | list):
+        return value
+    if id(value) not in known:
+        if isinstance(value, list):
+            known[id(value)] = [_copied(each, known) for each in value]
+        else:
+            known[id(value)] = Table(value.kind, {slot: _copied(each, known) for slot, each in value.slots.items()})
+    return known[id(value)]
 
 
 def split(stream: bytes) -> list[Message]:
@@ -354,6 +361,8 @@ def plan(fields: list[Table]) -> list[Part]:
         nonlocal node
         node += 1
         mine = node
+        if node > 1000:  # of fields that share parts
+            return
         dtype = field[3]
         kind = TYPES[field[2]] if 0 <= field[2] < len(TYPES) else "-"
         if not isinstance(dtype, Table) or dtype.kind != kind:
@@ -408,9 +417,12 @@ def _width(kind: str, dtype: Table) -> int:
 def dictionaries(fields: list[Table]) -> dict[int, Table]:
     """The fields that are dictionaries, by id."""
     found: dict[int, Table] = {}
-    todo = list(fields)
+    todo, seen = list(fields), set()
     while todo:
         field = todo.pop()
+        if id(field) in seen:
+            continue
+        seen.add(id(field))
         if isinstance(field[4], Table):
             found[field[4][0]] = field
         todo += field[5]
@@ -472,9 +484,12 @@ def relaid(rng: random.Random, messages: list[Message], *, shared: bool = False)
 
 def tables(value: Any, kind: str | None = None) -> Iterator[Table]:
     """All tables of a tree, or those of one kind."""
-    todo = [value]
+    todo, seen = [value], set()
     while todo:
         each = todo.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
         if isinstance(each, list):
             todo += each
         elif isinstance(each, Table):
@@ -699,6 +714,27 @@ def m_fields(rng: random.Random, stream: Stream) -> None:
     table[slot] = children
 
 
+def m_shared(rng: random.Random, stream: Stream) -> None:
+    """Parts that stand in the buffer once and are used a thousand times: few bytes that unfold into many."""
+    message = stream.pick(rng)
+    size, count = rng.choice(((20_000, 3000), (60_000, 1000), (300, 9000), (10, 12_000)))
+    how = rng.randrange(3)
+    entry = Table("KeyValue", {0: b"k" * size, 1: b"v" * size})
+    if how == 0:
+        message.changed().tree[4] = [entry] * count
+        return
+    schema = stream.messages[0].changed().tree[2]
+    if not isinstance(schema, Table) or schema.kind != "Schema":
+        return
+    field = Table("Field", {0: b"n" * size, 1: 1, 2: 1, 3: Table("Null")})
+    if how == 1:
+        schema[1] = [field] * count
+        return
+    for _ in range(rng.choice((2, 12))):  # two children each, which are one: 2 to the power of the depth
+        field = Table("Field", {0: b"n", 1: 1, 2: 13, 3: Table("Struct"), 5: [field] * rng.choice((2, 2, 40)), 6: [entry]})
+    schema[1] = [field]
+
+
 def m_absent(rng: random.Random, stream: Stream) -> None:
     """A slot that is not there."""
     message = stream.pick(rng)
@@ -869,6 +905,7 @@ MUTATORS: list[tuple[Callable[[random.Random, Stream], None], int]] = [
     (m_type, 4),
     (m_fields, 4),
     (m_absent, 2),
+    (m_shared, 1),
     (m_dictionary, 3),
     (m_body, 9),
     (m_bytes, 3),
