@@ -1684,13 +1684,6 @@ def _ipc_message(source: _IpcSource) -> _IpcMessage | None:
     return _IpcMessage(about.kind, data, about.metadata)
 
 
-def _ipc_drain(source: _IpcSource) -> None:
-    """Consume messages without keeping them, up to and with the end-of-stream marker."""
-    while size := _ipc_metadata_size(source):
-        meta = bytes(source.take(8 + size, 8 + size))[8:]
-        source.skip(_ipc_parse(meta, source.limits).body)
-
-
 def _ipc_head(message: _IpcPiece, batch: pa.RecordBatch) -> _IpcHead | None:
     """How a batch message without custom metadata begins; None when it has parts that a head does not know."""
     meta = bytes(memoryview(message)[: 8 + _IPC_I32(message, 4)[0]])
@@ -1717,10 +1710,13 @@ def _ipc_dictionary(message: _IpcPiece) -> tuple[int, bool]:
 def _ipc_drain(source: _IpcSource, most: int | None = None) -> None:
     """Consume messages without keeping them, up to and with the end-of-stream marker; EOFError after `most` of them."""
     for count in itertools.count():
-        if _ipc_skip(source):
+        size = _ipc_metadata_size(source)
+        if size == 0:
             return
         if count == most:
             raise EOFError(f"gave up after {most} messages that nobody wanted")
+        meta = bytes(source.take(8 + size, 8 + size))[8:]
+        source.skip(_ipc_parse(meta, source.limits).body)
 
 
 def _ipc_metadata_size(source: _IpcSource) -> int:
@@ -1877,7 +1873,7 @@ def _ipc_read_schema(message: bytes, max_columns: int, max_nesting: int) -> _Ipc
         return _IpcSchema(schema, _ipc_has_dictionaries(schema), hollow)
     except (struct.error, IndexError) as exc:
         raise IPCError("malformed flatbuffer in a schema message") from exc
-    except (pa.ArrowException, ValueError) as exc:
+    except (pa.ArrowException, OSError, ValueError) as exc:
         raise IPCError(f"a schema message is malformed: {exc}") from exc
 
 
@@ -2249,6 +2245,18 @@ def deserialize_record_batch(
     return (empty_batch(reader.schema), None) if item is None else (item[0], _ipc_key_values(item[1]))
 
 
+def _ipc_schema_value(data: bytes) -> pa.Schema:
+    """The schema that a value holds as its message; pa.ArrowInvalid or IPCError when it holds none."""
+    source = _IpcSource(data, _ipc_limits.get())
+    try:
+        message = _ipc_message(source)
+    except EOFError as exc:
+        raise pa.ArrowInvalid(f"a schema message is cut short: {exc}") from exc
+    if message is None or message.kind != _IPC_SCHEMA:
+        raise pa.ArrowInvalid(f"expected a schema message, got {_ipc_kind_name(message)}")
+    return _ipc_schema(message.data, source.limits).schema
+
+
 def read_single_record_batch(
     stream: Any, context: str = "batch", ipc_validation: IpcValidation = IpcValidation.FULL
 ) -> tuple[pa.RecordBatch, pa.KeyValueMetadata | None]:
@@ -2367,10 +2375,12 @@ def _ipc_shape(message: bytes) -> _IpcShape:
     rows, nodes, buffers = (_ipc_slot(meta, header, slot) for slot in (0, 1, 2))
     body_size = _ipc_slot(meta, table, 3)
     compressed, variadic = (_ipc_slot(meta, header, slot) for slot in (3, 4))
-    if not (rows and nodes and buffers and body_size) or compressed or variadic:
+    if not (nodes and buffers) or compressed or variadic:
         raise _IpcUnfamiliar("no plain rows")
     nodes += _IPC_U32(meta, nodes)[0]
     buffers += _IPC_U32(meta, buffers)[0]
+    if _IPC_U32(meta, nodes)[0] and not (rows and body_size):
+        raise _IpcUnfamiliar("no rows")
     return _IpcShape(
         head, body_size, rows, nodes + 4, _IPC_U32(meta, nodes)[0], buffers + 4, _IPC_U32(meta, buffers)[0]
     )
@@ -2458,9 +2468,10 @@ class _IpcCanonical:
         if len(nodes) != 2 * shape.node_count or len(buffers) != 2 * shape.buffer_count:
             raise _IpcUnfamiliar("other arrays than pyarrow has")
         at = self.body - shape.head
-        _IPC_PACK_I64(head, at + shape.body_size, size)
-        struct.pack_into(f"<{len(nodes)}q", head, at + shape.nodes, *nodes)
-        struct.pack_into(f"<{len(buffers)}q", head, at + shape.buffers, *buffers)
+        if nodes:
+            _IPC_PACK_I64(head, at + shape.body_size, size)
+            struct.pack_into(f"<{len(nodes)}q", head, at + shape.nodes, *nodes)
+            struct.pack_into(f"<{len(buffers)}q", head, at + shape.buffers, *buffers)
         if len(self.heads) * len(head) > _IPC_HEADS_BYTES:
             self.heads.clear()
         found = (bytes(head), b"") if hole < 0 else (bytes(head[:hole]), bytes(head[hole + 16 :]))
@@ -3171,7 +3182,7 @@ def _types_decode_foreign(cls: Any, value: Any) -> Any:
 
 
 def _types_decode_schema(value: Any) -> pa.Schema | None:
-    return ipc.read_schema(pa.py_buffer(value)) if value else None  # no bytes: absent (lenient peers)
+    return _ipc_schema_value(value) if value else None  # no bytes: absent (lenient peers)
 
 
 def _types_decode_batch(value: Any) -> pa.RecordBatch | None:
@@ -5071,7 +5082,7 @@ class _MethodsReaderState(ProducerState):
     def serialize_to_bytes(self) -> bytes:
         """Refuse: a reader cannot travel."""
         raise TypeError(
-            "a stream of Stream.from_arrow() reads its source in one process and cannot go on in another, as streams over"
+            "a stream of Stream.from_arrow() reads its source in one process and cannot go on in another, as those over"
             " HTTP do: return a Stream whose ProducerState finds its place again, or one pa.RecordBatch"
         )
 
@@ -5244,7 +5255,7 @@ def _methods_text(text: object, key: object) -> bytes:
     limit = IpcLimits().max_metadata_entry_bytes
     if len(data) > limit:
         raise ValueError(
-            f"metadata key {str(key)[:80]!r}: an entry of {len(data)} bytes; the limit is max_metadata_entry_bytes={limit}"
+            f"metadata key {str(key)[:80]!r}: {len(data)} bytes; the limit is max_metadata_entry_bytes={limit}"
         )
     return data
 
@@ -5931,14 +5942,13 @@ def _wire_value(plan: _WirePlan, reply: _WireReply) -> Any:
             f"{plan.name}() was answered with {batch.num_rows} row(s) of {_log_schema(batch.schema)};"
             " expected one row with a column 'result'",
         )
-    column = batch.select(["result"])
-    if not column.schema.equals(plan.info.result_schema):
-        try:
-            nullable = plan.info.result_schema.field(0).with_nullable(True)  # whether it may be None is asked last
-            column = _ipc_fit(column, pa.schema([nullable]), reply.limits)
-        except (TypeError, IPCError) as exc:
-            raise RpcError("ProtocolError", f"{plan.name}() result: {exc}") from exc
-    return _wire_decode_result(plan, _wire_cell(column.column(0), reply.limits), reply.limits)
+    try:
+        declared = plan.info.result_schema.field(0).with_nullable(True)  # whether it may be None is asked last
+        column = _ipc_fit(batch.select(["result"]), pa.schema([declared]), reply.limits)
+        value = _wire_cell(column.column(0), reply.limits)
+    except (TypeError, IPCError) as exc:
+        raise RpcError("ProtocolError", f"{plan.name}() result: {exc}") from exc
+    return _wire_decode_result(plan, value, reply.limits)
 
 
 def _wire_reply_batch(plan: _WirePlan, reply: _WireReply) -> pa.RecordBatch:
@@ -7286,7 +7296,7 @@ def _describe_method_view(method: Any) -> MethodDescription:
 
 
 def _describe_schema(message: bytes) -> pa.Schema:
-    return ipc.read_schema(pa.py_buffer(message)) if message else EMPTY_SCHEMA
+    return _ipc_schema_value(message) if message else EMPTY_SCHEMA
 
 
 # ==== 12. SERVER ======================================================================================================
@@ -7325,7 +7335,7 @@ class ProtocolBinding:
     def protocol_hash(self) -> str:
         """SHA-256 of the contract, as 64 hex digits (wire.md section 9.4); computed at first use.
 
-        Empty when a type has no portable token: one method must not hide all others from whoever asks for a description.
+        Empty when a type has no portable token: one method must not hide all others from whoever describes them.
         """
         if self._hash is None:  # json and hashlib are 5 ms of a worker's start
             try:
@@ -8357,7 +8367,9 @@ class _ServerStream:
             reader.drain()
         except (EOFError, ConnectionError):
             raise  # the caller vanished: the record says ok, the connection ends quietly
-        except Exception as exc:  # the caller's bytes, or what cannot be written; the application's own _loop has caught
+        except (
+            Exception
+        ) as exc:  # the caller's bytes, or what cannot be written; the application's own _loop has caught
             _LOG_RPC.warning("Ending a connection: %s: %s", type(exc).__name__, exception_str(exc))
             with contextlib.suppress(Exception):
                 self._fail(exc)

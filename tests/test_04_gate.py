@@ -399,6 +399,13 @@ def test_a_traceback_shows_the_lines_of_a_compiled_layout() -> None:
     assert linecache.getline(code.co_filename, code.co_firstlineno).startswith("def encode(self, values")
 
 
+def test_a_stream_without_columns_has_a_template_and_is_learned() -> None:
+    template = core._ipc_template(pa.schema([]), {b"k": b"v"})
+    data = template.encode(())
+    assert data == written(pa.schema([]), core.empty_batch(pa.schema([])), metadata={b"k": b"v"})
+    assert core._ipc_learn(data, core.empty_batch(pa.schema([]))).match(data, 0) == ((), len(data))
+
+
 @pytest.mark.parametrize("dtype", [pa.list_(pa.uuid()), pa.map_(pa.utf8(), pa.date32()), pa.decimal128(5, 2)], ids=str)
 def test_a_schema_that_has_no_layout_has_no_template(dtype: pa.DataType) -> None:
     assert core._ipc_template(pa.schema([("x", dtype)]), None) is None
