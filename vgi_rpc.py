@@ -900,8 +900,6 @@ def _errors_translate(exc: BaseException, doing: str, sent: _Sent) -> RpcError:
     text = exception_str(exc) or type(exc).__name__
     if isinstance(exc, TimeoutError):
         found: RpcError = DeadlineExceededError(f"{doing} did not finish in time: {text}", sent=sent)
-    elif isinstance(exc, IPCError):
-        found = RpcError("IPCError", f"{doing}: the answer cannot be read: {text}", sent=sent)
     else:
         found = ConnectionLostError(f"Transport failed during {doing}: {text}", sent=sent)
     found.__cause__ = exc
@@ -2257,54 +2255,6 @@ def _ipc_schema_value(data: bytes) -> pa.Schema:
     return _ipc_schema(message.data, source.limits).schema
 
 
-def read_single_record_batch(
-    stream: Any, context: str = "batch", ipc_validation: IpcValidation = IpcValidation.FULL
-) -> tuple[pa.RecordBatch, pa.KeyValueMetadata | None]:
-    """Read a stream of exactly one batch; IPCError when it holds none or several."""
-    try:
-        reader = ValidatedReader(ipc.open_stream(stream), ipc_validation)
-        try:
-            found = reader.read_next_batch_with_custom_metadata()
-        except StopIteration:
-            raise IPCError(f"No record batch found in {context} stream") from None
-        with contextlib.suppress(StopIteration):
-            reader.read_next_batch()
-            raise IPCError(f"Expected single record batch in {context} stream, but found multiple batches")
-        return found
-    except (pa.ArrowException, OSError, ValueError) as exc:
-        raise IPCError(f"Error reading record batch from {context} stream: {exc}") from exc
-
-
-class ValidatedReader:
-    """A stream reader whose batches are validated."""
-
-    def __init__(self, reader: ipc.RecordBatchStreamReader, ipc_validation: IpcValidation) -> None:
-        self._reader = reader
-        self.ipc_validation = ipc_validation
-
-    @property
-    def schema(self) -> pa.Schema:
-        """The stream's schema."""
-        return self._reader.schema
-
-    def read_next_batch(self) -> pa.RecordBatch:
-        """Return the next batch; StopIteration at the end, IPCError for an invalid one."""
-        return self.read_next_batch_with_custom_metadata()[0]
-
-    def read_next_batch_with_custom_metadata(self) -> tuple[pa.RecordBatch, pa.KeyValueMetadata | None]:
-        """Return the next batch and its metadata."""
-        batch, metadata = self._reader.read_next_batch_with_custom_metadata()
-        validate_batch(batch, self.ipc_validation)
-        return batch, metadata
-
-    def __enter__(self) -> Self:
-        self._reader.__enter__()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._reader.__exit__(*exc)
-
-
 # ---- learned layouts (hot-path law 3; FINDINGS.md section 3)
 #
 # A one-row stream of one schema is always the same bytes, except for the body and three holes in front of it: the
@@ -2409,22 +2359,6 @@ class _IpcCanonical:
         encode(values, deadline=b"") -> the complete stream, or None when pyarrow has to look at the values
         match(data, pos) -> (the row, the position after the stream), or None: another layout, or not all there
     """
-
-    __slots__ = (
-        "_buffers",
-        "_code",
-        "_shape",
-        "_template",
-        "body",
-        "deadline_at",
-        "encode",
-        "head",
-        "heads",
-        "match",
-        "nulls",
-        "schema",
-        "words",
-    )
 
     def __init__(self, code: _IpcCode, messages: list[bytes], deadline: bytes | None) -> None:
         """`messages` are what pyarrow wrote; `deadline` is a metadata value that differs from message to message."""
@@ -3830,8 +3764,8 @@ def _shm_remove(path: str, pid: int) -> None:
 
 
 def is_shm_pointer_batch(batch: pa.RecordBatch, custom_metadata: pa.KeyValueMetadata | None) -> bool:
-    """Whether a batch only says where in shared memory the real one is."""
-    return batch.num_rows == 0 and custom_metadata is not None and SHM_OFFSET_KEY in custom_metadata
+    """Whether a batch says where in shared memory the real one is."""
+    return _elsewhere_pointer(batch, custom_metadata) is _KIND_SHM
 
 
 def make_shm_pointer_batch(schema: pa.Schema, offset: int, length: int) -> tuple[pa.RecordBatch, pa.KeyValueMetadata]:
@@ -3944,20 +3878,20 @@ _KIND_DATA, _KIND_LOG, _KIND_ERROR, _KIND_EXTERNAL, _KIND_SHM = "data", "log", "
 
 
 def _elsewhere_kind(batch: pa.RecordBatch, metadata: _IpcMetadata | None) -> str:
-    kind = _KIND_DATA
-    if metadata and batch.num_rows == 0:
-        level = metadata.get(LOG_LEVEL_KEY)
-        if level is not None:
-            if LOG_MESSAGE_KEY in metadata:
-                kind = _KIND_ERROR if level == b"EXCEPTION" else _KIND_LOG
-        elif LOCATION_KEY in metadata:
-            kind = _KIND_EXTERNAL
-        elif SHM_OFFSET_KEY in metadata:
-            kind = _KIND_SHM
+    kind = _elsewhere_pointer(batch, metadata) or _KIND_DATA
+    if metadata and batch.num_rows == 0 and LOG_LEVEL_KEY in metadata and LOG_MESSAGE_KEY in metadata:
+        kind = _KIND_ERROR if metadata[LOG_LEVEL_KEY] == b"EXCEPTION" else _KIND_LOG
     if _LOG_WIRE_BATCH.isEnabledFor(logging.DEBUG):
         shown = "no metadata" if not metadata else ("zero-row" if batch.num_rows == 0 else "rows with metadata")
         _LOG_WIRE_BATCH.debug("Classify batch: rows=%d, %s -> %s", batch.num_rows, shown, kind)
     return kind
+
+
+def _elsewhere_pointer(batch: pa.RecordBatch, metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None) -> str:
+    """Where the batch is that this one points to; "" when it is no pointer. A log batch never is."""
+    if not metadata or batch.num_rows or LOG_LEVEL_KEY in metadata:
+        return ""
+    return _KIND_EXTERNAL if LOCATION_KEY in metadata else _KIND_SHM if SHM_OFFSET_KEY in metadata else ""
 
 
 def _elsewhere_error(metadata: _IpcMetadata) -> RpcError:
@@ -4054,10 +3988,8 @@ def make_external_location_batch(
 def is_external_location_batch(
     batch: pa.RecordBatch, custom_metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None
 ) -> bool:
-    """Whether a batch is a pointer; a log batch never is."""
-    if not custom_metadata or batch.num_rows:
-        return False
-    return LOCATION_KEY in custom_metadata and LOG_LEVEL_KEY not in custom_metadata
+    """Whether a batch says where in a store the real one is."""
+    return _elsewhere_pointer(batch, custom_metadata) is _KIND_EXTERNAL
 
 
 class ExternalBatch(_NamedTuple):
@@ -4158,7 +4090,7 @@ def _elsewhere_read_object(
             kind = _elsewhere_kind(*item)
             if kind is _KIND_ERROR:
                 raise _elsewhere_error(item[1] or {})
-            if kind is _KIND_EXTERNAL or kind is _KIND_SHM or LOCATION_KEY in (item[1] or {}):
+            if kind in (_KIND_EXTERNAL, _KIND_SHM) or LOCATION_KEY in (item[1] or {}):
                 raise ExternalLocationError("Redirect loop detected: the stored object holds a pointer")
             if kind is _KIND_LOG:
                 messages.append(item[1] or {})
@@ -4186,14 +4118,14 @@ def _elsewhere_local(
     limits: IpcLimits,
 ) -> tuple[pa.RecordBatch, _IpcMetadata | None]:
     """A batch that a pointer into shared memory means; others as they are."""
-    if shm is None or metadata is None or batch.num_rows or SHM_OFFSET_KEY not in metadata:
+    if shm is None or metadata is None or _elsewhere_pointer(batch, metadata) is not _KIND_SHM:
         return batch, metadata
     return _shm_read(shm, batch.schema, metadata, validation, limits)
 
 
 def _elsewhere_refuse(name: str, batch: pa.RecordBatch, metadata: _IpcMetadata | None) -> None:
     """A batch that is elsewhere must fail loudly, never be taken for an empty one."""
-    kind = _elsewhere_kind(batch, metadata)
+    kind = _elsewhere_pointer(batch, metadata)
     if kind is _KIND_EXTERNAL:
         raise RpcError(
             "ProtocolError",
@@ -5082,8 +5014,8 @@ class _MethodsReaderState(ProducerState):
     def serialize_to_bytes(self) -> bytes:
         """Refuse: a reader cannot travel."""
         raise TypeError(
-            "a stream of Stream.from_arrow() reads its source in one process and cannot go on in another, as those over"
-            " HTTP do: return a Stream whose ProducerState finds its place again, or one pa.RecordBatch"
+            "a stream of Stream.from_arrow() reads its source in one process and cannot go on in another, as streams"
+            " over HTTP do: return a Stream whose ProducerState finds its place again, or one pa.RecordBatch"
         )
 
     def on_cancel(self, ctx: CallContext) -> None:
@@ -5189,7 +5121,10 @@ class OutputCollector:
             raise RuntimeError(f"No data batch was emitted; {do}")
 
     def merge_data_metadata(self, metadata: pa.KeyValueMetadata) -> None:
-        """Add metadata to the emitted batch; RuntimeError when there is none."""
+        """Add metadata to the emitted batch; RuntimeError when there is none, and what `encode_metadata` raises."""
+        self._merge(encode_metadata(metadata))
+
+    def _merge(self, metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata) -> None:
         old = self.data_batch
         self._data = AnnotatedBatch(old.batch, merge_metadata(old.custom_metadata, metadata))
         self.batches = [self._data if item is old else item for item in self.batches]
@@ -5255,7 +5190,8 @@ def _methods_text(text: object, key: object) -> bytes:
     limit = IpcLimits().max_metadata_entry_bytes
     if len(data) > limit:
         raise ValueError(
-            f"metadata key {str(key)[:80]!r}: {len(data)} bytes; the limit is max_metadata_entry_bytes={limit}"
+            f"metadata key {str(key)[:80]!r}: an entry of {len(data)} bytes;"
+            f" the limit is max_metadata_entry_bytes={limit}"
         )
     return data
 
@@ -5428,30 +5364,6 @@ _WIRE_NOTHING: Mapping[bytes, bytes] = types.MappingProxyType({})
 class _WirePlan:
     """One method, compiled at first use: converters, constants and the learned layouts of its messages."""
 
-    __slots__ = (
-        "_deadline_template",
-        "_request_template",
-        "_result_template",
-        "decode_result",
-        "decoders",
-        "doing",
-        "encode_result",
-        "encoders",
-        "info",
-        "is_stream",
-        "metadata",
-        "name",
-        "names",
-        "nullable",
-        "plain",
-        "plain_result",
-        "protocol",
-        "replies",
-        "result_nullable",
-        "types",
-        "version",
-    )
-
     def __init__(self, info: RpcMethodInfo, protocol: str, version: str | None, *, raw: bool = False) -> None:
         """`raw` leaves values as pyarrow takes and gives them, for callers that know only the schema."""
         self.info = info
@@ -5477,28 +5389,30 @@ class _WirePlan:
         self.decode_result = _types_decoder(info.result_type, top=True) if converts else None
         self.result_nullable = info.has_return and info.result_schema.field(0).nullable
         self.metadata = _wire_request_metadata(info.name, protocol, version)
-        self._request_template: _IpcCanonical | Literal[b""] | None = b""  # b"": not tried yet
-        self._deadline_template: _IpcCanonical | Literal[b""] | None = b""
-        self._result_template: _IpcCanonical | Literal[b""] | None = b""
         self.replies: list[_IpcCanonical] = []  # how replies of peers have looked
         if info.returns_ref:
             self.send_by_pyarrow()
         self.is_stream = info.method_type is MethodType.STREAM
         self.doing = f"{'stream init for' if self.is_stream else 'unary call to'} '{info.name}'"
 
+    @functools.cached_property
+    def _request_template(self) -> _IpcCanonical | None:
+        return _ipc_template(self.info.params_schema, self.metadata)
+
+    @functools.cached_property
+    def _deadline_template(self) -> _IpcCanonical | None:
+        return _ipc_template(self.info.params_schema, {**self.metadata, DEADLINE_KEY: _IPC_DEADLINE})
+
+    @functools.cached_property
+    def _result_template(self) -> _IpcCanonical | None:
+        return _ipc_template(self.info.result_schema, None)
+
     def template(self, budget: bytes, extra: Mapping[bytes, bytes] = _WIRE_NOTHING) -> _IpcCanonical | None:
         """What writes requests, with or without a deadline and what a connection adds; None: only pyarrow does."""
-        if extra:
-            deadline = {DEADLINE_KEY: _IPC_DEADLINE} if budget else {}
-            return _ipc_template(self.info.params_schema, {**self.metadata, **extra, **deadline})
-        if budget:
-            if self._deadline_template == b"":
-                metadata = {**self.metadata, DEADLINE_KEY: _IPC_DEADLINE}
-                self._deadline_template = _ipc_template(self.info.params_schema, metadata)
-            return self._deadline_template or None
-        if self._request_template == b"":
-            self._request_template = _ipc_template(self.info.params_schema, self.metadata)
-        return self._request_template or None
+        if not extra:
+            return self._deadline_template if budget else self._request_template
+        deadline = {DEADLINE_KEY: _IPC_DEADLINE} if budget else {}
+        return _ipc_template(self.info.params_schema, {**self.metadata, **extra, **deadline})
 
     def send_by_pyarrow(self) -> None:
         """Make `encode_reply` leave every result to those who may put something else in its place."""
@@ -5507,8 +5421,6 @@ class _WirePlan:
     def encode_reply(self, value: Any) -> _IpcMessages | None:
         """The reply by a template, or None: pyarrow has to look at the value."""
         template = self._result_template
-        if template == b"":
-            template = self._result_template = _ipc_template(self.info.result_schema, None)
         if template is None:
             return None
         if not self.info.has_return:
@@ -5530,7 +5442,8 @@ class _WirePlan:
 
     def learn_reply(self, sample: bytes, batch: pa.RecordBatch) -> None:
         """Remember how a reply looks that is what the method declares; bounded, and never twice the same."""
-        if batch.schema.names != (["result"] if self.info.has_return else []):
+        declared = self.info.result_schema  # whose nullability peers may differ about
+        if batch.schema.names != declared.names or batch.schema.types != declared.types:
             return
         if any(layout.match(sample, 0) for layout in self.replies):
             return
@@ -7335,7 +7248,7 @@ class ProtocolBinding:
     def protocol_hash(self) -> str:
         """SHA-256 of the contract, as 64 hex digits (wire.md section 9.4); computed at first use.
 
-        Empty when a type has no portable token: one method must not hide all others from whoever describes them.
+        Empty when a type has no portable token: one method must not hide all others from who asks for a description.
         """
         if self._hash is None:  # json and hashlib are 5 ms of a worker's start
             try:
@@ -7871,7 +7784,7 @@ class _ServerConnection:
         except (EOFError, ConnectionError):
             raise
         except IPCError as exc:
-            return self._refuse_unreadable(exc, data[begin:])
+            return self._refuse_unreadable(exc, data, begin)
         except Exception as exc:
             self._hang_up(exc)
         batch, metadata = request or (empty_batch(EMPTY_SCHEMA), {})
@@ -8150,14 +8063,18 @@ class _ServerConnection:
             hint = f" Describing is the protocol '{REFLECTION_PROTOCOL_NAME}'{_SERVER_DESCRIBE_HINT}."
         raise MethodNotImplementedError(f"No built-in method '{name}'.{hint}")
 
-    def _refuse_unreadable(self, exc: IPCError, begun: bytes) -> None:
+    def _refuse_unreadable(self, exc: IPCError, data: bytes, begin: int) -> None:
         """Answer a request whose frames are in order and whose content is not; an input stream may come after it.
 
-        Where one may come, what does not name a method in its first bytes could be either, and nobody can be in step.
+        Where one may come, this is one if it does not name a method; when only its first bytes are here, who knows.
         """
-        if self._swallow and RPC_METHOD_KEY not in begun:
-            self._hang_up(exc)
         self.drain()
+        whole = self.channel.buf is data
+        if self._swallow and RPC_METHOD_KEY not in data[begin : self.channel.pos if whole else None]:
+            if not whole:
+                self._hang_up(exc)
+            self._swallow = False
+            return
         self._refuse(exc, None, True)
 
     def _refuse(self, exc: Exception, plan: _WirePlan | None, named: bool) -> None:
@@ -8336,7 +8253,7 @@ class _ServerStream:
         out = self._process(batch, metadata, ctx)
         sealed = None if out.finished else seal(self._stream)
         if sealed is not None and len(self._stream.input_schema):
-            out.merge_data_metadata(pa.KeyValueMetadata(sealed))
+            out._merge(sealed)
             sealed = None
         self._write(out)
         if sealed is not None:
@@ -8351,7 +8268,7 @@ class _ServerStream:
         self._channel.send(self._out.take())
 
     def _turns(self) -> None:
-        """Turn by turn to the end of both streams. What cannot be answered ends the connection, never the server."""
+        """Answer to the end of both streams. What cannot be answered ends the connection, never the server."""
         channel, failure = self._channel, None
         try:
             self._write_logs(self._out)
@@ -8367,9 +8284,7 @@ class _ServerStream:
             reader.drain()
         except (EOFError, ConnectionError):
             raise  # the caller vanished: the record says ok, the connection ends quietly
-        except (
-            Exception
-        ) as exc:  # the caller's bytes, or what cannot be written; the application's own _loop has caught
+        except Exception as exc:  # the caller's bytes, or what cannot be written: _loop has caught the application's
             _LOG_RPC.warning("Ending a connection: %s: %s", type(exc).__name__, exception_str(exc))
             with contextlib.suppress(Exception):
                 self._fail(exc)
@@ -9262,8 +9177,17 @@ def _client_reply(channel: Channel, plan: _WirePlan, options: _ClientOptions) ->
         reply = _wire_read_reply(plan, channel, options.validation, options.on_log)
     except IPCError as exc:
         _ipc_drain(channel, _CLIENT_MAX_DRAIN)
-        return _WireReply(None, None, _errors_translate(exc, plan.doing, "answered"))
+        return _WireReply(None, None, _client_error(exc, plan.doing))
     return _client_local(channel, plan, reply, options)
+
+
+def _client_error(exc: Exception, doing: str) -> RpcError:
+    """What is wrong with an answer that has arrived; no connection is lost over one in whole messages."""
+    if not isinstance(exc, IPCError):
+        return _errors_translate(exc, doing, "answered")
+    error = RpcError("IPCError", f"{doing}: the answer cannot be read: {exception_str(exc)}")
+    error.__cause__ = exc
+    return error
 
 
 def _client_local(channel: Channel, plan: _WirePlan, reply: _WireReply, options: _ClientOptions) -> _WireReply:
@@ -9296,7 +9220,7 @@ def _client_post(
         row = _wire_read_learned(plan, source)
         reply = None if row is not None else _wire_read_reply(plan, source, options.validation, options.on_log)
     except Exception as exc:
-        raise _errors_translate(exc, plan.doing, "answered")  # noqa: B904 (it sets the cause)
+        raise _client_error(exc, plan.doing)  # noqa: B904 (it sets the cause)
     if reply is None:
         return _wire_row_value(plan, row or (), transport.limits)
     return value(plan, _client_fetched(reply, options))
@@ -10203,7 +10127,7 @@ class _ClientStream(StreamSession):
                 self._reader = _IpcReader(self._channel, self._options.validation)
             item = _wire_read_data(self._reader, self._logs)
         except IPCError as exc:  # a whole message that makes no sense: this stream's error, not the connection's
-            item = _errors_translate(exc, f"stream of '{self._plan.name}'", "answered")
+            item = _client_error(exc, f"stream of '{self._plan.name}'")
         self._failed = isinstance(item, RpcError)
         if _LOG_WIRE_STREAM.isEnabledFor(logging.DEBUG):
             shown = _log_batch(item[0]) if isinstance(item, tuple) else item
@@ -10381,7 +10305,7 @@ def _client_read_header(session: _ClientStream) -> Any:
         reader.drain()
     except IPCError as exc:  # the output follows as after any header
         _ipc_drain(channel, _CLIENT_MAX_DRAIN)
-        return _errors_translate(exc, session._plan.doing, "answered")
+        return _client_error(exc, session._plan.doing)
     if not isinstance(item, tuple):
         writer = _IpcWriter(EMPTY_SCHEMA)
         writer.close()
@@ -10515,7 +10439,7 @@ class StreamCall:
         except Exception as exc:
             if exc is logs.failure:
                 raise
-            raise _errors_translate(exc, self.doing, "answered")  # noqa: B904
+            raise _client_error(exc, self.doing)  # noqa: B904
 
     def _read_header(self, source: _IpcSource, logs: _ElsewhereLogs) -> object:
         reader = _IpcReader(source, self._options.validation)
@@ -12583,7 +12507,9 @@ if TYPE_CHECKING:  # what __getattr__ gives
     from typing import Any as ProtocolList
     from typing import Any as ProtocolSummary
     from typing import Any as Reflection
+    from typing import Any as ValidatedReader
     from typing import Any as WireServiceDescription
+    from typing import Any as read_single_record_batch
 
 # Module of vgi_rpc_extras: the pip extra, the third-party modules it imports, the names it gives.
 _EXTRAS_NAMES: Final = {
@@ -12618,6 +12544,7 @@ _EXTRAS_NAMES: Final = {
     "otel": ("otel", "opentelemetry.trace", "OtelConfig instrument_client instrument_server instrument_store"),
     "sentry": ("sentry", "sentry_sdk", "SentryConfig instrument_server_sentry"),
     "access_log": ("", "", "configure_access_log AccessLogSampler DroppingQueueHandler"),
+    "readers": ("", "", "ValidatedReader read_single_record_batch"),
     "tools.stub": ("", "", "generate_stub protocol_from_description"),
 }
 _EXTRAS_WHERE: Final = {

@@ -620,3 +620,23 @@ def test_what_a_killed_client_leaves_is_removed_by_gc(worker: list[str], tmp_pat
     finally:
         alive.unlink()
         foreign.unlink()
+
+
+def test_what_fails_half_way_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    def left() -> tuple[set[str], set[str]]:
+        mine = {name for name in os.listdir("/dev/shm") if name.startswith(f"vgi_rpc_{os.getpid()}_")}
+        return set(os.listdir("/proc/self/fd")), mine
+
+    segment = core.ShmSegment.create(SIZE)
+    before = left()
+    monkeypatch.setenv("VGI_RPC_SHM_MIN_BATCH_BYTES", "128k")
+    for attempt in (lambda: core.ShmSegment.create(SIZE), lambda: core.ShmSegment.attach(segment.name, 0)):
+        with pytest.raises(ValueError, match="VGI_RPC_SHM_MIN_BATCH_BYTES='128k'"):
+            attempt()
+        assert left() == before
+    monkeypatch.delenv("VGI_RPC_SHM_MIN_BATCH_BYTES")
+    with pytest.raises(OSError) as caught:
+        core.ShmSegment.create(1 << 60)
+    assert "shm_size" in caught.value.__notes__[0] and left() == before
+    segment.unlink()
+    segment.close()

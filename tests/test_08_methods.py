@@ -675,12 +675,50 @@ def test_an_empty_source_has_its_schema() -> None:
     assert sum(batch.num_rows for batch in drain(stream)) == 0
 
 
-def test_stream_from_arrow_leaves_schema_metadata_behind() -> None:
-    noted = TABLE.replace_schema_metadata({"pandas": "{}"})
+def test_stream_from_arrow_keeps_schema_metadata() -> None:
     field = pa.field("b", pa.float64(), nullable=False, metadata={"unit": "m"})
-    stream = core.Stream.from_arrow(noted.cast(pa.schema([NUMBERS.field("a"), field], metadata={"pandas": "{}"})))
-    assert stream.output_schema.equals(NUMBERS, check_metadata=True)
-    assert len(drain(stream)) == 3
+    noted = TABLE.cast(pa.schema([NUMBERS.field("a"), field], metadata={"pandas": "{}"}))
+    first = noted.to_batches()[0]
+    for source, rows in (
+        (noted, len(noted)),
+        (Capsule(noted), len(noted)),
+        (noted.to_reader(), len(noted)),
+        (first, first.num_rows),
+    ):
+        stream = core.Stream.from_arrow(source)
+        assert stream.output_schema.equals(noted.schema, check_metadata=True)
+        assert sum(batch.num_rows for batch in drain(stream)) == rows
+
+
+def imported(array: pa.Array) -> pa.Array:
+    """The array as another library hands it over: an empty slice has an offset, and buffers of no size."""
+    return pa.Array._import_from_c_capsule(*array.__arrow_c_array__())
+
+
+COLUMNS = [
+    pa.array(["a", "b", "c"]),
+    pa.array([1, None, 3]),
+    pa.array([True, False, None]),
+    pa.array([b"abc"] * 3, pa.binary(3)),
+    pa.array([[1], [2], []]),
+    pa.array([{"x": "a"}, None, {"x": "b"}]),
+    pa.array(["a", "b", "a"]).dictionary_encode(),
+    pa.array([[("k", 1)], [], []], pa.map_(pa.utf8(), pa.int64())),
+]
+
+
+@pytest.mark.parametrize("column", COLUMNS, ids=[str(column.type) for column in COLUMNS])
+def test_an_empty_slice_of_another_library_is_written_as_it_should(column: pa.Array) -> None:
+    struct = pa.StructArray.from_arrays([imported(column.slice(2, 0))], ["x"])
+    for array in (imported(column.slice(2, 0)), struct):
+        batch = pa.RecordBatch.from_arrays([array], ["c"])
+        out = core.OutputCollector(batch.schema)
+        out.emit(batch)
+        (item,) = out.batches
+        assert item.batch.num_rows == 0 and item.batch.schema == batch.schema
+        for written in (item.batch, batch):
+            found, _ = core.deserialize_record_batch(core.serialize_record_batch_bytes(written))
+            assert found.num_rows == 0 and found.schema == batch.schema
 
 
 def test_stream_from_arrow_refuses_other_objects() -> None:
@@ -942,6 +980,43 @@ def test_collector_signature() -> None:
 
 def test_encode_metadata() -> None:
     assert dict(core.encode_metadata({"a": "1", "ü": "ö"})) == {b"a": b"1", "ü".encode(): "ö".encode()}
+    assert dict(core.encode_metadata({b"a": b"\xff"})) == {b"a": b"\xff"}
+    assert dict(core.encode_metadata(pa.KeyValueMetadata({"a": "1"}))) == {b"a": b"1"}
+
+
+def test_what_the_framework_has_noted_does_not_travel_on() -> None:
+    noted = {"vgi_rpc.shm_source": "s", "vgi_rpc.location.fetch_ms": "1.0", "vgi_rpc.location.source": "u", "mine": "1"}
+    assert dict(core.encode_metadata(noted)) == {b"mine": b"1"}
+
+
+REFUSED_METADATA = [
+    ({"vgi_rpc.log_level": "ERROR"}, ValueError, "'vgi_rpc.log_level'.*reserved"),
+    ({b"vgi_rpc.location": b"u"}, ValueError, "vgi_rpc.location.*reserved"),
+    ({"vgi_rpc.anything": ""}, ValueError, "vgi_rpc.anything"),
+    ({"k": 1}, TypeError, "'k'.*got int"),
+    ({"k": None}, TypeError, "'k'.*got NoneType"),
+    ({3: "v"}, TypeError, "3.*got int"),
+    ({"k": "\ud800"}, ValueError, "surrogates"),
+    ({"big": "x" * (1 << 20) + "y"}, ValueError, "'big'.*max_metadata_entry_bytes=1048576"),
+    ({"x" * (1 << 20) + "y": ""}, ValueError, "max_metadata_entry_bytes=1048576"),
+    ({str(i): "x" * (1 << 20) for i in range(9)}, ValueError, "more than 8388608 bytes"),
+    (pa.KeyValueMetadata([("k", "1"), ("k", "2")]), ValueError, "'k' is there twice"),
+]
+
+
+@pytest.mark.parametrize(("metadata", "kind", "text"), REFUSED_METADATA, ids=[text for _, _, text in REFUSED_METADATA])
+def test_metadata_that_cannot_travel(metadata: Any, kind: type[Exception], text: str) -> None:
+    with pytest.raises(kind, match=text):
+        core.encode_metadata(metadata)
+    out = core.OutputCollector(NUMBERS)
+    with pytest.raises(kind, match=text):
+        out.emit_pydict({"a": [], "b": []}, metadata=metadata)
+    assert out.batches == []
+    out.emit_pydict({"a": [], "b": []}, metadata={"mine": "1"})
+    with pytest.raises(kind, match=text):
+        out.merge_data_metadata(metadata)
+    out.merge_data_metadata(pa.KeyValueMetadata({"more": "2"}))
+    assert dict(out.data_batch.custom_metadata) == {b"mine": b"1", b"more": b"2"}
 
 
 def test_merge_metadata() -> None:
@@ -1090,13 +1165,28 @@ def test_extensions_of_others() -> None:
     assert core.type_token(Extension("demo.disguised", pa.int32())) == "extension(demo.disguised)<int32>"
 
 
-UNSUPPORTED = [getattr(pa, name)(5, 2) for name in ("decimal32", "decimal64") if hasattr(pa, name)]
+def test_small_decimals_have_tokens_like_large_ones() -> None:
+    assert core.type_token(pa.list_(pa.decimal32(5, 2))) == "list<item?:decimal32(5,2)>"
+    assert core.type_token(pa.decimal64(15, -3)) == "decimal64(15,-3)"
 
 
-@pytest.mark.parametrize("dtype", [*UNSUPPORTED, *map(pa.list_, UNSUPPORTED)], ids=str)
-def test_types_without_a_token(dtype: pa.DataType) -> None:
-    with pytest.raises(core.UnsupportedArrowTypeError, match="decimal"):
-        core.type_token(dtype)
+class Untold(pa.DataType):
+    """A type of a later pyarrow."""
+
+    id = 99
+    num_fields = 0
+
+    def __str__(self) -> str:
+        return "untold"
+
+
+def test_a_type_without_a_token_is_named_with_its_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(core.UnsupportedArrowTypeError, match="untold has no portable token"):
+        core.type_token(Untold.__new__(Untold))
+    monkeypatch.setitem(core._METHODS_PLAIN_TOKENS, "double", None)
+    methods = core.rpc_methods(Service)
+    with pytest.raises(core.UnsupportedArrowTypeError, match=r"add\(\): Arrow type double has no portable token"):
+        core.compute_protocol_hash("Service", methods)
     assert issubclass(core.UnsupportedArrowTypeError, TypeError)
 
 

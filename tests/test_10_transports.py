@@ -1195,3 +1195,45 @@ def test_alarms_at_random_moments_never_mix_answers(lab: Lab, kind: str) -> None
     rounds, alarms, right, wrong = lab.run(STORM, kind, lab.address(kind), 7)
     assert wrong == []
     assert rounds > 20 and alarms > 20 and right > 20
+
+
+@pytest.mark.parametrize(
+    "make", [core.make_pipe_pair, core.make_unix_pair, core.make_tcp_pair], ids=lambda m: m.__name__
+)
+def test_a_pair_that_cannot_be_made_leaves_no_descriptor(make: Callable[[], tuple[Any, Any]]) -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for transport in make():  # imports and the like
+        transport.close()
+    before = os.listdir("/proc/self/fd")
+    outcomes = set()
+    for free in range(6):
+        held = []
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(before) + 40, hard))
+        try:
+            with contextlib.suppress(OSError):
+                while True:
+                    held.append(os.dup(2))
+            for _ in range(free):
+                os.close(held.pop())
+            with contextlib.suppress(OSError):
+                for transport in make():
+                    transport.close()
+                outcomes.add(free)
+        finally:
+            for number in held:
+                os.close(number)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert os.listdir("/proc/self/fd") == before, free
+    assert outcomes and 0 not in outcomes
+
+
+def test_listening_leaves_the_umask_of_other_threads_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def umask(mask: int) -> int:
+        raise AssertionError("the umask is the whole process's")
+
+    monkeypatch.setattr(os, "umask", umask)
+    path = tmp_path / "s"
+    with core._transport_listen_unix(str(path), 1):
+        assert path.stat().st_mode & 0o777 == 0o600

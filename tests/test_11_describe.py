@@ -467,3 +467,30 @@ def test_over_a_connection() -> None:
         thread.join(10)
         server.close()
     assert not thread.is_alive()
+
+
+def test_a_type_without_a_token_hides_no_other_method(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    monkeypatch.setitem(core._METHODS_PLAIN_TOKENS, "double", None)
+
+    class Odd(Protocol):
+        def odd(self, d: float) -> None: ...
+        def good(self, n: int) -> int: ...
+
+    class Impl:
+        def odd(self, d):
+            return None
+
+        def good(self, n):
+            return n
+
+    server = core.RpcServer(Odd, Impl(), enable_describe=True)
+    client, far = core.make_unix_pair()
+    thread = threading.Thread(target=server.serve, args=(far,), daemon=True)
+    thread.start()
+    found = core.introspect(client)
+    assert (list(found.methods), found.protocol_hash) == (["good", "odd"], "")
+    assert [hosted.hash for hosted in core.list_protocols(client)] == ["", REFLECTION_HASH]
+    client.close()
+    thread.join(5)
+    far.close()
+    assert "Protocol Odd has no hash: odd(): Arrow type double has no portable token" in caplog.text

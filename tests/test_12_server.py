@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import json
 import logging
 import threading
 import time
@@ -641,3 +642,244 @@ def test_wire_lines_are_written_for_every_call(caplog) -> None:
     lines = [record.getMessage().partition(":")[0] for record in caplog.records]
     for line in ("Read request batch", "Parsed request", "Write result batch"):
         assert lines.count(line) == 3, (line, lines)
+
+
+# ---- what goes wrong costs the call, not the connection
+
+
+def garbled(schema: pa.Schema, size: int = 2) -> pa.RecordBatch:
+    """One column of text that is not UTF-8: pyarrow writes it, and a reader that validates refuses it."""
+    offsets = pa.array([0, size], pa.int32()).buffers()[1]
+    column = pa.Array.from_buffers(pa.utf8(), 1, [None, offsets, pa.py_buffer(b"\xff" * size)])
+    return pa.RecordBatch.from_arrays([column], schema=schema)
+
+
+@dataclass
+class Say(core.ProducerState):
+    def produce(self, out, ctx):
+        out.emit_pydict({"s": ["x"]})
+
+
+class Texts(Protocol):
+    def say(self, text: str) -> core.Stream[Say]: ...
+    def length(self, text: str) -> int: ...
+
+
+class TextsImpl:
+    def say(self, text):
+        return core.Stream(pa.schema([("s", pa.utf8())]), Say())
+
+    def length(self, text):
+        return len(text)
+
+
+def texts_request(method: str, *, good: bool = False) -> bytes:
+    schema = core.rpc_methods(Texts)["length"].params_schema
+    batch = pa.RecordBatch.from_pydict({"text": ["four"]}, schema=schema) if good else garbled(schema)
+    about = {"vgi_rpc.method": method, "vgi_rpc.request_version": "1", "vgi_rpc.protocol": "Texts"}
+    return core.serialize_record_batch_bytes(batch, pa.KeyValueMetadata(about))
+
+
+def answers(sent: bytes) -> list[str]:
+    """What a server says to these bytes, a word for each stream: `error: Class` or `rows: n`."""
+    client, far = core.make_unix_pair()
+    thread = threading.Thread(target=core.RpcServer(Texts, TextsImpl()).serve, args=(far,), daemon=True)
+    thread.start()
+    client._sock.sendall(sent)
+    client._sock.shutdown(1)
+    thread.join(10)
+    assert not thread.is_alive()
+    far.close()
+    found = []
+    with client._sock.makefile("rb") as source:
+        while source.peek(1):
+            word = ""
+            with pa.ipc.open_stream(source) as reader:
+                while True:
+                    try:
+                        batch, metadata = reader.read_next_batch_with_custom_metadata()
+                    except StopIteration:
+                        break
+                    if metadata and b"vgi_rpc.log_extra" in metadata:
+                        word = "error: " + json.loads(metadata[b"vgi_rpc.log_extra"])["exception_type"]
+                    else:
+                        word = f"rows: {batch.num_rows}"
+            found.append(word)
+    client.close()
+    return found
+
+
+def ticks(count: int) -> bytes:
+    writer = core._IpcWriter(core.EMPTY_SCHEMA)
+    writer.write_ticks(count)
+    writer.close()
+    return b"".join(writer.take())
+
+
+GOOD = "rows: 1"
+BAD = "error: IPCError"
+
+
+def test_a_request_that_makes_no_sense_is_answered_and_the_next_one_served() -> None:
+    good, bad = texts_request("length", good=True), texts_request("length")
+    assert answers(bad + good) == [BAD, GOOD]
+    assert answers(good + bad + good + bad + bad + good) == [GOOD, BAD, GOOD, BAD, BAD, GOOD]
+
+
+def test_a_stream_request_that_makes_no_sense_has_its_input_swallowed() -> None:
+    good, bad = texts_request("length", good=True), texts_request("say")
+    assert answers(bad + ticks(0) + good) == [BAD, GOOD]
+    assert answers(bad + ticks(3) + good + good) == [BAD, GOOD, GOOD]
+
+
+def test_an_input_that_makes_no_sense_is_swallowed_too() -> None:
+    good, bad, unknown = texts_request("length", good=True), texts_request("say"), texts_request("none", good=True)
+    neither = core.serialize_record_batch_bytes(garbled(pa.schema([("s", pa.utf8())])))
+    assert answers(bad + neither + good) == [BAD, GOOD]
+    assert answers(unknown + neither + good + good) == ["error: MethodNotImplementedError", GOOD, GOOD]
+
+
+def test_where_nobody_knows_what_it_was_the_connection_ends() -> None:
+    neither = core.serialize_record_batch_bytes(garbled(pa.schema([("s", pa.utf8())]), 1 << 20))
+    assert answers(texts_request("say") + neither + texts_request("length", good=True)) == [BAD, BAD]
+
+
+def test_an_input_that_makes_no_sense_ends_its_stream_only() -> None:
+    good = texts_request("length", good=True)
+    neither = core.serialize_record_batch_bytes(garbled(pa.schema([("s", pa.utf8())])))
+    assert answers(texts_request("say", good=True) + neither + good) == [BAD, GOOD]
+
+
+def test_an_attribute_that_raises_costs_the_call() -> None:
+    class Impl(CalcImpl):
+        ready = True
+
+        @property
+        def add(self):
+            if not self.ready:
+                raise RuntimeError("not ready")
+            return lambda a, b: a + b
+
+    class Hook:
+        ended: ClassVar[list] = []
+
+        def on_dispatch_start(self, info, auth, known, kwargs):
+            return 0
+
+        def on_dispatch_end(self, token, info, error, *, stats):
+            self.ended.append(type(error).__name__)
+
+    impl = Impl()
+    server = core.RpcServer(Calc, impl)
+    client, far = core.make_unix_pair()
+    thread = threading.Thread(target=server.serve, args=(far,), daemon=True)
+    thread.start()
+    with core.RpcConnection(Calc, client, timeout=10.0) as calc:
+        for observed in (False, True):
+            if observed:
+                server.add_dispatch_hook(Hook())
+            impl.ready = True
+            assert calc.add(1.0, 2.0) == calc.add(2.0, 1.0) == 3.0
+            impl.ready = False
+            for _ in range(2):
+                with pytest.raises(core.RpcError, match="not ready") as caught:
+                    calc.add(1.0, 2.0)
+                assert caught.value.error_type == "RuntimeError"
+            assert calc.noop() is None
+    thread.join(10)
+    far.close()
+    assert Hook.ended[2:4] == ["RuntimeError", "RuntimeError"]
+
+
+class Nested(pa.ExtensionType):
+    def __init__(self, storage: pa.DataType) -> None:
+        super().__init__(storage, "tests.nested")
+
+    def __arrow_ext_serialize__(self) -> bytes:
+        return b""
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage: pa.DataType, data: bytes) -> pa.ExtensionType:
+        return cls(storage)
+
+
+UNION = pa.dense_union([pa.field("a", pa.int8()), pa.field("b", pa.utf8())])
+ODD = [
+    pa.run_end_encoded(pa.int32(), pa.utf8()),
+    pa.list_(pa.run_end_encoded(pa.int32(), pa.utf8())),
+    pa.struct([("x", pa.list_(pa.run_end_encoded(pa.int16(), pa.list_(pa.utf8()))))]),
+    UNION,
+    pa.dense_union([]),
+    pa.sparse_union([]),
+    pa.list_(pa.sparse_union([pa.field("r", pa.run_end_encoded(pa.int32(), pa.int8()))])),
+    Nested(UNION),
+    pa.map_(pa.utf8(), Nested(pa.list_(UNION))),
+    pa.list_view(pa.list_(Nested(pa.run_end_encoded(pa.int32(), pa.utf8())), 2)),
+    pa.dictionary(pa.int8(), pa.dense_union([])),
+]
+
+
+@dataclass
+class LogOrFail(core.ProducerState):
+    fails: bool
+
+    def produce(self, out, ctx):
+        if self.fails:
+            raise ValueError("no")
+        out.client_log(core.Level.INFO, "here")
+        out.finish()
+
+
+@pytest.mark.parametrize("dtype", ODD, ids=str)
+def test_streams_of_every_type_log_fail_and_end(dtype: pa.DataType) -> None:
+    schema = pa.schema([("x", dtype)])
+
+    class Proto(Protocol):
+        def odd(self, fails: bool) -> core.Stream[LogOrFail]: ...
+        def alive(self) -> int: ...
+
+    class Impl:
+        def odd(self, fails):
+            return core.Stream(schema, LogOrFail(fails))
+
+        def alive(self):
+            return 1
+
+    logs: list = []
+    with core.serve_pipe(Proto, Impl(), on_log=logs.append, timeout=10.0) as proxy:
+        assert list(proxy.odd(False)) == []
+        with pytest.raises(core.RpcError, match="no"):
+            list(proxy.odd(True))
+        assert proxy.alive() == 1
+    assert [log.message for log in logs] == ["here"]
+
+
+def test_what_cannot_be_written_ends_the_connection_and_not_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    class Proto(Protocol):
+        def say(self) -> core.Stream[Say]: ...
+        def alive(self) -> int: ...
+
+    class Impl:
+        def say(self):
+            return core.Stream(pa.schema([("s", pa.utf8())]), Say())
+
+        def alive(self):
+            return 1
+
+    client, far = core.make_unix_pair()
+    server = core.RpcServer(Proto, Impl())
+    ended: list = []
+    thread = threading.Thread(target=lambda: (ended.append(server.serve(far)), far.close()), daemon=True)
+    with pytest.MonkeyPatch.context() as patch, core.RpcConnection(Proto, client, timeout=10.0) as proxy:
+        thread.start()
+        session = proxy.say()
+        assert session.tick().batch.num_rows == 1
+
+        def cannot(*args: object) -> None:
+            raise pa.ArrowNotImplementedError("no such type")
+
+        patch.setattr(core._IpcWriter, "write", cannot)
+        with pytest.raises(core.ConnectionLostError):
+            session.tick()
+        thread.join(10)
+    assert ended == [None] and "no such type" in caplog.text

@@ -262,7 +262,33 @@ def test_serving_a_pandas_frame(proxy: Any, impl: Impl) -> None:
     impl.make = lambda: frame
     with proxy.source() as session:
         table = session.read_all()
-    assert table.to_pydict() == {"n": [1, 2, 3]} and table.schema.metadata is None
+    assert table.to_pandas().equals(frame)
+
+
+def test_a_pandas_index_a_foreign_extension_and_an_enum_come_back(proxy: Any, impl: Impl) -> None:
+    pandas = pytest.importorskip("pandas", reason=WHY)
+    polars = pytest.importorskip("polars", reason=WHY)
+    frame = pandas.DataFrame({"n": [1, 2]}, index=[10, 20])
+    impl.make = lambda: pa.Table.from_pandas(frame)
+    with proxy.source() as session:
+        assert session.read_all().to_pandas().equals(frame)
+    about = {b"ARROW:extension:name": b"geoarrow.wkb", b"ARROW:extension:metadata": b"{}"}
+    impl.make = lambda: pa.table([[b"wkb"]], schema=pa.schema([pa.field("n", pa.binary(), metadata=about)]))
+    with proxy.source() as session:
+        assert session.read_all().schema.field("n").metadata == about
+    enums = polars.DataFrame({"n": polars.Series(["a"], dtype=polars.Enum(["a", "b"]))})
+    impl.make = lambda: enums
+    with proxy.source() as session:
+        assert polars.DataFrame(session).schema == enums.schema
+
+
+def test_empty_chunks_with_an_offset_are_read(proxy: Any, impl: Impl) -> None:
+    batch = pa.RecordBatch.from_pydict({"n": [1, 2, 3], "s": ["a", "b", "c"]})
+    chunks = pa.Table.from_batches([batch.slice(0, 1), batch.slice(2, 0), batch.slice(1, 1)])
+    for source in (chunks, pa.RecordBatchReader.from_stream(chunks)):  # the latter goes through the C interface
+        impl.make = lambda source=source: source
+        with proxy.source() as session:
+            assert session.read_all().to_pydict() == {"n": [1, 2], "s": ["a", "b"]}
 
 
 def test_serving_a_duckdb_relation(proxy: Any, impl: Impl) -> None:

@@ -360,3 +360,207 @@ def test_a_turn_that_was_refused_leaves_the_stream_as_it_was() -> None:
             session.exchange(core.AnnotatedBatch(words("x").batch, {"a": 1}))
         answer = session.exchange(core.AnnotatedBatch(words("y").batch, pa.KeyValueMetadata({"a": "1"})))
         assert answer.batch.column("k").to_pylist() == ["y"]
+
+
+# ---- messages that make no sense, in frames that are in order
+
+
+TEXT = pa.schema([("s", pa.utf8())])
+
+
+def garbled(rows: int = 1) -> pa.RecordBatch:
+    """Text that is not UTF-8: pyarrow writes it, and a reader that validates refuses it."""
+    data = pa.py_buffer(b"\xff\xfe" * rows)
+    offsets = pa.array(range(0, 2 * rows + 1, 2), pa.int32()).buffers()[1]
+    return pa.RecordBatch.from_arrays([pa.Array.from_buffers(pa.utf8(), rows, [None, offsets, data])], schema=TEXT)
+
+
+@dataclass
+class Garble(core.ProducerState):
+    bad_at: int
+    at: int = 0
+
+    def produce(self, out, ctx):
+        self.at += 1
+        if self.at > 200:
+            out.finish()
+        else:
+            out.emit(garbled() if self.at > self.bad_at else pa.RecordBatch.from_pydict({"s": ["ok"]}))
+
+
+@dataclass
+class Answers(core.ExchangeState):
+    def exchange(self, input, out, ctx):
+        text = input.batch.column("s").to_pylist()
+        out.emit(garbled() if text == ["garble"] else input.batch)
+
+
+@dataclass
+class TextHead(core.ArrowSerializableDataclass):
+    text: str
+
+    def to_row(self):
+        return self
+
+
+class Garbler(Protocol):
+    def produce(self, bad_at: int) -> core.Stream[Garble]: ...
+    def answers(self) -> core.Stream[Answers]: ...
+    def alive(self) -> str: ...
+
+
+class GarblerImpl:
+    def produce(self, bad_at):
+        return core.Stream(TEXT, Garble(bad_at))
+
+    def answers(self):
+        return core.Stream(TEXT, Answers(), input_schema=TEXT)
+
+    def alive(self):
+        return "alive"
+
+
+@pytest.fixture(params=["serve_pipe", "serve_unix_pipe", "serve_tcp_pipe"])
+def garbler(request):
+    with getattr(core, request.param)(Garbler, GarblerImpl(), timeout=20.0) as proxy:
+        yield proxy
+
+
+def refusal(step) -> core.RpcError:
+    with pytest.raises(core.RpcError) as caught:
+        step()
+    assert not isinstance(caught.value, core.ConnectionLostError)
+    return caught.value
+
+
+@pytest.mark.parametrize("read_ahead", [0, 1, 40])
+@pytest.mark.parametrize("bad_at", [0, 1, 5])
+def test_an_answer_that_makes_no_sense_costs_its_stream_only(garbler, bad_at, read_ahead):
+    session = core.with_options(garbler, read_ahead=read_ahead).produce(bad_at)
+    for _ in range(bad_at):
+        session.tick()
+    error = refusal(session.tick)
+    assert (error.error_type, error.sent) == ("IPCError", "answered") and "UTF8" in str(error)
+    assert garbler.alive() == "alive"
+    session.close()
+    with pytest.raises(core.RpcError, match="closed"):
+        session.tick()
+    assert garbler.alive() == "alive"
+
+
+def test_leaving_a_stream_reads_over_what_makes_no_sense(garbler):
+    for bad_at in (1, 3):
+        with core.with_options(garbler, read_ahead=20).produce(bad_at) as session:
+            session.tick()
+        assert garbler.alive() == "alive"
+    session = garbler.produce(0)
+    with pytest.raises(core.RpcError, match="UTF8"):
+        _ = session.schema
+    session = core.with_options(garbler, read_ahead=20).produce(1)
+    session.tick()
+    session.cancel()
+    assert garbler.alive() == "alive"
+
+
+def test_an_exchange_whose_answer_or_input_makes_no_sense(garbler):
+    def item(text: str) -> core.AnnotatedBatch:
+        return core.AnnotatedBatch.from_pydict({"s": [text]}, TEXT)
+
+    for first in (0, 2):
+        session = garbler.answers()
+        for _ in range(first):
+            assert session.exchange(item("x")).batch.column("s").to_pylist() == ["x"]
+        error = refusal(lambda session=session: session.exchange(item("garble")))
+        assert "answer cannot be read" in str(error) and error.sent == "answered"
+        assert garbler.alive() == "alive"
+        session = garbler.answers()
+        for _ in range(first):
+            session.exchange(item("x"))
+        error = refusal(lambda session=session: session.exchange(core.AnnotatedBatch(garbled())))
+        assert error.error_type == "IPCError" and "UTF8" in str(error)  # the server's words
+        assert garbler.alive() == "alive"
+
+
+def test_an_endless_answer_is_given_up(monkeypatch):
+    """A peer that goes on after what makes no sense is left when the deadline has passed, or after 10,000 messages."""
+    monkeypatch.setattr(core, "_CLIENT_MAX_DRAIN", 50)
+    client, far = core.make_unix_pair()
+    writer = core._IpcWriter(TEXT)
+    for _ in range(80):
+        writer.write(garbled())
+    far.channel.send(writer.take())
+    with (
+        core.RpcConnection(Garbler, client, timeout=20.0) as proxy,
+        pytest.raises(core.ConnectionLostError, match="50"),
+    ):
+        proxy.produce(0).tick()
+    far.close()
+    client, far = core.make_unix_pair()
+    writer = core._IpcWriter(TEXT)
+    writer.write(garbled())
+    far.channel.send(writer.take())
+    with core.RpcConnection(Garbler, client, timeout=0.2) as proxy, pytest.raises(core.DeadlineExceededError):
+        proxy.produce(0).tick()
+    far.close()
+
+
+def test_a_reply_a_header_and_a_ping_that_make_no_sense():
+    def whole(batch: pa.RecordBatch, metadata=None) -> bytes:
+        return core.serialize_record_batch_bytes(batch, metadata)
+
+    result = pa.RecordBatch.from_arrays(garbled().columns, schema=pa.schema([pa.field("result", pa.utf8(), False)]))
+    client, far = core.make_unix_pair()
+    with core.RpcConnection(Svc, client, timeout=20.0) as proxy:
+        far.channel.send(whole(result) + whole(pa.RecordBatch.from_pydict({"result": ["alive"]}, schema=result.schema)))
+        error = refusal(proxy.alive)
+        assert (error.error_type, error.sent) == ("IPCError", "answered")
+        assert proxy.alive() == "alive"
+        head = pa.RecordBatch.from_pylist([{"total": 1, "title": "?"}], schema=Head.ARROW_SCHEMA)
+        head = pa.RecordBatch.from_arrays([head.column(0), garbled().column(0)], schema=head.schema)
+        far.channel.send(whole(head) + whole(core.empty_batch(N)))  # the header, then the output of an empty input
+        assert "cannot be read" in str(refusal(lambda: proxy.headed(1)))
+        far.channel.send(whole(garbled()))
+        core.ping(proxy)
+        far.channel.send(whole(pa.RecordBatch.from_pydict({"result": ["alive"]}, schema=result.schema)))
+        assert proxy.alive() == "alive"
+    far.close()
+
+
+# ---- metadata of a caller
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{"vgi_rpc.cancel": "1"}, {b"vgi_rpc.log_level": b"ERROR"}, {"k": 1}, {"k": "x" * (1 << 20) + "y"}, ["k"]],
+    ids=["cancel", "log_level", "int", "large", "list"],
+)
+def test_metadata_that_a_caller_may_not_send(proxy, metadata):
+    with proxy.ticks() as session:
+        with pytest.raises(core.RpcArgumentError, match=r"ticks\(\): "):
+            session.tick(metadata)
+        assert session.tick().batch.num_rows == 1
+    with proxy.double() as session:
+        with pytest.raises(core.RpcArgumentError, match=r"double\(\): "):
+            session.exchange(core.AnnotatedBatch(pa.RecordBatch.from_pydict({"n": [1]}, schema=N), metadata))
+        assert session.exchange(core.AnnotatedBatch.from_pydict({"n": [2]}, N)).batch.column("n").to_pylist() == [4]
+    assert proxy.alive() == "alive"
+
+
+def test_what_a_hook_may_not_send_is_left_out(proxy):
+    class Hook:
+        def on_call_start(self, info, metadata):
+            metadata[b"vgi_rpc.method"] = b"other"
+
+        def on_call_end(self, token, info, error):
+            pass
+
+    assert core.with_options(proxy, call_hook=Hook()).alive() == "alive"
+
+
+def test_an_empty_input_with_an_offset(proxy):
+    whole = pa.RecordBatch.from_pydict({"n": [1, 2, 3]}, schema=N)
+    struct = whole.slice(2, 0).to_struct_array()
+    empty = pa.RecordBatch.from_struct_array(pa.Array._import_from_c_capsule(*struct.__arrow_c_array__()))
+    with proxy.double() as session:
+        assert session.exchange(core.AnnotatedBatch(empty)).batch.num_rows == 0
+        assert session.exchange(core.AnnotatedBatch(whole)).batch.num_rows == 3

@@ -1107,3 +1107,41 @@ def test_the_command_line_calls_over_http() -> None:
         )
         assert json.loads(ran.stdout) == {"result": 3.0}, ran.stderr
         assert server.posts[-1].path == "/p/Calc/add"
+
+
+TEXTS = pa.schema([("s", pa.utf8())])
+OFFSETS = pa.array([0, 2], pa.int32()).buffers()[1]
+COLUMN = pa.Array.from_buffers(pa.utf8(), 1, [None, OFFSETS, pa.py_buffer(b"\xff\xfe")])
+GARBLED = pa.RecordBatch.from_arrays([COLUMN], schema=TEXTS)
+
+
+@dataclasses.dataclass
+class EchoText(core.ExchangeState):
+    def exchange(self, input: Any, out: Any, ctx: Any) -> None:
+        out.emit(GARBLED if input.batch.column("s").to_pylist() == ["garble"] else input.batch)
+
+
+def test_metadata_that_a_caller_may_not_send_and_answers_that_make_no_sense() -> None:
+    class Echoes(Protocol):
+        def echo(self) -> core.Stream[EchoText]: ...
+
+    class EchoesImpl:
+        def echo(self) -> core.Stream[EchoText]:
+            return core.Stream(TEXTS, EchoText(), input_schema=TEXTS)
+
+    def item(text: str, metadata: Any = None) -> core.AnnotatedBatch:
+        return core.AnnotatedBatch(pa.RecordBatch.from_pydict({"s": [text]}), metadata)
+
+    echo_client = core.make_sync_client(core.RpcServer(Echoes, EchoesImpl()))
+    with core.http_connect(Echoes, client=echo_client) as proxy:
+        session = proxy.echo()
+        for metadata in ({"vgi_rpc.cancel": "1"}, {core.STATE_KEY: b"forged"}, {"k": 1}):
+            with pytest.raises(core.RpcArgumentError, match=r"echo\(\): metadata key"):
+                session.exchange(item("x", metadata))
+        assert session.exchange(item("x", {"mine": "1"})).batch.column("s").to_pylist() == ["x"]
+        with pytest.raises(core.RpcError, match="UTF8") as caught:
+            session.exchange(item("garble"))
+        assert not isinstance(caught.value, core.ConnectionLostError) and caught.value.sent == "answered"
+        with pytest.raises(core.RpcError, match="UTF8"):
+            proxy.echo().exchange(core.AnnotatedBatch(GARBLED))
+        assert proxy.echo().exchange(item("y")).batch.num_rows == 1
