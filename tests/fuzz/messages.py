@@ -68,10 +68,10 @@ def random_type(rng: random.Random, depth: int = 3) -> pa.DataType:
     if depth == 0 or rng.random() < 0.5:
         return rng.choice(SCALARS)(rng)
 
-    def field(name: str, required: bool = False) -> pa.Field[Any]:
+    def field(name: str) -> pa.Field[Any]:
         metadata = {b"m": b"n"} if rng.random() < 0.1 else None
-        nullable = not required and rng.random() < 0.8
-        return pa.field(name, random_type(rng, depth - 1), nullable=nullable, metadata=metadata)
+        dtype = random_type(rng, depth - 1)
+        return pa.field(name, dtype, nullable=pa.types.is_null(dtype) or rng.random() < 0.8, metadata=metadata)
 
     def union() -> pa.DataType:
         fields = [field(f"u{i}") for i in range(rng.randint(1, 3))]
@@ -92,7 +92,11 @@ def random_type(rng: random.Random, depth: int = 3) -> pa.DataType:
         lambda: pa.dictionary(rng.choice(INDICES), random_dictionary_values(rng, depth)),
         Money,
     ]
-    return rng.choice(makers)()
+    while True:
+        try:
+            return rng.choice(makers)()
+        except ValueError:  # a null type that may not be null
+            continue
 
 
 def random_dictionary_values(rng: random.Random, depth: int) -> pa.DataType:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import json
 import os
 import re
@@ -74,11 +75,9 @@ def run(name: str, seed: str, count: int, *, jobs: int = 1, chunk: int = 20_000)
                     if case + 1 < first + size:
                         todo.append((case + 1, first + size - case - 1))
 
-    threads = [threading.Thread(target=work) for _ in range(jobs)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with concurrent.futures.ThreadPoolExecutor(jobs) as threads:
+        for future in [threads.submit(work) for _ in range(jobs)]:
+            future.result()
     return Result(cases, dict(total), findings, growth, slowest)
 
 
