@@ -515,7 +515,7 @@ def odd_number(rng: random.Random, old: int) -> int:
 def m_numbers(rng: random.Random, stream: Stream) -> None:
     """A number in any table."""
     message = stream.pick(rng)
-    found = [(t, s) for t in tables(message.tree) for s in t.slots if t.codes[s] in "hBqib"]
+    found = [(t, s) for t in tables(message.tree) for s, code in enumerate(t.codes) if s in t.slots and code in "hBqib"]
     if found:
         table, slot = rng.choice(found)
         message.changed()
@@ -674,7 +674,7 @@ def m_type(rng: random.Random, stream: Stream) -> None:
                 field[3][slot] = [rng.choice((0, 1, 5, 127, 128, -1)) for _ in range(rng.randrange(4))]
     elif isinstance(field[3], Table):  # same width, other meaning
         swaps = {2: 3, 3: 2, 4: 5, 5: 4, 19: 20, 20: 19, 12: 25, 25: 12, 21: 26, 26: 21, 23: 24, 24: 23, 17: 12, 10: 18}
-        number = swaps.get(field[2], field[2])
+        number = swaps.get(field[2], 1)
         field[2], field[3] = number, Table(TYPES[number], dict(field[3].slots) if number != 17 else {})
 
 
