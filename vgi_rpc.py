@@ -62,6 +62,8 @@ import abc
 import collections
 import contextlib
 import contextvars
+import datetime
+import decimal
 import enum
 import functools
 import importlib
@@ -81,7 +83,7 @@ import time
 import types
 import typing
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 if sys.version_info < (3, 11):  # noqa: UP036 (a copied file has no installer that checks it)
     raise ImportError(f"vgi_rpc needs Python 3.11 or newer; this is {sys.version.split()[0]} ({sys.executable})")
@@ -1479,7 +1481,7 @@ class _IpcReader:
             return None
         source.pos += size
         if learned.tick:
-            return empty_batch(self.schema)
+            return empty_batch(EMPTY_SCHEMA)
         return self._batch(data if len(data) == size else data[pos : pos + size])
 
     def tick_waits(self) -> bool:
@@ -2240,7 +2242,7 @@ def deserialize_record_batch(
         item = reader.read()
     except EOFError as exc:
         raise pa.ArrowInvalid(f"an IPC stream is cut short: {exc}") from exc
-    return (empty_batch(reader.schema), None) if item is None else (item[0], _ipc_key_values(item[1]))
+    return (_ipc_empty(reader.schema), None) if item is None else (item[0], _ipc_key_values(item[1]))
 
 
 def _ipc_schema_value(data: bytes) -> pa.Schema:
@@ -2250,8 +2252,8 @@ def _ipc_schema_value(data: bytes) -> pa.Schema:
         message = _ipc_message(source)
     except EOFError as exc:
         raise pa.ArrowInvalid(f"a schema message is cut short: {exc}") from exc
-    if message is None or message.kind != _IPC_SCHEMA:
-        raise pa.ArrowInvalid(f"expected a schema message, got {_ipc_kind_name(message)}")
+    if message is None or message.kind != _IPC_SCHEMA or data[source.pos :] not in (b"", _EOS):
+        raise pa.ArrowInvalid(f"expected one schema message, got {_ipc_kind_name(message)} in {len(data)} bytes")
     return _ipc_schema(message.data, source.limits).schema
 
 
@@ -2791,10 +2793,9 @@ class _IpcWord:
 
 
 # ==== 5. TYPES ========================================================================================================
-# Uses: 1, 2, 4. Python annotations <-> Arrow types, values <-> cells (types.md). An annotation is read once and
-# compiled into a field, an encoder and a decoder; per value there is no introspection left. `None` as a converter means
-# that pyarrow's own conversion is right. Nothing here reads or writes a connection: a nested batch is a value, a
-# complete IPC stream in memory.
+# Uses: 1, 2, 4. Python annotations <-> Arrow types, values <-> cells (types.md). An annotation is walked once and
+# compiled into a codec; per value there is no introspection left. Nothing here reads or writes a connection: a nested
+# batch is a value, a complete IPC stream in memory.
 #
 #   annotation                        parameter or result     dataclass field or element
 #   str bytes int float bool          utf8 binary int64 float64 bool
@@ -2807,7 +2808,22 @@ class _IpcWord:
 #   Annotated[T, ArrowType(t)]        t
 #   T | None                          T, nullable
 #
-# Stricter than the reference: a float with a fraction is refused for int instead of truncated.
+# Sending is strict, because pyarrow is not: it takes "ab" for ["a", "b"], 5 for a date, b"x" for a str, and a null
+# among the entries of a map or Decimal("1e-999999999") end the process. So every value is looked at by a codec, of
+# its annotation or of its Arrow type alone, and pyarrow is given nothing but what the codec made.
+#
+#   for              also taken                                          refused
+#   int              whole floats and Decimals, IntEnum (its value)      bool, text, fractions
+#   float            bool, ints up to 2**53                              text, Decimal, larger ints
+#   str, bytes       StrEnum (its value); bytearray, memoryview          each other
+#   list, set        any iterable                                        text, bytes, mappings
+#   dict             an iterable of pairs                                None as a key
+#   datetime, time   NumPy's                                             a zone exactly where the type has one
+#   date             NumPy's                                             datetime
+#   Enum             its names and values, as text                       members of other enums
+#   T                a scalar of Arrow                                   None
+#
+# Reading believes the schema that was compared (law 9), and takes a null that a peer sends where none should be.
 
 
 class ArrowType(_Record):
@@ -2830,7 +2846,7 @@ class Transient(_Record):
     __slots__ = ()
 
 
-# ---- annotations -> Arrow
+# ---- annotations -> codecs
 
 _TypesConvert = Callable[[Any], Any]
 _TYPES_ENUM = pa.dictionary(pa.int16(), pa.utf8())
@@ -2840,93 +2856,140 @@ _TYPES_SCALARS: dict[Any, pa.DataType] = {
     int: pa.int64(),
     float: pa.float64(),
     bool: pa.bool_(),
+    datetime.datetime: pa.timestamp("us"),
+    datetime.date: pa.date32(),
+    datetime.time: pa.time64("us"),
+    datetime.timedelta: pa.duration("us"),
     pa.RecordBatch: pa.binary(),
     pa.Schema: pa.binary(),
 }
-_TYPES_TEMPORAL = {
-    "datetime": pa.timestamp("us"),
-    "date": pa.date32(),
-    "time": pa.time64("us"),
-    "timedelta": pa.duration("us"),
-}
+_TYPES_TEXTS = (str, bytes, bytearray, memoryview)
 
 
-def _types_strip(annotation: Any) -> tuple[Any, bool, ArrowType | None]:
-    """Take Annotated, Optional and NewType off an annotation -> (core, nullable, first ArrowType marker)."""
-    nullable, explicit, marker = False, None, None
-    while True:
-        origin = typing.get_origin(annotation)
+class _TypesCodec(_NamedTuple):
+    """An annotation, or an Arrow type alone, compiled."""
+
+    dtype: pa.DataType
+    nullable: bool
+    encode: _TypesConvert  # a value, not None -> what pa.array and layouts take, made of plain Python types
+    decode: _TypesConvert | None = None  # what as_py() gives, not None -> the value; None: as it is
+    exact: frozenset[type] = frozenset()  # the types of values that `encode` gives back as they are
+    plain: bool = False  # whether values of exactly the annotated types go into a layout as they are
+    built: pa.DataType | None = None  # the type with which pyarrow builds a cell, if it is another
+
+    def cell(self, value: Any) -> Any:
+        """Encode a value that may be None."""
+        if type(value) in self.exact:
+            return value
+        if value is None and not self.nullable:
+            raise TypeError("got None; annotate T | None to allow it")
+        return None if value is None else self.encode(value)
+
+    def value(self, cell: Any) -> Any:
+        """Decode a cell that may be None; nothing is said about it: another language may have sent it."""
+        return cell if cell is None or self.decode is None else self.decode(cell)
+
+    def takes(self, values: Iterable[Any]) -> bool:
+        """Whether these need no conversion."""
+        return bool(self.exact) and self.exact.issuperset(map(type, values))
+
+
+def _types_strip(annotation: Any) -> tuple[Any, bool, ArrowType | None, bool]:
+    """Take Annotated, Optional, NewType and `type X = ...` off -> core, nullable, first ArrowType, transient."""
+    nullable, explicit, marker, transient = False, None, None, False
+    for _ in range(64):  # an alias may stand for itself
+        origin, args = typing.get_origin(annotation), typing.get_args(annotation)
         if origin is Annotated:
-            for extra in annotation.__metadata__:
+            for extra in args[1:]:
+                transient = transient or isinstance(extra, Transient)
                 if isinstance(extra, ArrowType):
                     marker = marker or extra
                     explicit = extra.nullable if explicit is None else explicit
-            annotation = annotation.__origin__
+            annotation = args[0]
         elif origin in (typing.Union, types.UnionType):
-            members = [arg for arg in typing.get_args(annotation) if arg is not type(None)]
+            members = [arg for arg in args if arg is not type(None)]
             if len(members) != 1:
                 break
             annotation, nullable = members[0], True
         elif isinstance(annotation, typing.NewType):
             annotation = annotation.__supertype__
+        elif hasattr(origin, "__value__"):  # X[int]
+            given = dict(zip(origin.__type_params__, args, strict=False))
+            wanted = getattr(origin.__value__, "__parameters__", ())
+            annotation = origin.__value__[tuple(map(given.get, wanted))] if wanted else origin.__value__
+        elif hasattr(annotation, "__type_params__") and hasattr(annotation, "__value__"):
+            annotation = annotation.__value__
         else:
             break
-    return annotation, nullable if explicit is None else explicit, marker
+    return annotation, nullable if explicit is None else explicit, marker, transient
+
+
+def _types_hints(owner: Any, where: str) -> dict[str, Any]:
+    """The annotations of a class or function."""
+    try:
+        return typing.get_type_hints(owner, include_extras=True)
+    except Exception as exc:
+        text = f"Failed to resolve type hints for {where}: {exc}"
+        if isinstance(exc, NameError) and "<locals>" in getattr(owner, "__qualname__", ""):
+            text += ". `from __future__ import annotations` hides classes of a function: move them to module level"
+        raise TypeError(text) from exc
 
 
 def _types_field(name: str, annotation: Any, *, top: bool) -> pa.Field[Any]:
     """The Arrow field of a parameter or result (`top`), or of a dataclass field or element."""
-    core, nullable, marker = _types_strip(annotation)
-    return pa.field(name, _types_arrow(core, marker, top), nullable=nullable)
+    codec = _types_codec(annotation, top=top)
+    return pa.field(name, codec.dtype, nullable=codec.nullable)
 
 
-def _types_arrow(core: Any, marker: ArrowType | None, top: bool) -> pa.DataType:
-    if _types_is_dataclass(core):
-        if top:
-            return pa.binary()
-        return marker.arrow_type if marker is not None else pa.struct(list(_types_spec(core).schema))
-    if marker is not None:
-        return marker.arrow_type
+def _types_codec(annotation: Any, dtype: pa.DataType | None = None, *, top: bool = False) -> _TypesCodec:
+    """Compile the annotation of a parameter or result (`top`), or of a dataclass field or element.
+
+    `dtype` is what an override of the field or the marker of its container demands. TypeError: say it with a marker.
+    """
+    core, nullable, marker, _ = _types_strip(annotation)
+    if dtype is None and marker is not None:
+        dtype = marker.arrow_type
     origin, args = typing.get_origin(core), typing.get_args(core)
-    if origin in (list, frozenset, set) and args:
-        return pa.list_(_types_element(args[0]))
-    if origin is dict and args:
-        return pa.map_(_types_element(args[0]), _types_element(args[1]))
-    if isinstance(core, type):
-        if core in _TYPES_SCALARS:
-            return _TYPES_SCALARS[core]
-        if issubclass(core, enum.Enum):
-            return _TYPES_ENUM
-        if core.__module__ == "datetime" and core.__name__ in _TYPES_TEMPORAL:
-            return _TYPES_TEMPORAL[core.__name__]
-    refusal = TypeError(_types_refusal(core))
+    try:
+        if origin in (list, set, frozenset) and args and (dtype is None or _types_is_list(dtype)):
+            item = _types_codec(args[0], None if dtype is None else dtype.value_type)
+            return _types_sequence(pa.list_(item.dtype) if dtype is None else dtype, nullable, item, origin)
+        if origin is dict and args and (dtype is None or pa.types.is_map(dtype)):
+            inner = (None, None) if dtype is None else (dtype.key_type, dtype.item_type)
+            key, item = map(_types_codec, args, inner)
+            return _types_mapping(pa.map_(key.dtype, item.dtype) if dtype is None else dtype, nullable, key, item)
+    except RecursionError:
+        raise TypeError(f"{annotation} contains itself; Arrow schemas cannot be recursive") from None
+    if _types_is_dataclass(core):
+        own, encode, decode = _types_record(core, dtype, top)
+    else:
+        own, (encode, decode) = _types_infer(core) if dtype is None else dtype, _types_converters(core)
+    raw = _types_raw(own)
+    if encode is None:
+        return raw._replace(nullable=nullable, decode=decode, plain=core in raw.exact)
+    return _TypesCodec(own, nullable, encode if dtype is None else _types_chain(encode, raw.encode), decode)
+
+
+def _types_infer(core: Any) -> pa.DataType:
+    if isinstance(core, type) and (core in _TYPES_SCALARS or issubclass(core, enum.Enum)):
+        return _TYPES_SCALARS.get(core, _TYPES_ENUM)
+    text = f"Cannot infer Arrow type for: {core}. "
+    if core is tuple or typing.get_origin(core) is tuple:
+        raise TypeError(
+            text + "Arrow has no native heterogeneous-tuple type. Use a nested ArrowSerializableDataclass for fixed"
+            " named fields, or list[T] for homogeneous sequences."
+        )
+    refusal = TypeError(text + "Use Annotated[T, ArrowType(...)] to specify the Arrow type explicitly.")
     if hint := _types_hint(core):
         refusal.add_note(hint)
     raise refusal
 
 
-def _types_element(annotation: Any) -> pa.DataType:
-    core, _, marker = _types_strip(annotation)
-    return _types_arrow(core, marker, False)
-
-
-def _types_refusal(core: Any) -> str:
-    text = f"Cannot infer Arrow type for: {core}. "
-    if core is tuple or typing.get_origin(core) is tuple:
-        return text + (
-            "Arrow has no native heterogeneous-tuple type. Use a nested ArrowSerializableDataclass for fixed named"
-            " fields, or list[T] for homogeneous sequences."
-        )
-    return text + "Use Annotated[T, ArrowType(...)] to specify the Arrow type explicitly."
-
-
 def _types_hint(core: Any) -> str:
     """What people usually mean by an annotation that says too little."""
     origin = typing.get_origin(core) or core
-    if origin in (list, set, frozenset):
-        return f"Say what it holds, as in {origin.__name__}[float]"
-    if origin is dict:
-        return "Say what it holds, as in dict[str, float]"
+    if origin in (list, set, frozenset, dict):
+        return f"Say what it holds, as in {origin.__name__}[{'str, ' * (origin is dict)}float]"
     if origin in (typing.Union, types.UnionType):
         return "A value has one type, and perhaps None: T | None"
     if not isinstance(origin, type):
@@ -2935,192 +2998,252 @@ def _types_hint(core: Any) -> str:
         return f"A dataclass that travels is a class {origin.__name__}(ArrowSerializableDataclass)"
     if origin.__name__ in ("Table", "DataFrame"):
         return "A table is a pa.RecordBatch (RecordBatch.from_pandas(df)), or a Stream of them (Stream.from_arrow)"
-    if issubclass(origin, Iterator):
-        return "A method that gives many values returns a Stream"
-    return ""
+    return "A method that gives many values returns a Stream" if issubclass(origin, Iterator) else ""
 
 
 def _types_is_dataclass(core: Any) -> bool:
     return isinstance(core, type) and issubclass(core, ArrowSerializableDataclass)
 
 
-# ---- Python value -> what pa.array takes
+def _types_is_list(dtype: pa.DataType) -> bool:
+    return "list" in str(dtype).partition("<")[0]  # large, of a fixed size, views
 
 
-def _types_encoder(annotation: Any, *, top: bool) -> _TypesConvert | None:
-    """Compile the encoder of an annotation; it is never called with None."""
-    core, _, marker = _types_strip(annotation)
-    if _types_is_dataclass(core):
-        if top or (marker is not None and pa.types.is_binary(marker.arrow_type)):
-            return functools.partial(_types_encode_bytes, core)
-        return functools.partial(_types_encode_struct, core)
+def _types_converters(core: Any) -> tuple[_TypesConvert | None, _TypesConvert | None]:
+    """Encode and decode of types that Arrow does not have."""
+    partial = functools.partial
     if core is pa.Schema:
-        return _types_encode_schema
+        return partial(_types_made, core, _ipc_schema_message), _types_decode_schema
     if core is pa.RecordBatch:
-        return _types_encode_batch
+        return partial(_types_made, core, serialize_record_batch_bytes), _types_decode_batch
     if isinstance(core, type) and issubclass(core, enum.Enum):
-        return functools.partial(_types_encode_enum, core)
-    origin, args = typing.get_origin(core), typing.get_args(core)
-    if origin in (list, frozenset, set) and args:
-        return _types_sequence_encoder(args[0], keep=origin is list)
-    if origin is dict and args:
-        return _types_mapping_encoder(*args)
-    if core is int and (marker is None or pa.types.is_integer(marker.arrow_type)):
-        return _types_encode_int
-    return _types_encode_scalar if core in (str, bytes, float) else None
+        return partial(_types_encode_enum, core), partial(_types_decode_enum, core)
+    if isinstance(core, type) and hasattr(core, "deserialize_from_bytes"):
+        return None, partial(_types_decode_bytes, core)
+    return None, None
 
 
-def _types_is_plain(annotation: Any) -> bool:
-    """Whether values of exactly the annotated types go into the layouts of room 5 as they are."""
-    core = _types_strip(annotation)[0]
-    if typing.get_origin(core) in (list, dict):
-        return all(map(_types_is_plain, typing.get_args(core)))
-    return core in (str, bytes, int, float, bool)
+def _types_chain(first: _TypesConvert, second: _TypesConvert) -> _TypesConvert:
+    return lambda value: second(first(value))
 
 
-def _types_encode_bytes(cls: type, value: Any) -> bytes:
-    if not isinstance(value, cls):
-        raise TypeError(f"expected {cls.__name__}, got {type(value).__name__}")
-    return bytes(cast(ArrowSerializableDataclass, value).serialize_to_bytes())
+# ---- containers: the same for annotations and for Arrow types
 
 
-def _types_encode_struct(cls: type[ArrowSerializableDataclass], value: Any) -> Any:
-    if isinstance(value, dict):
-        return value
-    if not isinstance(value, cls):
-        raise TypeError(f"expected {cls.__name__}, got {type(value).__name__}")
-    found = {}
-    for field in _types_spec(cls).columns:
-        item = getattr(value, field.name)
-        found[field.name] = item if item is None or field.encode is None else field.encode(item)
+def _types_sequence(dtype: pa.DataType, nullable: bool, item: _TypesCodec, origin: Any = list) -> _TypesCodec:
+    def encode(value: Any) -> list[Any]:
+        if type(value) is list and item.takes(value):
+            return value
+        if isinstance(value, (*_TYPES_TEXTS, Mapping)):
+            raise _types_wrong("a list", value)
+        return _types_each(item.cell, iter(value))
+
+    def decode(value: Any) -> Any:
+        return origin(value if item.decode is None else map(item.value, value))
+
+    same = origin is list and item.decode is None
+    return _TypesCodec(dtype, nullable, encode, None if same else decode, plain=item.plain)
+
+
+def _types_mapping(dtype: pa.DataType, nullable: bool, key: _TypesCodec, item: _TypesCodec) -> _TypesCodec:
+    def entry(pair: Any) -> tuple[Any, Any]:
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or pair[0] is None:
+            raise _types_wrong("a pair of key and value", pair)
+        return key.cell(pair[0]), item.cell(pair[1])
+
+    def encode(value: Any) -> list[tuple[Any, Any]]:
+        if type(value) is dict and key.takes(value) and item.takes(value.values()):
+            return list(value.items())
+        if isinstance(value, _TYPES_TEXTS):
+            raise _types_wrong("a dict", value)
+        return _types_each(entry, iter(value.items() if isinstance(value, Mapping) else value))
+
+    def decode(value: Any) -> dict[Any, Any]:
+        if key.decode is None and item.decode is None:
+            return dict(value)
+        return {key.value(name): item.value(each) for name, each in value}
+
+    return _TypesCodec(dtype, nullable, encode, decode, plain=key.plain and item.plain)
+
+
+def _types_each(convert: _TypesConvert, values: Iterator[Any]) -> list[Any]:
+    found: list[Any] = []
+    try:
+        for value in values:
+            found.append(convert(value))
+    except Exception as exc:
+        exc.add_note(f"in element {len(found)}")
+        raise
     return found
 
 
-def _types_encode_schema(value: Any) -> bytes:
-    if not isinstance(value, pa.Schema):
-        raise TypeError(f"expected pa.Schema, got {type(value).__name__}")
-    return bytes(value.serialize())
+def _types_named(where: str, codecs: Mapping[str, _TypesCodec], convert: Callable[..., Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, codec in codecs.items():
+        try:
+            found[name] = convert(codec, name)
+        except Exception as exc:
+            exc.add_note(f"in field {where}{name}")
+            raise
+    return found
 
 
-def _types_encode_batch(value: Any) -> bytes:
-    if not isinstance(value, pa.RecordBatch):
-        raise TypeError(f"expected pa.RecordBatch, got {type(value).__name__}")
-    return serialize_record_batch_bytes(value)
+# ---- an Arrow type alone -> codec
+
+
+@functools.lru_cache(1024)
+def _types_raw(dtype: pa.DataType) -> _TypesCodec:
+    """The codec of values of which only the Arrow type is known; they are read as pyarrow gives them."""
+    of = pa.types
+    if isinstance(dtype, pa.BaseExtensionType):
+        return _types_raw(dtype.storage_type)._replace(dtype=dtype)
+    if of.is_dictionary(dtype) or of.is_run_end_encoded(dtype):
+        return _types_raw(dtype.value_type)._replace(dtype=dtype)
+    if of.is_map(dtype):
+        return _types_mapping(dtype, True, _types_child(dtype.key_field), _types_child(dtype.item_field))
+    if _types_is_list(dtype):
+        return _types_sequence(dtype, True, _types_child(dtype.value_field))
+    if of.is_struct(dtype):
+        fields = {field.name: _types_child(field) for field in dtype}
+        return _TypesCodec(dtype, True, functools.partial(_types_struct, dict, "", fields))
+    name = re.sub(r"large_|fixed_size_|_view|[<\d\[].*|^u", "", str(dtype))
+    exact, encode = _TYPES_ENCODE.get(name, (None, _types_odd))
+    if name in ("decimal", "timestamp"):
+        encode = functools.partial(encode, dtype)
+    return _TypesCodec(dtype, True, encode, None, frozenset((exact,) if exact else ()), exact is not None)
+
+
+def _types_child(field: pa.Field[Any]) -> _TypesCodec:
+    return _types_raw(field.type)._replace(nullable=field.nullable)
+
+
+def _types_struct(kind: type, where: str, fields: Mapping[str, _TypesCodec], value: Any) -> dict[str, Any]:
+    """Encode the fields of a dict, or of an instance of the kind."""
+    get = value.get if isinstance(value, Mapping) else functools.partial(getattr, _types_made(kind, _types_odd, value))
+    return _types_named(where, fields, lambda codec, name: codec.cell(get(name)))
+
+
+def _types_wrong(wanted: str, value: Any) -> TypeError:
+    got = f"{value!r:.40}" if isinstance(value, str | float | decimal.Decimal) else type(value).__name__
+    return TypeError(f"expected {wanted}, got {got}")
+
+
+def _types_odd(value: Any) -> Any:
+    """What a member of StrEnum or IntEnum and a scalar of Arrow or NumPy stand for."""
+    module = type(value).__module__
+    if module == "builtins":
+        return value
+    if isinstance(value, enum.Enum) and isinstance(value, str | bytes | int | float):
+        return value.value
+    if module == "numpy" and getattr(value, "shape", None) == () and value.dtype.kind not in "mM":
+        return value.item()
+    return value.as_py() if isinstance(value, pa.Scalar) else value
+
+
+def _types_made(kind: type | tuple[type, ...], make: _TypesConvert, value: Any) -> Any:
+    """What `make` makes of a value of the kind."""
+    value = _types_odd(value)
+    if not isinstance(value, kind):
+        raise _types_wrong(kind.__name__ if isinstance(kind, type) else kind[0].__name__, value)
+    return make(value)
+
+
+def _types_bytes(value: Any) -> bytes:
+    if type(value).__name__ == "UUID":
+        return cast(bytes, value.bytes)
+    return bytes(value.serialize_to_bytes()) if hasattr(value, "serialize_to_bytes") else _TYPES_BYTES(value)
+
+
+def _types_int(value: Any) -> int:
+    value = _types_odd(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int(value)
+    if isinstance(value, float | decimal.Decimal) and abs(float(value)) < 2**64 and value == int(value):
+        return int(value)
+    raise _types_wrong("int", value)
+
+
+def _types_float(limit: int, value: Any) -> float:
+    """Ints up to `limit` are exact."""
+    value = _types_odd(value)
+    if not isinstance(value, (float, int)):
+        raise _types_wrong("float", value)
+    if isinstance(value, int) and abs(value) > limit:
+        raise ValueError(f"expected float, got an int beyond {limit}, which it may not hold exactly")
+    return float(value)
+
+
+def _types_decimal(dtype: Any, value: Any) -> decimal.Decimal:
+    """The value with the scale of the type: with exponents that are far from it, pyarrow reads beyond its tables."""
+    context = decimal.Context(dtype.precision, traps=[decimal.Inexact, decimal.InvalidOperation])
+    unit = decimal.Decimal((0, (1,), -dtype.scale))
+    with contextlib.suppress(ArithmeticError):
+        found = _types_made((decimal.Decimal, int), decimal.Decimal, value).quantize(unit, context=context)
+        if found.is_finite() and not isinstance(value, bool):
+            return cast(decimal.Decimal, found)
+    raise ValueError(f"expected a number that fits {dtype}")
+
+
+def _types_temporal(kind: type, zoned: bool, value: Any) -> Any:
+    value = _types_odd(value)
+    if type(value).__name__ in ("datetime64", "timedelta64") and value == value:  # of NumPy, and not NaT
+        return value
+    lossy = kind is datetime.date and isinstance(value, datetime.datetime)
+    if not isinstance(value, kind) or value != value or lossy:
+        raise _types_wrong(kind.__name__, value)
+    if (getattr(value, "tzinfo", None) is None) is zoned:
+        has = (
+            "has a zone; give it a tzinfo" if zoned else "has no zone, but tzinfo is set; pa.timestamp('us', 'UTC') has"
+        )
+        raise TypeError(f"the type of this {kind.__name__} {has}")
+    return value
+
+
+_TYPES_BYTES = functools.partial(_types_made, _TYPES_TEXTS[1:], bytes)
+_TYPES_ENCODE: dict[str, tuple[type | None, Callable[..., Any]]] = {
+    "string": (str, functools.partial(_types_made, str, str.__str__)),
+    "binary": (bytes, _types_bytes),
+    "int": (int, _types_int),
+    "halffloat": (float, functools.partial(_types_float, 2**11)),
+    "float": (float, functools.partial(_types_float, 2**24)),
+    "double": (float, functools.partial(_types_float, 2**53)),
+    "bool": (bool, functools.partial(_types_made, bool, bool)),
+    "decimal": (None, _types_decimal),
+    "timestamp": (None, lambda dtype, value: _types_temporal(datetime.datetime, dtype.tz is not None, value)),
+    "date": (None, functools.partial(_types_temporal, datetime.date, False)),
+    "time": (None, functools.partial(_types_temporal, datetime.time, False)),
+    "duration": (None, functools.partial(_types_temporal, datetime.timedelta, False)),
+    "month_day_nano_interval": (None, lambda value: tuple(map(_types_int, value)) if type(value) is list else value),
+}  # pyarrow makes no unions of Python values
+
+
+def _types_checked(data: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
+    """Columns of Python values as pyarrow may have them: some would end the process."""
+    found = dict(data)
+    for field in schema:
+        column = found.get(field.name)
+        if column is not None and not hasattr(column, "type") and _ipc_holds(field.type, _types_is_risky):
+            found[field.name] = _types_raw(pa.list_(field)).encode(column)
+    return found
+
+
+def _types_is_risky(dtype: pa.DataType) -> bool:
+    return bool(pa.types.is_map(dtype) or pa.types.is_decimal(dtype) or pa.types.is_dictionary(dtype))
+
+
+# ---- converters of what Arrow does not have
 
 
 def _types_encode_enum(cls: type[enum.Enum], value: Any) -> str:
     if isinstance(value, enum.Enum):
         if not isinstance(value, cls):
-            raise TypeError(f"expected {cls.__name__}, got {type(value).__name__}")
+            raise _types_wrong(cls.__name__, value)
         if value.name is None or value.name not in cls.__members__:  # a combination of flags has no name of its own
             raise KeyError(f"{value.name!r} is not a valid {cls.__name__} name or value")
         return value.name
     if not isinstance(value, str):
-        raise TypeError(f"expected {cls.__name__}, got {type(value).__name__}")
-    return value
-
-
-def _types_encode_int(value: Any) -> Any:
-    if type(value) is int:
-        return value
-    if not isinstance(value, str | bytes | enum.Enum) and hasattr(value, "__trunc__") and value != value.__trunc__():
-        raise TypeError(f"expected int, got {value!r}")
-    return _types_encode_scalar(value)
-
-
-def _types_encode_scalar(value: Any) -> Any:
-    return value.name if isinstance(value, enum.Enum) else value
-
-
-def _types_sequence_encoder(element: Any, *, keep: bool) -> _TypesConvert | None:
-    encode = _types_encoder(element, top=False)
-    if encode is None:
-        return None if keep else list
-    exact = _types_exact(element)
-
-    def sequence(value: Any) -> Any:
-        if exact and type(value) is list and exact.issuperset(map(type, value)):
-            return value
-        return [item if item is None else encode(item) for item in value]
-
-    return sequence
-
-
-def _types_exact(element: Any) -> set[type]:
-    """The types of elements that need no conversion; none: each must be looked at."""
-    core = _types_strip(element)[0]
-    return {core, type(None)} if core in (str, bytes, float, int) else set()
-
-
-def _types_mapping_encoder(key: Any, item: Any) -> _TypesConvert:
-    encode_key, encode_item = _types_encoder(key, top=False), _types_encoder(item, top=False)
-    exact_key, exact_item = _types_exact(key), _types_exact(item)
-
-    def mapping(value: Any) -> list[tuple[Any, Any]]:
-        if (
-            type(value) is dict
-            and exact_key.issuperset(map(type, value))
-            and exact_item.issuperset(map(type, value.values()))
-        ):
-            return list(value.items())
-        pairs = value.items() if isinstance(value, Mapping) else value
-        return [
-            (
-                k if encode_key is None or k is None else encode_key(k),
-                v if encode_item is None or v is None else encode_item(v),
-            )
-            for k, v in pairs
-        ]
-
-    return mapping
-
-
-# ---- what as_py() gives -> Python value
-
-
-def _types_decoder(annotation: Any, *, top: bool) -> _TypesConvert | None:
-    """Compile the decoder of an annotation; it is never called with None."""
-    core = _types_strip(annotation)[0]
-    if _types_is_dataclass(core):
-        return functools.partial(_types_decode_dataclass, core)
-    if core is pa.Schema:
-        return _types_decode_schema
-    if core is pa.RecordBatch:
-        return _types_decode_batch
-    if isinstance(core, type) and issubclass(core, enum.Enum):
-        return functools.partial(_types_decode_enum, core)
-    if isinstance(core, type) and hasattr(core, "deserialize_from_bytes"):
-        return functools.partial(_types_decode_foreign, core)
-    origin, args = typing.get_origin(core), typing.get_args(core)
-    if origin in (list, frozenset, set) and args:
-        return _types_sequence_decoder(origin, args[0])
-    if origin is dict and args:
-        return _types_mapping_decoder(*args)
-    return None
-
-
-def _types_decode_dataclass(cls: type[ArrowSerializableDataclass], value: Any) -> Any:
-    if isinstance(value, dict):
-        return _types_from_mapping(cls, value)
-    if not isinstance(value, bytes):
-        raise TypeError(f"Expected bytes for {cls.__name__} deserialization, got {type(value).__name__}")
-    if not value:
-        raise pa.ArrowInvalid(f"no bytes where an IPC stream of {cls.__name__} is expected")
-    return cls.deserialize_from_bytes(value)
-
-
-def _types_decode_foreign(cls: Any, value: Any) -> Any:
-    if not isinstance(value, bytes):
-        raise TypeError(f"Expected bytes for {cls.__name__} deserialization, got {type(value).__name__}")
-    return cls.deserialize_from_bytes(value, IpcValidation.FULL)
-
-
-def _types_decode_schema(value: Any) -> pa.Schema | None:
-    return _ipc_schema_value(value) if value else None  # no bytes: absent (lenient peers)
-
-
-def _types_decode_batch(value: Any) -> pa.RecordBatch | None:
-    return deserialize_record_batch(value)[0] if value else None
+        raise _types_wrong(cls.__name__, value)
+    return str.__str__(value)
 
 
 def _types_decode_enum(cls: type[enum.Enum], value: Any) -> enum.Enum:
@@ -3135,51 +3258,85 @@ def _types_decode_enum(cls: type[enum.Enum], value: Any) -> enum.Enum:
         raise KeyError(f"{value!r} is not a valid {cls.__name__} name or value") from None
 
 
-def _types_sequence_decoder(origin: Any, element: Any) -> _TypesConvert | None:
-    decode = _types_decoder(element, top=False)
-    if decode is None:
-        return None if origin is list else cast(_TypesConvert, origin)
-    return lambda value: origin([item if item is None else decode(item) for item in value])
+def _types_decode_bytes(cls: Any, value: Any) -> Any:
+    """Of a dataclass, or of another class that reads itself."""
+    if not isinstance(value, bytes):
+        raise TypeError(f"Expected bytes for {cls.__name__} deserialization, got {type(value).__name__}")
+    return cls.deserialize_from_bytes(value, IpcValidation.FULL)
 
 
-def _types_mapping_decoder(key: Any, item: Any) -> _TypesConvert:
-    decode_key, decode_item = _types_decoder(key, top=False), _types_decoder(item, top=False)
-    if decode_key is None and decode_item is None:
-        return dict
+def _types_decode_schema(value: Any) -> pa.Schema | None:
+    return _ipc_schema_value(value) if value else None  # no bytes: absent (lenient peers)
 
-    def mapping(value: Any) -> dict[Any, Any]:
-        return {
-            k if decode_key is None else decode_key(k): v if decode_item is None or v is None else decode_item(v)
-            for k, v in value
-        }
 
-    return mapping
+def _types_decode_batch(value: Any) -> pa.RecordBatch | None:
+    return _types_read(value, IpcValidation.FULL) if value else None
+
+
+def _types_read(data: bytes, validation: IpcValidation) -> pa.RecordBatch:
+    """Read a value that is a stream of one batch: nothing may follow."""
+    source = _IpcSource(data, _ipc_limits.get())
+    try:
+        reader = _IpcReader(source, validation)
+        item = reader.read()
+        if item is not None and source.pos < len(data) and reader.read() is not None:
+            raise ValueError("Expected a stream of one batch, but it holds more")
+    except EOFError as exc:
+        raise pa.ArrowInvalid(f"an IPC stream is cut short: {exc}") from exc
+    if source.pos < len(data):
+        raise pa.ArrowInvalid(f"{len(data) - source.pos} bytes after the end of an IPC stream")
+    return _ipc_empty(reader.schema) if item is None else item[0]
+
+
+# ---- cells
+
+
+def _types_cell(value: Any, codec: _TypesCodec) -> pa.Array[Any]:
+    """The one-value array of a value."""
+    return _types_array(None if value is None else codec.encode(value), codec.dtype)
+
+
+def _types_array(cell: Any, dtype: pa.DataType) -> pa.Array[Any]:
+    """The one-value array of what a codec has encoded."""
+    plain = _types_plain(dtype)
+    array = pa.array([cell], type=plain)
+    if not plain.equals(dtype):
+        array = array.cast(dtype)
+    return array if isinstance(array, pa.Array) else array.combine_chunks()
+
+
+@functools.lru_cache(1024)
+def _types_plain(dtype: pa.DataType) -> pa.DataType:
+    """The type with which to build cells.
+
+    pyarrow makes invalid arrays for an absent struct with a dictionary in it, and no nested extension types.
+    """
+
+    def plain(field: pa.Field[Any]) -> pa.Field[Any]:
+        return field.with_type(_types_plain(field.type))
+
+    if isinstance(dtype, pa.BaseExtensionType):
+        return _types_plain(dtype.storage_type)
+    if pa.types.is_dictionary(dtype):
+        return dtype.value_type
+    if pa.types.is_map(dtype):
+        return pa.map_(plain(dtype.key_field), plain(dtype.item_field))
+    if pa.types.is_list(dtype):
+        return pa.list_(plain(dtype.value_field))
+    return pa.struct(list(map(plain, dtype))) if pa.types.is_struct(dtype) else dtype
 
 
 # ---- dataclasses
-
-
-class _TypesColumn(_NamedTuple):
-    name: str
-    encode: _TypesConvert | None
-    decode: _TypesConvert | None
-    plain: bool
-    required: bool
-    init: bool
 
 
 class _TypesSpec(_NamedTuple):
     """A dataclass, compiled."""
 
     schema: pa.Schema
-    columns: tuple[_TypesColumn, ...]
-    names: tuple[str, ...]
-    required: frozenset[str]  # columns that must be there
-    decoders: tuple[tuple[str, _TypesConvert], ...]  # of the columns that need one
-    late: frozenset[str]  # columns that the constructor does not take
-    unlike: tuple[int, ...]  # columns whose values a template does not take as they are
-    template: _IpcCanonical | None
-    learned: list[tuple[_IpcCanonical, list[str]]]  # how peers have written it, and the columns they have
+    codecs: dict[str, _TypesCodec]  # of the columns
+    defaults: dict[str, Callable[[], Any]]  # of fields that may be absent
+    encode: Callable[[Any], dict[str, Any]]  # an instance -> its cells
+    template: _IpcCanonical | None  # None: pyarrow has to write it, and to read it
 
 
 class _TypesSchema:
@@ -3195,7 +3352,8 @@ class ArrowSerializableDataclass:
     """Mixin for dataclasses whose fields are Arrow columns; an instance is a one-row IPC stream (types.md section 5).
 
     `ARROW_SCHEMA` is the class's schema. `_ARROW_FIELD_OVERRIDES` may force Arrow types by field name. Reading
-    tolerates unknown columns, another order, and missing columns whose fields have defaults.
+    tolerates unknown columns, another order, and missing columns whose fields have defaults. It puts fields back as
+    they were sent: neither `__init__` nor `__post_init__` runs again, and an InitVar is not needed.
     """
 
     ARROW_SCHEMA: ClassVar[pa.Schema] = cast(pa.Schema, _TypesSchema())
@@ -3206,38 +3364,28 @@ class ArrowSerializableDataclass:
         dest.write(self.serialize_to_bytes())
 
     def serialize_to_bytes(self) -> bytes:
-        """Return this instance as an IPC stream of one row."""
+        """Return this instance as an IPC stream of one row.
+
+        Raises TypeError, ValueError and the like for a value that is not what its field is annotated with.
+        """
         spec = _types_spec(type(self))
-        if spec.template is not None:
-            try:
-                data = spec.template.encode([getattr(self, name) for name in spec.names])
-                if data is None and spec.unlike:
-                    data = spec.template.encode(_types_cells(self, spec))
-            except Exception:  # what is unusual or wrong about it, the other path says
-                data = None
-            if data is not None:
-                return b"".join(_ipc_pieces(data))
-        return serialize_record_batch_bytes(_types_row_batch(self))
+        cells = spec.encode(self)
+        data = None if spec.template is None else spec.template.encode(list(cells.values()))
+        return serialize_record_batch_bytes(_types_row_batch(self)) if data is None else b"".join(_ipc_pieces(data))
 
     @classmethod
     def deserialize_from_bytes(cls, data: bytes, ipc_validation: IpcValidation = IpcValidation.FULL) -> Self:
         """Read an instance from an IPC stream of one row.
 
         Raises ValueError (no row, several rows, missing fields), IPCError or pa.ArrowInvalid (not a valid stream),
-        KeyError (unknown enum name), TypeError (a value of the wrong kind).
+        KeyError (unknown enum name), TypeError (a column of another type).
         """
-        learned = _types_spec(cls).learned
-        for layout, names in learned:
-            found = layout.match(data, 0)
-            if found is not None and found[1] == len(data):
-                return _types_from_mapping(cls, dict(zip(names, found[0], strict=True)))
-        batch, metadata = deserialize_record_batch(data, ipc_validation)
-        value = _types_from_batch(cls, batch)
-        if metadata is None and batch.num_columns and len(learned) < _IPC_LAYOUTS_MAX:
-            layout = _ipc_learn(data, batch)
-            if layout is not None:
-                learned.append((layout, batch.schema.names))
-        return value
+        spec = _types_spec(cls)
+        found = None if spec.template is None else spec.template.match(data, 0)
+        if found is not None and found[1] == len(data):
+            row = dict(zip(spec.codecs, found[0], strict=True))
+            return _types_restore(cls, row, row.__getitem__)
+        return _types_from_batch(cls, _types_read(data, ipc_validation) if data else empty_batch(EMPTY_SCHEMA))
 
     @classmethod
     def deserialize_from_batch(
@@ -3255,7 +3403,7 @@ class ArrowSerializableDataclass:
 _types_building = threading.local()  # the classes whose schema is being computed: finds direct recursion
 
 
-def _types_spec(cls: type[ArrowSerializableDataclass]) -> _TypesSpec:
+def _types_spec(cls: type) -> _TypesSpec:
     """Compile a dataclass once; kept in the class itself."""
     known = cls.__dict__.get("_vgi_rpc_spec")
     if known is not None:
@@ -3265,7 +3413,7 @@ def _types_spec(cls: type[ArrowSerializableDataclass]) -> _TypesSpec:
         raise TypeError(f"{cls.__name__} contains itself; Arrow schemas cannot be recursive")
     busy.append(cls)
     try:
-        spec = _types_compile(cls)
+        spec = _types_compile(cast("type[ArrowSerializableDataclass]", cls))
     finally:
         busy.pop()
     cls._vgi_rpc_spec = spec  # type: ignore[attr-defined]
@@ -3277,146 +3425,117 @@ def _types_compile(cls: type[ArrowSerializableDataclass]) -> _TypesSpec:
 
     if not dataclasses.is_dataclass(cls):
         raise TypeError(f"{cls.__name__}: must be called with a dataclass type or instance; add @dataclass")
-    hints = typing.get_type_hints(cls, include_extras=True)
-    fields: list[pa.Field[Any]] = []
-    columns: list[_TypesColumn] = []
+    hints = _types_hints(cls, cls.__name__)
+    _types_check_decorated(cls, hints)
+    codecs: dict[str, _TypesCodec] = {}
+    defaults: dict[str, Callable[[], Any]] = {}
     for field in dataclasses.fields(cls):
-        hint = hints[field.name]
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if _types_is_transient(hint):
-            if required and field.init:
-                raise TypeError(
-                    f"Transient field {cls.__name__}.{field.name} must have a default value or default_factory"
-                )
-            continue
-        try:
-            fields.append(_types_column_field(cls, field.name, hint))
-            encode, decode = _types_encoder(hint, top=False), _types_decoder(hint, top=False)
-        except TypeError as exc:
-            raise TypeError(f"Cannot generate Arrow schema for {cls.__name__}.{field.name}: {exc}") from exc
-        plain = _types_is_plain(hint)
-        columns.append(_TypesColumn(field.name, encode, decode, plain, required and field.init, field.init))
-    schema = pa.schema(fields)
-    return _TypesSpec(
-        schema,
-        tuple(columns),
-        tuple(column.name for column in columns),
-        frozenset(column.name for column in columns if column.required),
-        tuple((column.name, column.decode) for column in columns if column.decode is not None),
-        frozenset(column.name for column in columns if not column.init),
-        tuple(i for i, column in enumerate(columns) if column.encode is not None and not column.plain),
-        _ipc_template(schema, None),
-        [],
-    )
+        where, hint = f"{cls.__name__}.{field.name}", hints[field.name]
+        if field.default_factory is not dataclasses.MISSING:
+            defaults[field.name] = field.default_factory
+        elif field.default is not dataclasses.MISSING:
+            defaults[field.name] = functools.partial(getattr, field, "default")
+        if not _types_strip(hint)[3]:
+            try:
+                codecs[field.name] = _types_codec(hint, cls._ARROW_FIELD_OVERRIDES.get(field.name))
+            except TypeError as exc:
+                raise TypeError(f"Cannot generate Arrow schema for {where}: {exc}") from exc
+        elif field.name not in defaults:
+            raise TypeError(f"Transient field {where} must have a default value or default_factory")
+    schema = pa.schema([pa.field(name, codec.dtype, nullable=codec.nullable) for name, codec in codecs.items()])
+    encode = functools.partial(_types_struct, cls, f"{cls.__name__}.", codecs)
+    return _TypesSpec(schema, codecs, defaults, encode, _ipc_template(schema, None))
 
 
-def _types_is_transient(hint: Any) -> bool:
-    if any(isinstance(extra, Transient) for extra in getattr(hint, "__metadata__", ())):
-        return True
-    origin = typing.get_origin(hint)
-    if origin is Annotated:
-        return _types_is_transient(hint.__origin__)
-    if origin not in (typing.Union, types.UnionType):
-        return False
-    return any(map(_types_is_transient, typing.get_args(hint)))
+def _types_check_decorated(cls: type, hints: Mapping[str, Any]) -> None:
+    """A subclass without a @dataclass of its own has no fields of its own: they would not travel."""
+    for base in itertools.takewhile(lambda base: "__dataclass_fields__" not in base.__dict__, cls.__mro__):
+        for name in base.__annotations__:
+            if hints[name] is not ClassVar and typing.get_origin(hints[name]) is not ClassVar:
+                raise TypeError(f"{base.__name__}.{name} would not be sent: {base.__name__} is no @dataclass; add it")
 
 
-def _types_column_field(cls: type[ArrowSerializableDataclass], name: str, hint: Any) -> pa.Field[Any]:
-    override = cls._ARROW_FIELD_OVERRIDES.get(name)
-    if override is None:
-        return _types_field(name, hint, top=False)
-    return pa.field(name, override, nullable=_types_strip(hint)[1])
-
-
-def _types_cells(obj: ArrowSerializableDataclass, spec: _TypesSpec) -> list[Any]:
-    cells = [getattr(obj, name) for name in spec.names]
-    for i in spec.unlike:
-        encode = spec.columns[i].encode
-        if cells[i] is not None and encode is not None:
-            cells[i] = encode(cells[i])
-    return cells
+def _types_record(
+    cls: type[ArrowSerializableDataclass], dtype: pa.DataType | None, top: bool
+) -> tuple[pa.DataType, _TypesConvert | None, _TypesConvert | None]:
+    """The type and the converters of a dataclass."""
+    decode = functools.partial(_types_decode_record, cls)
+    if top and cls.serialize_to_bytes is ArrowSerializableDataclass.serialize_to_bytes:
+        _types_spec(cls)  # says now what is wrong with it
+    if top or (dtype is not None and "binary" in str(dtype)):
+        encode = functools.partial(_types_made, cls, lambda value: bytes(value.serialize_to_bytes()))
+        return pa.binary() if top or dtype is None else dtype, encode, decode
+    spec = _types_spec(cls)
+    return pa.struct(list(spec.schema)) if dtype is None else dtype, spec.encode, decode
 
 
 def _types_row_batch(obj: ArrowSerializableDataclass) -> pa.RecordBatch:
     """The one-row batch of an instance."""
-    spec = _types_spec(type(obj))
-    arrays = []
-    for column, field in zip(spec.columns, spec.schema, strict=True):
-        value = getattr(obj, column.name)
-        try:
-            arrays.append(_types_cell(value, column.encode, field.type))
-        except Exception as exc:
-            exc.add_note(f"in field {type(obj).__name__}.{column.name}")
-            raise
-    return pa.RecordBatch.from_arrays(arrays, schema=spec.schema)
+    spec, where = _types_spec(type(obj)), f"{type(obj).__name__}."
+    cells = spec.encode(obj)
+    arrays = _types_named(where, spec.codecs, lambda codec, name: _types_array(cells[name], codec.dtype))
+    return pa.RecordBatch.from_arrays(list(arrays.values()), schema=spec.schema)
 
 
-@functools.lru_cache(1024)
-def _types_plain(dtype: pa.DataType) -> pa.DataType:
-    """The type with which to build cells: pyarrow makes invalid arrays for an absent struct with a dictionary in it."""
-
-    def plain(of: pa.DataType) -> pa.DataType:
-        if pa.types.is_dictionary(of):
-            return of.value_type
-        if pa.types.is_map(of):
-            return pa.map_(of.key_field.with_type(plain(of.key_type)), of.item_field.with_type(plain(of.item_type)))
-        if pa.types.is_list(of):
-            return pa.list_(of.value_field.with_type(plain(of.value_type)))
-        if pa.types.is_struct(of):
-            return pa.struct([field.with_type(plain(field.type)) for field in of])
-        return of
-
-    found = plain(dtype)
-    return dtype if found.equals(dtype) else found
-
-
-def _types_cell(value: Any, encode: _TypesConvert | None, dtype: pa.DataType) -> pa.Array[Any]:
-    """The one-value array of a cell."""
-    if value is not None:
-        if encode is not None:
-            value = encode(value)
-        if pa.types.is_binary(dtype) and hasattr(value, "serialize_to_bytes"):
-            value = value.serialize_to_bytes()
-    plain = _types_plain(dtype) if pa.types.is_nested(dtype) else dtype
-    array = pa.array([value], type=plain)
-    if plain is not dtype:
-        array = array.cast(dtype)
-    return array if isinstance(array, pa.Array) else array.combine_chunks()
+def _types_decode_record(cls: type[ArrowSerializableDataclass], value: Any) -> Any:
+    if isinstance(value, dict):
+        return _types_restore(cls, value, value.__getitem__)
+    if value == b"":
+        raise pa.ArrowInvalid(f"no bytes where an IPC stream of {cls.__name__} is expected")
+    return _types_decode_bytes(cls, value)
 
 
 def _types_from_batch(cls: type[_T], batch: pa.RecordBatch) -> _T:
-    if batch.num_columns == 0:
-        return _types_from_mapping(cls, {})
-    if batch.num_rows == 0:
+    names = batch.schema.names
+    if names and batch.num_rows == 0:
         raise ValueError(f"Cannot deserialize {cls.__name__} from empty RecordBatch")
-    if batch.num_rows > 1:
+    if names and batch.num_rows > 1:
         raise ValueError(
             f"Expected single-row RecordBatch for {cls.__name__} deserialization, got {batch.num_rows} rows"
         )
-    known = _types_spec(cast("type[ArrowSerializableDataclass]", cls)).names
-    row = {}
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        try:
-            row[name] = column[0].as_py() if name in known else None
-        except OverflowError as exc:  # a date that Python cannot say
-            raise ValueError(f"{cls.__name__}.{name}: {exc}") from exc
-    return _types_from_mapping(cls, row)
+    if len(set(names)) < len(names):
+        raise ValueError(f"Repeated columns in {cls.__name__} RecordBatch: {names}")
+    return _types_restore(cls, names, functools.partial(_types_value, cls, batch))
 
 
-def _types_from_mapping(cls: type[_T], row: Mapping[str, Any]) -> _T:
-    """Build an instance from raw values; a missing one takes the field's default."""
-    spec = _types_spec(cast("type[ArrowSerializableDataclass]", cls))
-    if row and not spec.required <= row.keys():
-        missing = [name for name in spec.names if name in spec.required and name not in row]
-        raise ValueError(f"Missing fields in {cls.__name__} RecordBatch: {missing}. Found: {list(row)}")
-    values = {name: row[name] for name in spec.names if name in row}
-    for name, decode in spec.decoders:
-        if values.get(name) is not None:
-            values[name] = decode(values[name])
-    later = {name: values.pop(name) for name in spec.late if name in values}
-    found = cls(**values)
-    for name, value in later.items():
-        object.__setattr__(found, name, value)
+def _types_value(cls: type, batch: pa.RecordBatch, name: str) -> Any:
+    """The value of a peer's column: its type is compared, and what it unfolds into counted, before it is read."""
+    declared, limits = _types_spec(cls).codecs[name].dtype, _ipc_limits.get()
+    column = batch.select([name])
+    try:
+        if not _types_alike(declared, column.schema.field(0).type):
+            column = _ipc_fit(column, pa.schema([pa.field(name, declared)]), limits)
+        return _ipc_unfold(column.column(0), limits)[0].as_py()
+    except TypeError as exc:
+        raise TypeError(f"{cls.__name__}.{name}: {exc}") from exc
+    except OverflowError as exc:  # a date that Python cannot say
+        raise ValueError(f"{cls.__name__}.{name}: {exc}") from exc
+
+
+def _types_alike(declared: Any, got: Any) -> bool:
+    """Whether values need no cast: structs may have other members, an enum may be text."""
+    of = pa.types
+    if of.is_dictionary(declared):
+        return _types_alike(declared.value_type, got.value_type if of.is_dictionary(got) else got)
+    if of.is_struct(declared) and of.is_struct(got):
+        known = {field.name: field.type for field in declared}
+        return all(_types_alike(known.get(field.name, field.type), field.type) for field in got)
+    if of.is_list(declared) and of.is_list(got):
+        return _types_alike(declared.value_type, got.value_type)
+    if of.is_map(declared) and of.is_map(got):
+        return _types_alike(declared.key_type, got.key_type) and _types_alike(declared.item_type, got.item_type)
+    return bool(declared.equals(got))
+
+
+def _types_restore(cls: type[_T], names: Collection[str], get: Callable[[str], Any]) -> _T:
+    """Put an instance together from raw values, without `__init__`; a missing one takes the field's default."""
+    spec, found = _types_spec(cls), cls.__new__(cls)
+    if missing := [name for name in spec.codecs if name not in names and name not in spec.defaults]:
+        raise ValueError(f"Missing fields in {cls.__name__} RecordBatch: {missing}. Found: {list(names)}")
+    values = {name: codec.value(get(name)) for name, codec in spec.codecs.items() if name in names}
+    values.update((name, default()) for name, default in spec.defaults.items() if name not in values)
+    for name, value in values.items():
+        object.__setattr__(found, name, value)  # frozen or not
     return found
 
 
@@ -4669,10 +4788,7 @@ def _methods_info(protocol: type, name: str, member: Callable[..., Any]) -> RpcM
     import inspect
 
     where = f"{protocol.__name__}.{name}()"
-    try:
-        hints = typing.get_type_hints(member, include_extras=True)
-    except Exception as exc:
-        raise TypeError(f"Failed to resolve type hints for {where}: {exc}") from exc
+    hints = _types_hints(member, where)
     if waits := _methods_not_called(member):
         raise TypeError(f"{where} is {waits}")
     is_method = isinstance(inspect.getattr_static(protocol, name), types.FunctionType)
@@ -4823,7 +4939,7 @@ class AnnotatedBatch(_Record):
     @classmethod
     def from_pydict(cls, data: dict[str, Any], schema: pa.Schema | None = None) -> AnnotatedBatch:
         """Build from columns of Python values."""
-        return cls(pa.RecordBatch.from_pydict(data, schema=schema))
+        return cls(pa.RecordBatch.from_pydict(data if schema is None else _types_checked(data, schema), schema=schema))
 
     def release(self) -> None:
         """Let go of a batch in shared memory; afterwards `batch` is an error. Idempotent; does nothing to others.
@@ -5094,6 +5210,7 @@ class OutputCollector:
 
     def emit_pydict(self, data: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
         """Emit a batch of columns of Python values."""
+        data = _types_checked(data, self.output_schema)
         self.emit(pa.RecordBatch.from_pydict(data, schema=self.output_schema), metadata)
 
     def finish(self) -> None:
@@ -5373,20 +5490,21 @@ class _WirePlan:
         self.names = info.param_names
         self.types = tuple(field.type for field in info.params_schema)
         self.nullable = tuple(field.nullable for field in info.params_schema)
-        hints = [None if raw else info.param_types[name] for name in self.names]
-        converters = [
-            (None, None) if raw else (_types_encoder(hint, top=True), _types_decoder(hint, top=True)) for hint in hints
+        # What is raw has no annotations; the Arrow type alone says what pyarrow may be given.
+        codecs = [
+            _types_raw(dtype) if raw else _types_codec(info.param_types[name], top=True)
+            for name, dtype in zip(self.names, self.types, strict=True)
         ]
-        self.encoders = tuple(encode for encode, _ in converters)
+        self.encoders = tuple(codec.cell for codec in codecs)
         self.decoders = [
-            (name, decode) for name, (_, decode) in zip(self.names, converters, strict=True) if decode is not None
+            (name, codec.decode) for name, codec in zip(self.names, codecs, strict=True) if codec.decode is not None
         ]
         # Templates take values of exactly these types as they are; others are converted first.
-        self.plain = all(map(_types_is_plain, hints))
-        self.plain_result = not raw and info.has_return and _types_is_plain(info.result_type)
-        converts = info.has_return and not raw
-        self.encode_result = _types_encoder(info.result_type, top=True) if converts else None
-        self.decode_result = _types_decoder(info.result_type, top=True) if converts else None
+        self.plain = all(codec.plain for codec in codecs)
+        result = _types_codec(info.result_type, top=True) if info.has_return and not raw else None
+        self.plain_result = result is not None and result.plain
+        self.encode_result = None if result is None else result.cell
+        self.decode_result = None if result is None else result.decode
         self.result_nullable = info.has_return and info.result_schema.field(0).nullable
         self.metadata = _wire_request_metadata(info.name, protocol, version)
         self.replies: list[_IpcCanonical] = []  # how replies of peers have looked
@@ -5504,13 +5622,10 @@ def _wire_cells(plan: _WirePlan, values: Sequence[Any]) -> list[Any]:
     """Convert arguments to what a template or pa.array takes."""
     cells = []
     for i, value in enumerate(values):
-        encode = plan.encoders[i]
-        if encode is not None and value is not None:
-            try:
-                value = encode(value)
-            except Exception as exc:
-                raise _wire_bad_argument(plan, i, exc) from exc
-        cells.append(value)
+        try:
+            cells.append(plan.encoders[i](value))
+        except Exception as exc:
+            raise _wire_bad_argument(plan, i, exc) from exc
     return cells
 
 
@@ -5531,7 +5646,7 @@ def _wire_request_batch(plan: _WirePlan, cells: list[Any]) -> pa.RecordBatch:
     arrays = []
     for i, cell in enumerate(cells):
         try:
-            arrays.append(_types_cell(cell, None, plan.types[i]))
+            arrays.append(_types_array(cell, plan.types[i]))
         except Exception as exc:
             raise _wire_bad_argument(plan, i, exc) from exc
     return pa.RecordBatch.from_arrays(arrays, schema=plan.info.params_schema)
@@ -5592,7 +5707,8 @@ def _wire_result_batch(plan: _WirePlan, value: Any) -> pa.RecordBatch:
         )
     schema = plan.info.result_schema
     try:
-        column = _types_cell(value, plan.encode_result, schema.field(0).type)
+        cell = value if value is None or plan.encode_result is None else plan.encode_result(value)
+        column = _types_array(cell, schema.field(0).type)
     except Exception as exc:  # its class stays: it is the error's name on the wire
         wanted, got = _methods_hint_name(plan.info.result_type), type(value).__name__
         exc.args = (f"{plan.name}() must return {wanted}, got {got}: {_wire_noted(exc)}",)
@@ -10116,7 +10232,7 @@ class _ClientStream(StreamSession):
                 f"{self._plan.name}(): all inputs of a stream have one schema: it began with"
                 f" {_log_schema(writer.schema)}, now {_log_schema(batch.schema)}"
             )
-        about = _client_metadata(self._plan, metadata)
+        about = _client_metadata(self._plan, batch, metadata)
         _client_write_input(self._plan, writer, *maybe_write_to_shm(batch, about, self._channel.shm))
         return writer.take()
 
@@ -10258,10 +10374,17 @@ def _client_write_input(
 
 
 def _client_metadata(
-    plan: _WirePlan, metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None
+    plan: _WirePlan, batch: pa.RecordBatch, metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None
 ) -> pa.KeyValueMetadata | None:
+    """What a caller says about an input, as it travels; one that he has stored himself keeps its pointer."""
+    if not metadata:
+        return None
+    pointer = {}
     try:
-        return encode_metadata(metadata) if metadata else None
+        if is_external_location_batch(batch, metadata):
+            pointer = {key: metadata[key] for key in (LOCATION_KEY, LOCATION_SHA256_KEY) if key in metadata}
+            metadata = {key: value for key, value in metadata.items() if key not in pointer}
+        return merge_metadata(encode_metadata(metadata), pointer)
     except (TypeError, ValueError, AttributeError) as exc:
         raise RpcArgumentError(f"{plan.name}(): {exc}") from exc
 
@@ -10416,9 +10539,11 @@ class StreamCall:
         writer.close()
         return writer.take()
 
-    def encoded(self, metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None) -> dict[bytes, bytes]:
+    def encoded(
+        self, batch: pa.RecordBatch, metadata: Mapping[bytes, bytes] | pa.KeyValueMetadata | None
+    ) -> dict[bytes, bytes]:
         """Return what the caller says about an input as it travels; RpcArgumentError for what is not his to say."""
-        return dict(_client_metadata(self._plan, metadata) or {})
+        return dict(_client_metadata(self._plan, batch, metadata) or {})
 
     def read_opening(self, body: bytes) -> StreamReply:
         """Read the answer to the request: the header stream, if the method has one, and the first turn.
@@ -11967,7 +12092,7 @@ def _cli_arguments(options: Any, schema: pa.Schema) -> list[Any]:
     for field in schema:
         try:
             value = convert(given[field.name], field.type) if field.name in given else None
-            _types_cell(value, None, field.type)
+            _types_cell(value, _types_raw(field.type))
         except (ValueError, TypeError, ArithmeticError, AttributeError, pa.ArrowException) as exc:
             shown = _cli_printable(str(given[field.name]))[:80]
             raise _CliError(f"parameter '{field.name}': {shown!r} is not a valid {field.type}: {exc}", 2) from exc
@@ -12095,7 +12220,7 @@ def batch_from_json(values: Mapping[str, Any], schema: pa.Schema) -> pa.RecordBa
     arrays = []
     for field in schema:
         try:
-            arrays.append(_types_cell(_cli_from_json(values.get(field.name), field.type), None, field.type))
+            arrays.append(_types_cell(_cli_from_json(values.get(field.name), field.type), _types_raw(field.type)))
         except (ValueError, TypeError, ArithmeticError, AttributeError, pa.ArrowException) as exc:
             raise ValueError(f"'{field.name}' is not a valid {field.type}: {exc}") from exc
     return pa.RecordBatch.from_arrays(arrays, schema=schema) if arrays else empty_batch(schema)

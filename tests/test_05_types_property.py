@@ -134,11 +134,11 @@ def same(one: Any, other: Any) -> bool:
 
 def through(annotation: Any, value: Any, *, top: bool) -> Any:
     column = core._types_field("f", annotation, top=top)
-    array = core._types_cell(value, core._types_encoder(annotation, top=top), column.type)
+    array = core._types_cell(value, core._types_codec(annotation, top=top))
     assert array.type.equals(column.type)
     array.validate(full=True)
     raw = array[0].as_py()
-    decode = core._types_decoder(annotation, top=top)
+    decode = core._types_codec(annotation, top=top).decode
     return raw if raw is None or decode is None else decode(raw)
 
 

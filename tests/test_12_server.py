@@ -364,7 +364,7 @@ def test_a_message_that_is_not_json_is_the_methods_error(connected) -> None:
     assert proxy.noop() is None
 
 
-@pytest.mark.parametrize(("value", "error"), [(None, "TypeError"), ("x", "ArrowInvalid"), (object(), "ArrowInvalid")])
+@pytest.mark.parametrize(("value", "error"), [(None, "TypeError"), ("x", "TypeError"), (object(), "TypeError")])
 def test_a_result_that_does_not_fit_is_an_ordinary_error(connected, value: object, error: str) -> None:
     class Impl(CalcImpl):
         def add(self, a, b):

@@ -531,8 +531,15 @@ def test_a_reply_a_header_and_a_ping_that_make_no_sense():
 
 @pytest.mark.parametrize(
     "metadata",
-    [{"vgi_rpc.cancel": "1"}, {b"vgi_rpc.log_level": b"ERROR"}, {"k": 1}, {"k": "x" * (1 << 20) + "y"}, ["k"]],
-    ids=["cancel", "log_level", "int", "large", "list"],
+    [
+        {"vgi_rpc.cancel": "1"},
+        {b"vgi_rpc.shm_offset": b"65536"},
+        {b"vgi_rpc.log_level": b"ERROR"},
+        {"k": 1},
+        {"k": "x" * (1 << 20) + "y"},
+        ["k"],
+    ],
+    ids=["cancel", "shm", "log_level", "int", "large", "list"],
 )
 def test_metadata_that_a_caller_may_not_send(proxy, metadata):
     with proxy.ticks() as session:

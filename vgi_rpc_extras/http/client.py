@@ -842,7 +842,7 @@ class HttpStreamSession(core.StreamSession):
         answers: bool = False,
     ) -> None:
         try:
-            reply = self._call.read_turn(self._post(doing, batch, self._call.encoded(metadata), timeout))
+            reply = self._call.read_turn(self._post(doing, batch, self._call.encoded(batch, metadata), timeout))
             self._absorb(reply, answers=answers)
         except BaseException as exc:
             self._over = not _untouched(exc)
