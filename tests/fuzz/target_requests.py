@@ -77,14 +77,14 @@ class Target:
         Impl.calls.clear()
         with self.box.ours(data):
             same = self.connection.ask(data, asked, answer)
-        got = bytes(self.connection.got)
+        got = self.lastgot = bytes(self.connection.got)
         if not same:
             self.connection = self.server.prove()
         streams = replies(got[: -len(answer)] if same else got)
         calls = [call for call in Impl.calls if call[1].get("a", 0) != self.server.number]
         calls = [call for call in calls if call[1].get("a", 0) != self.server.number - 1 or call[0] != "add"]
         if len(calls) == 1:
-            self.judge(calls[0], data)
+            self.judge(calls[0], data + asked)
         if not same:
             return "ended"
         errors = [m for items in streams for _, m in items if m.get(b"vgi_rpc.log_level") == b"EXCEPTION"]
