@@ -35,7 +35,13 @@ def by_pyarrow(data: bytes) -> Items:
 
 def compare(ours: Items, data: bytes) -> None:
     """What was read from `data` (one whole stream) must be what pyarrow reads."""
-    theirs = by_pyarrow(data)
+    try:
+        theirs = by_pyarrow(data)
+    except Finding as exc:
+        # A field that is both a dictionary and a registered extension: the type that pyarrow makes of it has only one.
+        if "dictionaries at the start" in str(exc) and ours and "extension" in str(ours[0][0].schema):
+            return
+        raise
     if len(ours) != len(theirs):
         raise Finding(f"read {len(ours)} batches; pyarrow reads {len(theirs)}")
     for (batch, metadata), (other, wanted) in zip(ours, theirs, strict=True):
