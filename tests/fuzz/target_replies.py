@@ -49,17 +49,18 @@ class Hostile:
 
     def answer(self) -> None:
         """One answer for whatever comes first after it was chosen; the client's further bytes are swallowed."""
+        begun = False  # the next request has arrived already
         while (reply := self.jobs.get()) is not None:
             try:
-                if not self.sock.recv(1 << 20):
+                if not begun and not self.sock.recv(1 << 20):
                     continue
+                begun = False
                 self.sock.sendall(reply)
-                # A client that wants more than there is shall not wait for its deadline.
                 self.sock.settimeout(0.02)
                 try:
-                    while self.jobs.empty() and self.sock.recv(1 << 20):
-                        pass
-                except TimeoutError:
+                    while not begun and self.sock.recv(1 << 20):
+                        begun = not self.jobs.empty()
+                except TimeoutError:  # a client that wants more than there is shall not wait for its deadline
                     if self.jobs.empty():
                         self.sock.shutdown(socket.SHUT_WR)
                 self.sock.settimeout(None)
@@ -139,6 +140,10 @@ class Target:
                 outcome = "refused"
         if outcome == "answered":
             self.judge(name, value, data)
+        channel = self.server.transport.channel
+        if channel.pos < len(channel.buf):  # more than one answer (issue 17: the connection itself is to refuse that)
+            self.server.close()
+            return outcome
         self.follow()
         return outcome
 
@@ -199,6 +204,9 @@ class Target:
                             got.append(session.exchange(core.AnnotatedBatch(core.empty_batch(NUMBER), None)).batch)
             except (core.RpcError, StopIteration):
                 outcome = "refused"
+        self.server.close()
+        if not got:
+            return outcome
         try:
             with ipc.open_stream(pa.py_buffer(data)) as reader:
                 for batch in got:
@@ -207,8 +215,6 @@ class Target:
                         same_batch(batch, other)
         except (pa.ArrowException, OSError, ValueError, StopIteration) as exc:
             raise Finding(f"{len(got)} outputs of what pyarrow refuses: {exc}") from exc
-        finally:
-            self.server.close()
         return outcome
 
     def close(self) -> None:
