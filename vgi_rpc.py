@@ -1983,7 +1983,8 @@ def _ipc_fit(batch: pa.RecordBatch, schema: pa.Schema, limits: IpcLimits) -> pa.
         size += _ipc_cast_size(column, field.type)
     _ipc_check_unfolded(size, batch.get_total_buffer_size(), limits)
     try:
-        columns = [column.cast(field.type) for field, column in zip(schema, batch.columns, strict=True)]
+        pairs = zip(schema.types, batch.columns, strict=True)  # casting to the same type is not always the same
+        columns = [column if column.type.equals(dtype) else column.cast(dtype) for dtype, column in pairs]
         found = pa.RecordBatch.from_arrays(columns, schema=schema)
     except (pa.ArrowException, ValueError) as exc:
         raise TypeError(f"a value does not fit: {exc}") from exc

@@ -347,6 +347,13 @@ def test_what_the_table_does_not_have_is_refused(array: pa.Array, dtype: pa.Data
         fit(array, dtype)
 
 
+def test_a_column_that_fits_is_left_as_it_is() -> None:
+    nothing = pa.array([[None, None]], pa.list_(pa.null()))  # pyarrow makes an invalid array of it when it casts
+    batch = pa.RecordBatch.from_arrays([nothing, pa.array([1], pa.int8())], names=["x", "y"])
+    found = core._ipc_fit(batch, pa.schema([("x", nothing.type), ("y", pa.int64())]), ONE_MIB)
+    assert found.to_pydict() == {"x": [[None, None]], "y": [1]}
+
+
 def test_nulls_are_refused_where_none_are_allowed() -> None:
     with pytest.raises(TypeError, match="'x' has nulls"):
         fit(pa.array([1, None], pa.int8()), pa.int64(), nullable=False)
