@@ -73,16 +73,24 @@ class Table:
 # ---- reading
 
 
+_Known = dict[tuple[int, str], "Table"]
+
+
 def parse(meta: bytes, kind: str = "Message") -> Table:
-    """The tree of a flatbuffer; struct.error, IndexError or ValueError when it is malformed."""
-    return _table(meta, _unsigned(meta, 0), kind, 0)
+    """The tree of a flatbuffer; struct.error, IndexError or ValueError when it is malformed.
+
+    A table that several offsets lead to is one object in the tree.
+    """
+    return _table(meta, _unsigned(meta, 0), kind, 0, {})
 
 
 def _unsigned(meta: bytes, at: int) -> int:
     return int(struct.unpack_from("<I", meta, at)[0]) + at
 
 
-def _table(meta: bytes, at: int, kind: str, depth: int) -> Table:
+def _table(meta: bytes, at: int, kind: str, depth: int, known: _Known) -> Table:
+    if (at, kind) in known:
+        return known[at, kind]
     if depth > 200:
         raise ValueError("too deep")
     vtable = at - struct.unpack_from("<i", meta, at)[0]
@@ -93,20 +101,21 @@ def _table(meta: bytes, at: int, kind: str, depth: int) -> Table:
     for slot, code in enumerate(table.codes[:slots]):
         offset = struct.unpack_from("<H", meta, vtable + 4 + 2 * slot)[0]
         if offset:
-            table.slots[slot] = _value(meta, at + offset, code, table, slot, depth)
+            table.slots[slot] = _value(meta, at + offset, code, table, slot, depth + 1, known)
+    known[at, kind] = table
     return table
 
 
-def _value(meta: bytes, at: int, code: str, table: Table, slot: int, depth: int) -> Any:
+def _value(meta: bytes, at: int, code: str, table: Table, slot: int, depth: int, known: _Known) -> Any:
     if code in "hBqib?":
         return struct.unpack_from("<" + code, meta, at)[0]
     place = _unsigned(meta, at)
     if code == "U":
         number = table[slot - 1]
         names = HEADERS if table.kind == "Message" else dict(enumerate(TYPES))
-        return _table(meta, place, names.get(number, "?"), depth + 1)
+        return _table(meta, place, names.get(number, "?"), depth, known)
     if code[0] == "T":
-        return _table(meta, place, code[2:], depth + 1)
+        return _table(meta, place, code[2:], depth, known)
     count = struct.unpack_from("<I", meta, place)[0]
     if count > len(meta):
         raise ValueError("a vector beyond the buffer")
@@ -118,7 +127,7 @@ def _value(meta: bytes, at: int, code: str, table: Table, slot: int, depth: int)
     if code in ("Vi", "Vq"):
         return list(struct.unpack_from(f"<{count}{code[1]}", meta, place + 4))
     entries = range(place + 4, place + 4 + 4 * count, 4)
-    return [_table(meta, _unsigned(meta, entry), code[2:], depth + 1) for entry in entries]
+    return [_table(meta, _unsigned(meta, entry), code[2:], depth, known) for entry in entries]
 
 
 # ---- writing

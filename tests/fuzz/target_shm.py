@@ -95,6 +95,8 @@ class Target:
                 with ipc.open_stream(pa.py_buffer(bytes(schema.serialize()) + region)) as reader:
                     other = reader.read_next_batch()
             except (pa.ArrowException, OSError, ValueError, StopIteration):
+                if "dictionaries at the start" in str(exc) and "extension" in str(schema):  # see judge.compare
+                    return
                 raise Finding(f"accepted what pyarrow refuses: {exc}") from exc
         other.validate(full=True)
         if other.schema.equals(batch.schema):
