@@ -36,10 +36,35 @@ SPEC: dict[str, tuple[str, ...]] = {
 }
 DEFAULTS = {("Date", 0): 1, ("Time", 0): 1, ("Time", 1): 32, ("Duration", 0): 1, ("Decimal", 2): 128}  # others: 0
 HEADERS = {1: "Schema", 2: "DictionaryBatch", 3: "RecordBatch"}
-TYPES = (
-    "- Null Int FloatingPoint Binary Utf8 Bool Decimal Date Time Timestamp Interval List Struct Union FixedSizeBinary "
-    "FixedSizeList Map Duration LargeBinary LargeUtf8 LargeList RunEndEncoded BinaryView Utf8View ListView LargeListView"
-).split()
+TYPES = [
+    "-",
+    "Null",
+    "Int",
+    "FloatingPoint",
+    "Binary",
+    "Utf8",
+    "Bool",
+    "Decimal",
+    "Date",
+    "Time",
+    "Timestamp",
+    "Interval",
+    "List",
+    "Struct",
+    "Union",
+    "FixedSizeBinary",
+    "FixedSizeList",
+    "Map",
+    "Duration",
+    "LargeBinary",
+    "LargeUtf8",
+    "LargeList",
+    "RunEndEncoded",
+    "BinaryView",
+    "Utf8View",
+    "ListView",
+    "LargeListView",
+]
 
 
 class Table:

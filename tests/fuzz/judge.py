@@ -8,7 +8,7 @@ import pyarrow as pa
 from pyarrow import ipc
 
 from tests.core import core
-from tests.fuzz.child import Finding
+from tests.fuzz.child import Finding, Tolerated
 from tests.fuzz.messages import split, tables
 
 LIMITS = core.IpcLimits(max_message_bytes=1 << 20)
@@ -30,18 +30,19 @@ def by_pyarrow(data: bytes) -> Items:
                 found.append((batch, dict(pairs) if metadata is not None else None))
             return found
     except (pa.ArrowException, OSError, ValueError, EOFError) as exc:
+        tolerate(exc, data)
         raise Finding(f"accepted what pyarrow refuses: {type(exc).__name__}: {exc}") from exc
+
+
+def tolerate(exc: Exception, data: bytes) -> None:
+    """A field that is a dictionary and a registered extension: of the two, the type that pyarrow makes has only one."""
+    if "dictionaries at the start" in str(exc) and b"fuzz.money" in data:
+        raise Tolerated(str(exc)) from exc
 
 
 def compare(ours: Items, data: bytes) -> None:
     """What was read from `data` (one whole stream) must be what pyarrow reads."""
-    try:
-        theirs = by_pyarrow(data)
-    except Finding as exc:
-        # A field that is both a dictionary and a registered extension: the type that pyarrow makes of it has only one.
-        if "dictionaries at the start" in str(exc) and ours and "extension" in str(ours[0][0].schema):
-            return
-        raise
+    theirs = by_pyarrow(data)
     if len(ours) != len(theirs):
         raise Finding(f"read {len(ours)} batches; pyarrow reads {len(theirs)}")
     for (batch, metadata), (other, wanted) in zip(ours, theirs, strict=True):
@@ -58,7 +59,8 @@ def compare(ours: Items, data: bytes) -> None:
 def same_batch(batch: pa.RecordBatch, other: pa.RecordBatch) -> None:
     """Finding when two batches differ, or ours is not valid."""
     batch.validate(full=True)
-    if not batch.schema.equals(other.schema, check_metadata=True):
+    exact = bool(len(batch.schema))  # ticks are all alike: a schema without fields keeps no metadata
+    if not batch.schema.equals(other.schema, check_metadata=exact):
         raise Finding(f"schema {batch.schema} for {other.schema}")
     if batch.num_rows != other.num_rows:
         raise Finding(f"{batch.num_rows} rows for {other.num_rows}")

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import struct
 from collections.abc import Callable, Iterator
@@ -18,7 +19,31 @@ from tests.fuzz.flat import PLAIN, TYPES, Style, Table, build, parse, random_sty
 
 EOS = b"\xff\xff\xff\xff\0\0\0\0"
 KINDS = {"Schema": 1, "DictionaryBatch": 2, "RecordBatch": 3}
-BOUNDARIES = (0, 1, 2, 3, 4, 7, 8, 9, 12, 15, 16, 24, 32, 63, 64, 127, 128, 255, 256, 1 << 15, 1 << 16, 1 << 20, 1 << 27)
+BOUNDARIES = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    7,
+    8,
+    9,
+    12,
+    15,
+    16,
+    24,
+    32,
+    63,
+    64,
+    127,
+    128,
+    255,
+    256,
+    1 << 15,
+    1 << 16,
+    1 << 20,
+    1 << 27,
+)
 EXTREMES = (-1, -2, -8, -(1 << 31), 1 << 31, (1 << 31) - 1, 1 << 32, 1 << 40, (1 << 63) - 1, -(1 << 63), 1 << 60)
 
 
@@ -38,10 +63,8 @@ class Money(pa.ExtensionType):
 
 def register() -> None:
     """Make the extension type known, once a process."""
-    try:
+    with contextlib.suppress(pa.ArrowKeyError):
         pa.register_extension_type(Money())
-    except pa.ArrowKeyError:
-        pass
 
 
 # ---- types
@@ -558,7 +581,9 @@ def m_holes(rng: random.Random, stream: Stream) -> None:
         pairs[i], pairs[k] = pairs[k], pairs[i]
     elif how == 5:
         counts = batch[4]
-        counts = [odd_number(rng, n) for n in counts] if counts and rng.random() < 0.7 else [*counts, rng.choice((0, 1, 9))]
+        counts = (
+            [odd_number(rng, n) for n in counts] if counts and rng.random() < 0.7 else [*counts, rng.choice((0, 1, 9))]
+        )
         batch[4] = counts
     elif how == 6:
         message.tree[3] = odd_number(rng, message.tree[3])
@@ -735,7 +760,9 @@ def m_shared(rng: random.Random, stream: Stream) -> None:
         schema[1] = [field] * count
         return
     for _ in range(rng.choice((2, 12))):  # two children each, which are one: 2 to the power of the depth
-        field = Table("Field", {0: b"n", 1: 1, 2: 13, 3: Table("Struct"), 5: [field] * rng.choice((2, 2, 40)), 6: [entry]})
+        field = Table(
+            "Field", {0: b"n", 1: 1, 2: 13, 3: Table("Struct"), 5: [field] * rng.choice((2, 2, 40)), 6: [entry]}
+        )
     schema[1] = [field]
 
 
@@ -848,6 +875,26 @@ def m_order(rng: random.Random, stream: Stream) -> None:
         messages.append(split(EMPTY)[0])
 
 
+def m_repeat(rng: random.Random, stream: Stream) -> None:
+    """Batches that look alike, as a reader knows them from the first, and one of them that is a little different."""
+    message = stream.pick(rng, "batch")
+    if message.raw is None:
+        message.raw = build(message.tree, stream.style, rng).data
+    if message not in stream.messages:
+        return
+    for _ in range(rng.choice((1, 2, 3))):
+        stream.messages.insert(stream.messages.index(message) + 1, message.copy())
+    other = rng.choice([m for m in stream.messages if m.raw == message.raw])
+    if rng.random() < 0.6 and other.raw is not None:
+        meta = bytearray(other.raw)
+        at = rng.randrange(len(meta) // 8) * 8
+        old = int.from_bytes(meta[at : at + 8], "little", signed=True)
+        meta[at : at + 8] = (odd_number(rng, old) & (1 << 64) - 1).to_bytes(8, "little")
+        other.raw = bytes(meta)
+    else:
+        m_body(rng, Stream([stream.messages[0], other], []))
+
+
 EMPTY = write_stream(pa.schema([]), [])
 
 
@@ -914,6 +961,7 @@ MUTATORS: list[tuple[Callable[[random.Random, Stream], None], int]] = [
     (m_body, 9),
     (m_bytes, 3),
     (m_order, 4),
+    (m_repeat, 5),
 ]
 _CHOICES = [mutator for mutator, weight in MUTATORS for _ in range(weight)]
 
@@ -957,7 +1005,9 @@ class Corpus:
     def mutant(self, rng: random.Random, base: int | None = None) -> bytes:
         """A mutant of a valid stream."""
         i = rng.randrange(len(self.streams)) if base is None else base
-        messages = relaid(rng, self.parsed[i], shared=True) if rng.random() < 0.3 else [m.copy() for m in self.parsed[i]]
+        messages = (
+            relaid(rng, self.parsed[i], shared=True) if rng.random() < 0.3 else [m.copy() for m in self.parsed[i]]
+        )
         style = random_style(rng) if rng.random() < 0.3 else PLAIN
         return mutate(rng, Stream(messages, self.parsed, style))
 

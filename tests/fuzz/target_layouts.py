@@ -12,7 +12,10 @@ from tests.fuzz.child import Box, Finding
 from tests.fuzz.judge import FULL, LIMITS, REFUSED, by_pyarrow, core
 from tests.fuzz.messages import PLAIN, Message, Stream, mutate, odd_number, parts_of, split, write_stream
 
-NUMBERS = [pa.type_for_alias(name) for name in "int8 int16 int32 int64 uint8 uint16 uint32 uint64 float double".split()]
+NUMBERS = [
+    pa.type_for_alias(name)
+    for name in ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float", "double"]
+]
 TEXTS = [pa.utf8(), pa.binary()]
 WORD = pa.dictionary(pa.int16(), pa.utf8())
 METADATA = {b"vgi_rpc.method": b"add", b"vgi_rpc.request_version": b"1"}

@@ -19,7 +19,21 @@ TEXTS += ("2020-01-01T00:00:00", "0001-01-01", "9999-12-31T23:59:59.999999+23:59
 TEXTS += ("AAAA", "A", "\ud800", "9" * 400, "1_000", "0x1", "00:00:00", "12:30", "1" * 5000)
 NUMBERS = (0, 1, -1, 127, 128, 255, 256, -129, 1 << 31, 1 << 63, -(1 << 63) - 1, 1 << 64, 10**400, 0.5, 1e308, 1e-320)
 NUMBERS += (float("nan"), float("inf"), -0.0, 10**38, -(10**76))
-ODD: tuple[Any, ...] = (None, True, False, [], {}, [None], [[]], [[None]], {"": None}, [[1, 2]], [[1, 2, 3]], [1], {"a": 1})
+ODD: tuple[Any, ...] = (
+    None,
+    True,
+    False,
+    [],
+    {},
+    [None],
+    [[]],
+    [[None]],
+    {"": None},
+    [[1, 2]],
+    [[1, 2, 3]],
+    [1],
+    {"a": 1},
+)
 ODD += (["a"], [["a"]], [["a", None]], [[None, 1]], {"key": "a", "value": 1}, [{"key": "a", "value": 1}], [("a",)])
 PYTHON: tuple[Any, ...] = (
     b"x",
@@ -33,7 +47,7 @@ PYTHON: tuple[Any, ...] = (
     decimal.Decimal("-0"),
     datetime.date(1, 1, 1),
     datetime.datetime(9999, 12, 31, 23, 59, 59, 999999),
-    datetime.datetime(2020, 1, 1, tzinfo=datetime.timezone.utc),
+    datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC),
     datetime.time(23, 59, 59),
     datetime.timedelta.max,
     datetime.timedelta.min,
@@ -45,7 +59,14 @@ PYTHON: tuple[Any, ...] = (
     pa.MonthDayNano([1, 2, 3]),
     pa.MonthDayNano([2**31 - 1, -(2**31), 2**63 - 1]),
 )
-CALLED = (TypeError, ValueError, KeyError, ArithmeticError, AttributeError, pa.ArrowException)  # bad arguments, to callers
+CALLED = (
+    TypeError,
+    ValueError,
+    KeyError,
+    ArithmeticError,
+    AttributeError,
+    pa.ArrowException,
+)  # bad arguments, to callers
 
 
 def good_value(rng: random.Random, dtype: pa.DataType, depth: int = 3) -> Any:
@@ -113,7 +134,11 @@ class Target:
         self.box = box
         rng = random.Random(f"values {seed}")
         self.types = [random_type(rng) for _ in range(300)]
-        self.types += [pa.map_(pa.utf8(), pa.int64()), pa.list_(pa.map_(pa.utf8(), pa.utf8())), pa.decimal128(38, 2)] * 5
+        self.types += [
+            pa.map_(pa.utf8(), pa.int64()),
+            pa.list_(pa.map_(pa.utf8(), pa.utf8())),
+            pa.decimal128(38, 2),
+        ] * 5
 
     def case(self, rng: random.Random) -> str:
         """A value that fits, or nearly does."""
