@@ -1476,7 +1476,7 @@ class _IpcReader:
         if source.pos == len(source.buf):
             source.more(8)
         data, pos = source.buf, source.pos
-        size = learned.match(data, pos, source.limits)
+        size = learned.match(data, pos, source.limits.max_message_bytes)
         if not size or len(data) - pos < size:
             return None
         source.pos += size
@@ -1499,44 +1499,40 @@ class _IpcReader:
 class _IpcHead:
     """The metadata of a batch message without custom metadata: fixed bytes, and the holes between them."""
 
-    __slots__ = ("_body_size_at", "_fixed", "_size", "_sizes", "first", "tick")
+    __slots__ = ("_fixed", "_size", "_unpack", "first", "tick")
 
     def __init__(self, meta: bytes, shape: _IpcShape | None) -> None:
         """`meta` with the prefix; no shape: a tick, which has no holes."""
-        self.tick = shape is None
-        self.first, self._fixed = meta, []
-        self._size = len(meta)
+        self.first, self.tick, self._size = meta, shape is None, len(meta)
         if shape is None:
             return
-        self._body_size_at = shape.body_size
-        self._sizes = struct.Struct("<" + "8xq" * shape.buffer_count), shape.buffers
-        holes = [(shape.body_size, 8), (shape.rows, 8)]
-        holes += [(shape.nodes, 16 * shape.node_count), (shape.buffers, 16 * shape.buffer_count)]
-        at, pieces = 0, []
-        for start, size in [*sorted(holes), (len(meta), 0)]:
-            pieces.append((at, meta[at:start]))
+        form, at, fixed = "<", 0, []
+        for start, size, hole in (
+            (shape.body_size, 8, "Q"),
+            (shape.rows, 8, "8x"),
+            (shape.buffers, 16 * shape.buffer_count, "8xQ" * shape.buffer_count),
+            (shape.nodes, 16 * shape.node_count, f"{16 * shape.node_count}x"),
+            (len(meta), 0, ""),
+        ):
+            if start < at:
+                raise _IpcUnfamiliar("another order than Arrow C++ has")
+            fixed.append(meta[at:start])
+            form += f"{start - at}s{hole}"
             at = start + size
-        self.first = pieces[0][1]
-        self._fixed = [(at, piece) for at, piece in pieces[1:] if piece]
+        self.first, self._fixed, self._unpack = fixed[0], tuple(fixed[1:]), struct.Struct(form).unpack_from
 
-    def match(self, data: bytes, pos: int, limits: IpcLimits) -> int:
+    def match(self, data: bytes, pos: int, limit: int | None) -> int:
         """Return the size of the message that begins at `pos`; 0 when it is another, or its head is not all there."""
         if not data.startswith(self.first, pos):
             return 0
         if self.tick:
             return self._size
-        for at, piece in self._fixed:
-            if not data.startswith(piece, pos + at):
-                return 0
         if len(data) - pos < self._size:
             return 0
-        body: int = _IPC_I64(data, pos + self._body_size_at)[0]
-        limit = limits.max_message_bytes
-        sizes, at = self._sizes
-        known = sizes.unpack_from(data, pos + at)
-        if body < 0 or (limit is not None and body > limit) or sum(known) > body or (known and min(known) < 0):
+        _, body, before_rows, before_buffers, *sizes, before_nodes, tail = self._unpack(data, pos)
+        if (before_rows, before_buffers, before_nodes, tail) != self._fixed or sum(sizes) > body:
             return 0
-        return self._size + body
+        return self._size + int(body) if body <= (1 << 62 if limit is None else limit) else 0
 
 
 class _IpcDictionaries:
@@ -1869,6 +1865,8 @@ def _ipc_read_schema(message: bytes, max_columns: int, max_nesting: int) -> _Ipc
     try:
         _ipc_measure_schema(message[8:], max_columns, max_nesting)
         schema = ipc.read_schema(pa.py_buffer(message))
+        if any([_ipc_holds(dtype, _ipc_is_unknown) for dtype in schema.types]):
+            raise IPCError(f"pyarrow has no Python class for a type of the schema {schema}"[:500])
         hollow = tuple(i for i, dtype in enumerate(schema.types) if _ipc_holds(dtype, _ipc_is_hollow))
         return _IpcSchema(schema, _ipc_has_dictionaries(schema), hollow)
     except (struct.error, IndexError) as exc:
@@ -2049,6 +2047,11 @@ def _ipc_is_folded(dtype: pa.DataType) -> bool:
     return _ipc_is_hollow(dtype) or any(kind in str(dtype).partition("<")[0] for kind in kinds)
 
 
+def _ipc_is_unknown(dtype: pa.DataType) -> bool:
+    """Whether pyarrow reads arrays of the type and raises KeyError when one is looked at."""
+    return dtype.id in (pa.lib.Type_INTERVAL_MONTHS, pa.lib.Type_INTERVAL_DAY_TIME)
+
+
 def _ipc_is_hollow(dtype: pa.DataType) -> bool:
     """Whether rows take no bytes at all."""
     if pa.types.is_fixed_size_binary(dtype):
@@ -2159,8 +2162,6 @@ def _ipc_kind_name(message: _IpcMessage | None) -> str:
 
 IPC_WRITE_OPTIONS: Final = ipc.IpcWriteOptions(compression=None, emit_dictionary_deltas=False)
 IPC_READ_OPTIONS: Final = ipc.IpcReadOptions()
-_TYPES_EMPTY_MAX = 256
-_types_empty: dict[int, tuple[pa.Schema, pa.RecordBatch]] = {}
 
 
 def new_ipc_stream(sink: Any, schema: pa.Schema) -> ipc.RecordBatchStreamWriter:
@@ -2168,16 +2169,27 @@ def new_ipc_stream(sink: Any, schema: pa.Schema) -> ipc.RecordBatchStreamWriter:
     return ipc.new_stream(sink, schema, options=IPC_WRITE_OPTIONS)
 
 
+def _ipc_per_schema(make: Callable[[pa.Schema], _T]) -> Callable[[pa.Schema], _T]:
+    """Remember what is made of our own schemas, by identity: hashing one costs more than asking pyarrow again."""
+    known: dict[int, tuple[pa.Schema, _T]] = {}
+
+    @functools.wraps(make)
+    def cached(schema: pa.Schema) -> _T:
+        found = known.get(id(schema))
+        if found is not None:
+            return found[1]
+        if len(known) >= 256:
+            known.clear()
+        known[id(schema)] = schema, make(schema)  # the schema stays alive, so its id is not reused
+        return known[id(schema)][1]
+
+    return cached
+
+
+@_ipc_per_schema
 def empty_batch(schema: pa.Schema) -> pa.RecordBatch:
     """Return the zero-row batch of a schema, any type; cached."""
-    known = _types_empty.get(id(schema))
-    if known is not None:
-        return known[1]
-    batch = _ipc_empty(schema)
-    if len(_types_empty) >= _TYPES_EMPTY_MAX:
-        _types_empty.clear()
-    _types_empty[id(schema)] = schema, batch  # the schema stays alive, so its id is not reused
-    return batch
+    return _ipc_empty(schema)
 
 
 def _ipc_empty(schema: pa.Schema) -> pa.RecordBatch:
@@ -3218,14 +3230,21 @@ _TYPES_ENCODE: dict[str, tuple[type | None, Callable[..., Any]]] = {
 }  # pyarrow makes no unions of Python values
 
 
-def _types_checked(data: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
+def _types_checked(data: Mapping[str, Any], schema: pa.Schema) -> Mapping[str, Any]:
     """Columns of Python values as pyarrow may have them: some would end the process."""
+    if not (risky := _types_risky(schema)):
+        return data
     found = dict(data)
-    for field in schema:
-        column = found.get(field.name)
-        if column is not None and not hasattr(column, "type") and _ipc_holds(field.type, _types_is_risky):
-            found[field.name] = _types_raw(pa.list_(field)).encode(column)
+    for name, encode in risky:
+        if found.get(name) is not None and not hasattr(found[name], "type"):
+            found[name] = encode(found[name])
     return found
+
+
+@_ipc_per_schema
+def _types_risky(schema: pa.Schema) -> list[tuple[str, _TypesConvert]]:
+    fields = [field for field in schema if _ipc_holds(field.type, _types_is_risky)]
+    return [(field.name, _types_raw(pa.list_(field)).encode) for field in fields]
 
 
 def _types_is_risky(dtype: pa.DataType) -> bool:
@@ -5211,8 +5230,8 @@ class OutputCollector:
 
     def emit_pydict(self, data: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
         """Emit a batch of columns of Python values."""
-        data = _types_checked(data, self.output_schema)
-        self.emit(pa.RecordBatch.from_pydict(data, schema=self.output_schema), metadata)
+        columns = _types_checked(data, self.output_schema)
+        self.emit(pa.RecordBatch.from_pydict(columns, schema=self.output_schema), metadata)
 
     def finish(self) -> None:
         """End a producer's stream after this turn; RuntimeError on an exchange."""
@@ -8386,7 +8405,7 @@ class _ServerStream:
 
     def _turns(self) -> None:
         """Answer to the end of both streams. What cannot be answered ends the connection, never the server."""
-        channel, failure = self._channel, None
+        channel, failure, ended = self._channel, None, False
         try:
             self._write_logs(self._out)
             try:
@@ -8394,9 +8413,11 @@ class _ServerStream:
                 failure = self._loop(reader)
             except IPCError as exc:  # an input that makes no sense, in frames that do
                 self._fail(exc)
+                ended = True
                 self._end()
                 _ipc_drain(channel)
                 return
+            ended = True
             self._end()
             reader.drain()
         except (EOFError, ConnectionError):
@@ -8404,8 +8425,9 @@ class _ServerStream:
         except Exception as exc:  # the caller's bytes, or what cannot be written: _loop has caught the application's
             _LOG_RPC.warning("Ending a connection: %s: %s", type(exc).__name__, exception_str(exc))
             with contextlib.suppress(Exception):
-                self._fail(exc)
-                self._end()
+                if not ended:  # else the peer would read the rest as its next answer
+                    self._fail(exc)
+                    self._end()
             raise _ServerHangUp from exc
         self._connection._obey(failure)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import io
 import subprocess
 import sys
 import warnings
+import weakref
 
 import pyarrow as pa
 import pytest
@@ -173,10 +175,17 @@ def test_empty_batch_of_any_type(dtype: pa.DataType, nullable: bool) -> None:
 
 
 def test_empty_batch_cache_is_bounded_and_never_confuses_schemas() -> None:
+    def count() -> int:
+        gc.collect()
+        return sum(isinstance(found, pa.Schema) for found in gc.get_objects()) + len(alive)
+
+    alive: weakref.WeakSet[pa.Schema] = weakref.WeakSet()
     for number in range(600):
         schema = pa.schema([(f"f{number}", pa.int64())])
+        alive.add(schema)
         assert core.empty_batch(schema).schema.names == [f"f{number}"]
-    assert len(core._types_empty) <= core._TYPES_EMPTY_MAX
+    del schema
+    assert count() <= 257
 
 
 def test_validated_reader() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from typing import Any
 
@@ -179,6 +180,22 @@ def test_fields_that_share_their_parts_are_refused_before_they_are_read() -> Non
             struct.pack_into("<I", big, 8 + entry, first - entry)
     with pytest.raises(core.IPCError, match="unfolds"):
         core._ipc_schema(bytes(big), core.IpcLimits())
+
+
+def test_types_of_which_pyarrow_makes_no_python_arrays_are_refused() -> None:
+    schema = pa.schema([("x", pa.month_day_nano_interval()), ("y", pa.list_(pa.month_day_nano_interval()))])
+    message = bytearray(messages(written(schema))[0])
+    units = [at for at in range(0, len(message) - 1) if message[at : at + 2] == b"\x02\0"]
+    changed = []
+    for at in units:  # one of them is the unit of an interval: 0 is YEAR_MONTH, 1 DAY_TIME
+        for unit in (0, 1):
+            other = bytes(message[:at]) + bytes([unit]) + bytes(message[at + 1 :])
+            with contextlib.suppress(core.IPCError, pa.ArrowInvalid):
+                found = core._ipc_schema(other, core.IpcLimits()).schema
+                changed += [
+                    dtype for dtype in found.types if "month_interval" in str(dtype) or "day_time" in str(dtype)
+                ]
+    assert units and changed == []
 
 
 # ---- dictionaries

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -479,3 +480,49 @@ def test_a_client_never_raises_anything_but_the_family_of_rpc_error() -> None:
         except core.RpcError as exc:
             assert exc.sent == "answered"
     assert lost > 50
+
+
+@dataclass
+class EchoState(core.ExchangeState):
+    def exchange(self, input: core.AnnotatedBatch, out: core.OutputCollector, ctx: core.CallContext) -> None:
+        out.emit(input.batch)
+
+
+class Echoes(Protocol):
+    def echo(self) -> core.Stream[EchoState]: ...
+
+
+class EchoesImpl:
+    def echo(self) -> core.Stream[EchoState]:
+        schema = pa.schema([("n", pa.int64())])
+        return core.Stream(schema, EchoState(), input_schema=schema)
+
+
+def test_an_input_out_of_step_after_its_output_leaves_nothing_behind() -> None:
+    """What follows the end of the output stream is the end of the connection, never a batch without a schema."""
+    client, served = core.make_unix_pair()
+    server = core.RpcServer(Echoes, EchoesImpl())
+    thread = threading.Thread(target=lambda: (server.serve(served), served.close()), daemon=True)
+    thread.start()
+    request = core.serialize_record_batch_bytes(
+        core.empty_batch(core.EMPTY_SCHEMA),
+        pa.KeyValueMetadata(
+            {b"vgi_rpc.method": b"echo", b"vgi_rpc.request_version": b"1", b"vgi_rpc.protocol": b"Echoes"}
+        ),
+    )
+    batch = pa.RecordBatch.from_pydict({"n": [1]})
+    opening, message = core._ipc_split(core.serialize_record_batch_bytes(batch))
+    shape = core._ipc_shape(message)
+    flawed = bytearray(message)
+    struct.pack_into("<4q", flawed, shape.buffers, 0, 0, 0, 99)  # more bytes than the body has
+    client.channel.send((request + opening + message + bytes(flawed) + b"no Arrow at all",))
+    client.channel.deadline = time.monotonic() + 10
+    reader = core._IpcReader(client.channel, core.IpcValidation.FULL)
+    answers = list(iter(reader.read, None))
+    assert answers[0][0].equals(batch)
+    assert b"overlap" in answers[-1][1][b"vgi_rpc.log_message"]
+    assert len(answers) == 2
+    assert client.channel.at_end()
+    client.close()
+    thread.join(10)
+    assert not thread.is_alive()
