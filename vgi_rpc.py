@@ -2049,7 +2049,7 @@ def _ipc_is_folded(dtype: pa.DataType) -> bool:
 
 def _ipc_is_unknown(dtype: pa.DataType) -> bool:
     """Whether pyarrow reads arrays of the type and raises KeyError when one is looked at."""
-    return dtype.id in (pa.lib.Type_INTERVAL_MONTHS, pa.lib.Type_INTERVAL_DAY_TIME)
+    return str(dtype) in ("month_interval", "day_time_interval")
 
 
 def _ipc_is_hollow(dtype: pa.DataType) -> bool:
@@ -2111,9 +2111,10 @@ def _ipc_lengths(array: Any) -> Any:
     import pyarrow.compute as pc
 
     if "view" not in str(array.type):
-        return pc.binary_length(array)
+        return pc.call_function("binary_length", [array])
     views = pa.Array.from_buffers(pa.int32(), 4 * len(array), [None, array.buffers()[1]], offset=4 * array.offset)
-    return pc.list_element(pa.FixedSizeListArray.from_arrays(views, 4), 0)  # a view begins with its length
+    lists = pa.FixedSizeListArray.from_arrays(views, 4)
+    return pc.call_function("list_element", [lists, pa.scalar(0)])  # a view begins with its length
 
 
 def _ipc_sum(numbers: Any) -> int:
