@@ -508,7 +508,7 @@ def test_json_calls() -> None:
     token = {"VGI-Session": first.headers["VGI-Session"]}
     assert json.loads(ask("add", token, n=1).content) == {"result": 4}
     refused = ask("add", {"VGI-Session": "x"}, n=1)
-    assert (refused.status_code, json.loads(refused.content)["title"]) == (400, "SessionLostError")
+    assert (refused.status_code, json.loads(refused.content)["error"]["code"]) == (409, "ABORTED")
 
 
 # ---- bounds

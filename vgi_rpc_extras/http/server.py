@@ -10,7 +10,7 @@ application is made is made then: headers, pages, what a stream's state may be.
     _Door          middleware: the first two steps; while draining, 503; what every response carries
     RpcResource    the routes of methods: all other steps; a session (sessions.py) is held until the answer is made
     tokens.py      streams between their requests; nothing of them stays here
-    uploads.py, json_calls.py, pages.py    the server's own paths
+    uploads.py, json_calls.py, openapi.py, describe_page.py    the server's own paths
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import falcon
 
 from .. import core as _bound_core
 from ..auth.unauthorized import AuthGuard
-from . import names, pages
+from . import describe_page, names, pages
 from .coding import (
     DecompressionError,
     DecompressionLimitExceeded,
@@ -42,6 +42,7 @@ from .coding import (
 )
 from .json_calls import JsonCalls
 from .names import ARROW_CONTENT_TYPE
+from .openapi import OpenApi
 from .sessions import SessionContext, SessionResource, Sessions, Visit, lost_body
 from .tokens import StreamCall, StreamTokens, TokenScope, declared_states
 from .uploads import UploadUrls, storage_capabilities, stores_results
@@ -222,9 +223,12 @@ def make_wsgi_app(
     app.add_sink(functools.partial(_unmatched, rpc, not_found))
     describes = enable_describe_page and server.describe_enabled
     if enable_landing_page:
-        app.add_route(prefix or "/", _Page(pages.landing(server, prefix, describes=describes, repo_url=repo_url)))
+        landing = _Page(pages.landing(server, prefix, describes=describes, repo_url=repo_url))
+        app.add_route(prefix or "/", landing)
+        if prefix:
+            app.add_route(f"{prefix}/", landing)  # as people write it
     if describes:
-        _add_describe_page(app, rpc, server, enable_describe_calls)
+        _add_describe_page(app, rpc, server, enable_describe_calls, guard)
     return app
 
 
@@ -291,11 +295,16 @@ def _add_calls(app: HttpApp, rpc: RpcResource, server: core.RpcServer, uploads: 
         app.add_route(f"{path}/init", UploadUrls(server, uploads, rpc.builtin))
 
 
-def _add_describe_page(app: HttpApp, rpc: RpcResource, server: core.RpcServer, calls: bool) -> None:
+def _add_describe_page(app: HttpApp, rpc: RpcResource, server: core.RpcServer, calls: bool, guard: AuthGuard) -> None:
     prefix = app.door.prefix
-    app.add_route(f"{prefix}/describe", _Page(pages.describe(server, prefix, calls)))
+    page = _Page(describe_page.describe(server, prefix, calls, guard.key_headers))
+    app.add_route(f"{prefix}/describe", page)
+    app.add_route(f"{prefix}/describe/", page)
     if calls:
-        app.add_route(f"{prefix}/{pages.CALL_NAME}", JsonCalls(rpc))
+        json_calls = JsonCalls(rpc, guard.challenge)
+        app.add_route(f"{prefix}/{pages.CALL_NAME}", json_calls)
+        app.add_route(f"{prefix}/{pages.CALL_NAME}/{{protocol}}/{{method}}", json_calls)
+        app.add_route(f"{prefix}/openapi.json", OpenApi(server, prefix, guard.key_headers))
 
 
 def _capabilities(produced: tuple[Encoding, ...], limits: _Limits, proof: bool) -> list[tuple[str, str]]:
@@ -570,24 +579,22 @@ class RpcResource:
         resp: falcon.Response,
         protocol: str,
         method: str,
-        make: Callable[[core.ProtocolBinding, core.RpcMethodInfo], bytes],
-        show: Callable[[bytes], bytes],
+        work: Callable[[core.ServerRequest, Callable[[bytes], bytes], Callable[[bytes, bytes, int], None]], bytes],
     ) -> None:
-        """A unary call whose request is made from JSON, and whose reply is shown as JSON. What is refused is raised."""
+        """A call of any kind that `work` makes of JSON and answers with JSON. What is refused is raised."""
         with self._visit(req, resp) as visit:
             turn = _Turn(visit)
             try:
-                call = self._open(req, protocol, method, core.MethodType.UNARY, "application/json")
+                call = self._open(req, protocol, method, None, req.env["CONTENT_TYPE"])
             except _Refused as refused:
                 raise refused.exc from None
-            body = make(call.binding, call.info)
+            call.make_context = functools.partial(_HttpContext, jar=turn.cookies, visit=turn.visit)
+            if call.info.method_type is core.MethodType.STREAM:
+                call.make_context = functools.partial(SessionContext, visit=turn.visit)
             try:
-                answer = show(self._limited(call, self._unary(call, body, turn, req)))
-                limited = self._limited(call, answer)
+                record = functools.partial(self._record, req, call, turn)
+                resp.data = work(call, functools.partial(self._limited, call), record)
                 turn.apply(resp)
-                resp.content_type = "application/json"
-                resp.data = answer if limited is answer else show(limited)
-                self._record(req, call, turn, body, resp.data)
             finally:
                 call.finish(_NO_NOTES)
 
@@ -655,14 +662,14 @@ class RpcResource:
         req: falcon.Request,
         protocol: str,
         method: str,
-        kind: core.MethodType,
+        kind: core.MethodType | None,
         content_type: str = ARROW_CONTENT_TYPE,
     ) -> core.ServerRequest:
-        """Steps 6 to 9 of http.md section 3."""
+        """Steps 6 to 9 of http.md section 3; a `kind` of None is any."""
         limit = self._budget(req)
         call = self._find(req, protocol, method)
         _check_content_type(req, content_type)
-        if call.info.method_type is not kind:
+        if kind is not None and call.info.method_type is not kind:
             stream = "" if kind is core.MethodType.UNARY else "not "
             raise _Refused(400, TypeError(f"Method '{method}' is {stream}a stream"))
         call.request_id = req.context.request_id
@@ -805,13 +812,19 @@ class RpcResource:
         resp.data = body
 
     def _record(
-        self, req: falcon.Request, call: core.ServerRequest, turn: _Turn, body: bytes, reply: bytes | None
+        self,
+        req: falcon.Request,
+        call: core.ServerRequest,
+        turn: _Turn,
+        body: bytes,
+        reply: bytes | None,
+        status: int = 0,
     ) -> None:
         """The access record, once the body that goes out is known (http.md section 14)."""
         if not _LOG_ACCESS.isEnabledFor(logging.INFO):
             return call.finish(_NO_NOTES)
         notes: dict[str, Any] = {
-            "http_status": 200 if call.error is None else 500,  # the intended one (http.md section 8)
+            "http_status": status or (200 if call.error is None else 500),  # the intended one (http.md section 8)
             "request_bytes": len(body) if req.content_length is None else req.content_length,
             "response_bytes": len(reply or b""),
         }
