@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -59,21 +59,23 @@ def _method(protocol: str, info: core.RpcMethodInfo, prefix: str, calls: bool) -
     if info.header_type is not None:
         parts.append(_record("Header", info.header_type))
     named = [*info.param_types.values(), *([info.result_type] if info.has_return else [])]
-    parts += [_record(record.__name__, record) for record in dict.fromkeys(_records(named))]
+    records: dict[type[core.ArrowSerializableDataclass], None] = {}
+    _find_records(named, records)
+    parts += [_record(record.__name__, record) for record in records]
     if calls:
         parts.append(_form(protocol, info, kind))
     return f"<section>{''.join(parts)}</section>"
 
 
-def _records(annotations: Sequence[Any]) -> Iterator[type[core.ArrowSerializableDataclass]]:
-    """The records that annotations name, and those in their fields."""
+def _find_records(annotations: Iterable[Any], found: dict[type[core.ArrowSerializableDataclass], None]) -> None:
+    """Add the records that annotations name, and those in their fields."""
     for annotation in annotations:
         record = json_values.record_of(annotation)
-        if record is not None:
-            yield record
-            yield from _records(list(json_values.hints_of(record).values()))
-        else:
-            yield from _records(json_values.parts_of(annotation))
+        if record is None:
+            _find_records(json_values.parts_of(annotation), found)
+        elif record not in found:
+            found[record] = None
+            _find_records(json_values.hints_of(record).values(), found)
 
 
 def _record(title: str, record: type[core.ArrowSerializableDataclass]) -> str:
@@ -131,7 +133,7 @@ def _form(protocol: str, info: core.RpcMethodInfo, kind: str) -> str:
     if kind in ("producer", "stream"):
         parts.append(
             '<p class="dim"><label>The first <input name="rows" type="number" min="1" max="1000"'
-            f' value="{_SHOWN_ROWS}"> rows</label></p>'
+            f' value="{_SHOWN_ROWS}"> rows, with their columns</label></p>'
         )
     return (
         f'<details><summary>Try it</summary><form data-protocol="{escaped(protocol)}"'

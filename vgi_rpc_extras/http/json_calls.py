@@ -278,6 +278,7 @@ def _rows(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.RecordBatch:
 
 def _dumps(value: Any) -> bytes:
     try:
-        return json.dumps(value, allow_nan=False).encode()
+        text = json.dumps(value, allow_nan=False)
     except ValueError:  # numbers that JSON has not
-        return json.dumps(json_values.finite(value)).encode()
+        text = json.dumps(json_values.finite(value))
+    return f"{text}\n".encode()  # it ends on terminals
