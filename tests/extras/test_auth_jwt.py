@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import hmac
 import json
-import math
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterator

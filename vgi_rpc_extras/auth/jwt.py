@@ -169,7 +169,7 @@ class JwtVerifier:
 
 
 def _check_times(claims: Mapping[str, Any]) -> None:
-    """Times are finite numbers (RFC 7519 section 2): a token whose end is NaN would not have one. joserfc 1.7 lets it."""
+    """Times are finite numbers (RFC 7519 section 2): joserfc 1.7 lets an end of NaN pass, which is none."""
     for name in ("exp", "nbf", "iat"):
         value = claims.get(name, 0)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
