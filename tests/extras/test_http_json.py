@@ -347,6 +347,39 @@ def test_the_rows_of_a_stream_are_bounded() -> None:
     assert (answer.status, answer.found["error"]["code"]) == (429, "RESOURCE_EXHAUSTED")
 
 
+def test_what_is_kept_elsewhere_is_fetched(store: Any) -> None:
+    storage = pytest.importorskip("vgi_rpc_extras.storage")
+    config = storage.ServerExternalConfig(store, externalize_threshold_bytes=1000, url_validator=lambda url: None)
+    server = core.RpcServer(Weather, WeatherImpl(), enable_describe=True, external_location=config)
+    client = lazy.make_sync_client(server)
+    data = "A" * 4000
+    assert ask(client, "raw", data=data).found == {"result": data}
+    assert len(store.things) == 1
+    rows = [{"n": n} for n in range(600)]
+    assert ask_stream(client, "scale", {"by": 2}, input=rows, rows=600).found["rows"][-1] == {"x": 1198}
+    assert len(store.things) == 2
+    store.things.clear()
+    config = storage.ServerExternalConfig(
+        Forgetful(store), externalize_threshold_bytes=1000, url_validator=lambda u: None
+    )
+    server = core.RpcServer(Weather, WeatherImpl(), enable_describe=True, external_location=config)
+    answer = ask(lazy.make_sync_client(server), "raw", data=data)
+    assert answer.found["error"]["code"] == "NOT_FOUND" and answer.status == 404
+    assert "hunter2" not in json.dumps(answer.found)
+
+
+class Forgetful:
+    """A storage that keeps nothing."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+
+    def upload(self, data: bytes, schema: pa.Schema, *, content_encoding: str | None = None) -> str:
+        url = str(self._store.upload(data, schema, content_encoding=content_encoding))
+        self._store.things.clear()
+        return url
+
+
 # ---- OpenAPI
 
 

@@ -218,19 +218,35 @@ class _Call:
         data = pa.BufferReader(reply)
         while data.tell() < len(reply):
             with pa.ipc.open_stream(data) as reader:
-                batches = [item for item in reader.iter_batches_with_custom_metadata() if not self._heard(item[1])]
+                batches = [
+                    self._fetched(call, *item)
+                    for item in reader.iter_batches_with_custom_metadata()
+                    if not self._heard(item[1])
+                ]
                 schema = reader.schema
             if with_header and data.tell() < len(reply):
-                self._found["header"] = core.batch_to_json(batches[0].batch)[0]
+                self._found["header"] = core.batch_to_json(batches[0])[0]
             elif call.info.method_type is core.MethodType.STREAM:
                 if "error" not in self._found:
                     self._found.setdefault("columns", json_values.columns(schema))
                     self._found.setdefault("rows", [])
-                for batch, _ in batches:
+                for batch in batches:
                     self._add_rows(batch)
             elif batches:
-                self._found["result"] = json_values.result(batches[-1].batch, call.info)
+                self._found["result"] = json_values.result(batches[-1], call.info)
             with_header = False
+
+    def _fetched(
+        self, call: core.ServerRequest, batch: pa.RecordBatch, metadata: pa.KeyValueMetadata | None
+    ) -> pa.RecordBatch:
+        """The batch, from where the server keeps it: a pointer to it says nothing to these callers."""
+        store = call.server.external_location
+        if store is None and core.is_external_location_batch(batch, metadata):
+            raise core.ExternalLocationError("the answer is kept elsewhere, and this server has no external_location")
+        return core.resolve_external_location(batch, metadata, store, self._add_log)[0]
+
+    def _add_log(self, message: core.Message) -> None:
+        self._logs.append({"level": str(message.level), "message": message.message})
 
     def _add_rows(self, batch: pa.RecordBatch) -> None:
         rows = self._found.setdefault("rows", [])
