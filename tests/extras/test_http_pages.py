@@ -215,6 +215,8 @@ def test_in_chromium(browser: Any, slash: str) -> None:
         assert json.loads(form.locator("pre").inner_text())["input_columns"] == [{"name": "n", "type": "int64"}]
         called(form, input='[{"n": 4}]')
         assert form.locator("td").all_inner_texts() == ["8"]
+        called(form, '{"by": 1}', input='[{"n": 9007199254740993}]')
+        assert form.locator("td").all_inner_texts() == ["9007199254740993"]
         assert complaints == []
         form = called(open_form(page, "fail"), '{"code": "NOT_FOUND"}')
         assert form.locator("pre").get_attribute("class") == "bad"

@@ -76,6 +76,10 @@ const element = (name, text) => {
   if (text !== undefined) made.textContent = text;
   return made;
 };
+// Numbers of 64 bits keep their digits, there and back.
+const exact = (key, value, context) => context && JSON.rawJSON && Number.isInteger(value)
+  && !Number.isSafeInteger(value) ? JSON.rawJSON(context.source) : value;
+const read = (text) => JSON.parse(text, exact);
 const shown = (value) => typeof value === "string" ? value : JSON.stringify(value);
 
 function keep(form) {
@@ -113,15 +117,15 @@ async function call(form) {
   rows.replaceChildren();
   try {
     const {protocol, method} = form.dataset;
-    const body = {protocol, method, args: JSON.parse(form.elements.args.value || "{}")};
-    if (form.elements.input && form.elements.input.value.trim()) body.input = JSON.parse(form.elements.input.value);
+    const body = {protocol, method, args: read(form.elements.args.value || "{}")};
+    if (form.elements.input && form.elements.input.value.trim()) body.input = read(form.elements.input.value);
     if (form.elements.rows) body.rows = Number(form.elements.rows.value);
     const base = location.origin + location.pathname.replace(/[/]+$/, "");
     const answer = await fetch(new URL("CALL_NAME", base), {method: "POST", credentials: "same-origin",
       headers: {...sent, "Content-Type": "application/json"}, body: JSON.stringify(body)});
     text = await answer.text();
     try {
-      const found = JSON.parse(text);
+      const found = read(text);
       failed = !answer.ok;
       if (found.columns && found.rows) {
         rows.append(table(found));

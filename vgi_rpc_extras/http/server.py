@@ -148,7 +148,8 @@ def make_wsgi_app(
         cors_origins: "*", an origin, or several; None: no CORS. `cors_max_age` in seconds.
         token_ttl: seconds that the state of a stream is good for; 0: for ever.
         compression_level: of zstd responses; None: responses are not compressed, requests are decoded all the same.
-        enable_describe_calls: the describe page may call unary methods with JSON.
+        enable_describe_calls: what describes itself may be called with JSON, by its page and by others
+            (json_calls.py), and has `/openapi.json`.
         oauth_resource_metadata: published (RFC 9728), and announced in every 401. With a client_id and `authenticate`,
             people without a credential are sent to log in.
         browser_login: that login, when it needs other settings than the defaults; of the same prefix and metadata.
