@@ -32,6 +32,12 @@ _COLUMNS = {
     "type": "array",
     "items": {"type": "object", "properties": {"name": {"type": "string"}, "type": {"type": "string"}}},
 }
+_ROW_COUNT = {
+    "type": "integer",
+    "minimum": 1,
+    "maximum": json_calls.MAX_ROWS,
+    "default": json_calls.DEFAULT_ROWS,
+}
 _ROWS = {"type": "array", "items": {"type": "object"}}
 
 
@@ -69,9 +75,12 @@ def document(server: core.RpcServer, prefix: str, key_headers: Sequence[str] | N
         },
         "tags": [{"name": binding.name} for binding in shown],
         "paths": {
-            f"/{pages.CALL_NAME}/{binding.name}/{info.name}": {"post": _operation(binding.name, info, schemas)}
-            for binding in shown
-            for _, info in sorted(binding.methods.items())
+            f"/{pages.CALL_NAME}": {"post": _any_operation()},
+            **{
+                f"/{pages.CALL_NAME}/{binding.name}/{info.name}": {"post": _operation(binding.name, info, schemas)}
+                for binding in shown
+                for _, info in sorted(binding.methods.items())
+            },
         },
         "components": {"schemas": schemas.components},
     }
@@ -101,22 +110,44 @@ def _security(key_headers: Sequence[str]) -> dict[str, Any]:
 def _operation(protocol: str, info: core.RpcMethodInfo, schemas: json_values.Schemas) -> dict[str, Any]:
     args = schemas.fields(info.params_schema, info.param_types, info.param_defaults, info.param_docs)
     kind = kind_of(info)
-    error = {"$ref": "#/components/schemas/Error"}
     found: dict[str, Any] = {
         "operationId": f"{protocol}.{info.name}",
         "tags": [protocol],
         "requestBody": {"required": "required" in args, "content": {"application/json": {"schema": args}}},
-        "responses": {
-            "200": _content("the answer", _answer(info, kind, schemas)),
-            "default": _content("the status of the error's code", error),
-        },
+        "responses": _responses(_answer(info, kind, schemas)),
     }
     if info.doc:
         found["summary"], found["description"] = info.doc.strip().splitlines()[0], info.doc.strip()
     if kind != "unary":
-        size = {"type": "integer", "minimum": 1, "maximum": json_calls.MAX_ROWS, "default": json_calls.DEFAULT_ROWS}
-        found["parameters"] = [{"name": "rows", "in": "query", "schema": size, "description": "the most rows to send"}]
+        about = "the most rows to send"
+        found["parameters"] = [{"name": "rows", "in": "query", "schema": _ROW_COUNT, "description": about}]
     return found
+
+
+def _any_operation() -> dict[str, Any]:
+    """The path that takes a call of any method; only there an exchange can be given its input."""
+    properties = {
+        "protocol": {"type": "string"},
+        "method": {"type": "string"},
+        "args": {"type": "object", "default": {}},
+        "rows": {**_ROW_COUNT, "description": "of a stream: the most rows to send"},
+        "input": {**_ROWS, "description": "of an exchange: the rows of its one input"},
+    }
+    asked = {"type": "object", "properties": properties, "required": ["protocol", "method"]}
+    return {
+        "operationId": pages.CALL_NAME,
+        "summary": "Call any method; an exchange with its input.",
+        "requestBody": {"required": True, "content": {"application/json": {"schema": asked}}},
+        "responses": _responses({"type": "object"}),
+    }
+
+
+def _responses(answer: dict[str, Any]) -> dict[str, Any]:
+    error = {"$ref": "#/components/schemas/Error"}
+    return {
+        "200": _content("the answer", answer),
+        "default": _content("a failure, with the HTTP status of its code", error),
+    }
 
 
 def _content(description: str, schema: dict[str, Any]) -> dict[str, Any]:
