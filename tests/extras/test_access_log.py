@@ -112,10 +112,10 @@ def test_rotation_by_size_keeps_the_newest(configure: Configure, tmp_path: Path)
 
 
 def test_rotation_by_time(configure: Configure, tmp_path: Path) -> None:
-    close = configure(tmp_path / "log", when="s", backup_count=3)
+    close = configure(tmp_path / "log", when="h", backup_count=3)
     calls(1)
     (handler,) = [found for found in LOGGER.handlers if isinstance(found, logging.handlers.TimedRotatingFileHandler)]
-    handler.rolloverAt -= 10  # ten seconds later
+    handler.rolloverAt -= 3610  # an hour later
     calls(1)
     close()
     assert len(list(tmp_path.iterdir())) == 2
