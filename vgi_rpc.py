@@ -12402,6 +12402,8 @@ def _cli_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
 
 def _cli_column(column: pa.Array[Any]) -> list[Any]:
     of = pa.types
+    if of.is_float16(column.type):  # pyarrow below 21 makes a numpy scalar of it, and crashes where numpy is absent
+        column = column.cast(pa.float32())
     if of.is_integer(column.type) or of.is_floating(column.type) or of.is_boolean(column.type):
         return cast("list[Any]", column.to_pylist())
     return [_cli_plain(scalar) for scalar in column]
@@ -12422,6 +12424,8 @@ def _cli_plain(scalar: Any) -> Any:
         return _cli_column(scalar.values)
     if of.is_dictionary(dtype):
         return _cli_plain(scalar.value)
+    if of.is_float16(dtype):
+        return scalar.cast(pa.float32()).as_py()
     if of.is_timestamp(dtype) or of.is_time(dtype) or of.is_duration(dtype):
         return _cli_temporal(scalar, dtype)
     value = scalar.as_py()
