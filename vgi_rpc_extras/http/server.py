@@ -30,7 +30,7 @@ import falcon
 
 from .. import core as _bound_core
 from ..auth.unauthorized import AuthGuard
-from . import describe_page, names, pages
+from . import describe_page, names, page_frame, pages
 from .coding import (
     DecompressionError,
     DecompressionLimitExceeded,
@@ -303,8 +303,8 @@ def _add_describe_page(app: HttpApp, rpc: RpcResource, server: core.RpcServer, c
     app.add_route(f"{prefix}/describe/", page)
     if calls:
         json_calls = JsonCalls(rpc, guard.challenge)
-        app.add_route(f"{prefix}/{pages.CALL_NAME}", json_calls)
-        app.add_route(f"{prefix}/{pages.CALL_NAME}/{{protocol}}/{{method}}", json_calls)
+        app.add_route(f"{prefix}/{page_frame.CALL_NAME}", json_calls)
+        app.add_route(f"{prefix}/{page_frame.CALL_NAME}/{{protocol}}/{{method}}", json_calls)
         app.add_route(f"{prefix}/openapi.json", OpenApi(server, prefix, guard.key_headers))
 
 
@@ -948,15 +948,17 @@ class _Health:
 
 
 class _Page:
-    def __init__(self, page: pages.Page) -> None:
+    def __init__(self, page: page_frame.Page) -> None:
         self._page = page
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        pages.send(resp, self._page)
+        page_frame.send(resp, self._page)
         resp.set_header("Cache-Control", "no-cache, no-store, must-revalidate, max-age=0")
 
 
-def _unmatched(rpc: RpcResource, page: pages.Page | None, req: falcon.Request, resp: falcon.Response, **_: str) -> None:
+def _unmatched(
+    rpc: RpcResource, page: page_frame.Page | None, req: falcon.Request, resp: falcon.Response, **_: str
+) -> None:
     """What no route takes (the table of http.md section 2)."""
     name = rpc.single_segment(req.path)
     if req.method == "DELETE" and name == names.SESSION_NAME:  # sticky sessions are off
@@ -968,4 +970,4 @@ def _unmatched(rpc: RpcResource, page: pages.Page | None, req: falcon.Request, r
     if name or page is None:
         raise falcon.HTTPNotFound
     resp.status = falcon.HTTP_404
-    pages.send(resp, page)
+    page_frame.send(resp, page)
