@@ -1297,6 +1297,25 @@ def _log_kwargs(kwargs: Mapping[str, Any]) -> str:
 # stream's end, and every size is checked before memory is allocated for it. Batches are decoded by pyarrow and
 # validated before anyone sees them. A reader reads to the end of its stream; whoever leaves earlier must poison the
 # connection, because the next reader would take the rest for its own answer.
+#
+# The gate. All that a peer sends passes `_IpcReader`, in both directions, also streams inside values, shared memory
+# and stored objects. What is refused, and where:
+#
+#   _ipc_metadata_size    not Arrow; metadata over the limit                         the connection ends
+#   _ipc_parse            no V5, no size, a body over the limit                      the connection ends
+#   _ipc_parse            compressed, overlapping buffers; a key twice, or too long  IPCError: this stream only
+#   _ipc_read_schema      big-endian; too wide, too deep; parts that are shared      IPCError
+#   _IpcDictionaries      dictionaries over the limit, all of a stream together      IPCError
+#   _IpcReader._batch     what pyarrow refuses, or its validation; hollow rows       IPCError
+#   _ipc_fit              a cast that is not in the table, or too large              TypeError, IPCError
+#   _ipc_unfold           a column that becomes too large as Python values           IPCError
+#
+# A schema is compared before a value is read: by room 9 for requests and results, by room 5 for records, by room 12
+# for the inputs of streams.
+#
+# What is remembered, all of it bounded: `_ipc_read_schema` (128 small schemas of peers), `_ipc_per_schema` (256 of our
+# own), `_ipc_compile` (256 schemas), heads of an _IpcCanonical (32 KiB each), layouts of requests (a server's, 8 MiB)
+# and of replies (16 for a method). The first three and a server's layouts are shared between threads.
 
 
 class IpcValidation(enum.Enum):
