@@ -2888,7 +2888,6 @@ class _TypesCodec(_NamedTuple):
     decode: _TypesConvert | None = None  # what as_py() gives, not None -> the value; None: as it is
     exact: frozenset[type] = frozenset()  # the types of values that `encode` gives back as they are
     plain: bool = False  # whether values of exactly the annotated types go into a layout as they are
-    built: pa.DataType | None = None  # the type with which pyarrow builds a cell, if it is another
 
     def cell(self, value: Any) -> Any:
         """Encode a value that may be None."""
@@ -2979,8 +2978,10 @@ def _types_codec(annotation: Any, dtype: pa.DataType | None = None, *, top: bool
         own, (encode, decode) = _types_infer(core) if dtype is None else dtype, _types_converters(core)
     raw = _types_raw(own)
     if encode is None:
-        return raw._replace(nullable=nullable, decode=decode, plain=core in raw.exact)
-    return _TypesCodec(own, nullable, encode if dtype is None else _types_chain(encode, raw.encode), decode)
+        return raw._replace(dtype=own, nullable=nullable, decode=decode, plain=core in raw.exact)
+    if dtype is None:
+        return _TypesCodec(own, nullable, encode, decode)
+    return _TypesCodec(own, nullable, lambda value: raw.encode(encode(value)), decode)
 
 
 def _types_infer(core: Any) -> pa.DataType:
@@ -3019,7 +3020,7 @@ def _types_is_dataclass(core: Any) -> bool:
 
 
 def _types_is_list(dtype: pa.DataType) -> bool:
-    return "list" in str(dtype).partition("<")[0]  # large, of a fixed size, views
+    return re.match("(large_|fixed_size_)?list", str(dtype)) is not None  # and views
 
 
 def _types_converters(core: Any) -> tuple[_TypesConvert | None, _TypesConvert | None]:
@@ -3032,12 +3033,8 @@ def _types_converters(core: Any) -> tuple[_TypesConvert | None, _TypesConvert | 
     if isinstance(core, type) and issubclass(core, enum.Enum):
         return partial(_types_encode_enum, core), partial(_types_decode_enum, core)
     if isinstance(core, type) and hasattr(core, "deserialize_from_bytes"):
-        return None, partial(_types_decode_bytes, core)
+        return None, partial(_types_decode_bytes, core, IpcValidation.FULL)
     return None, None
-
-
-def _types_chain(first: _TypesConvert, second: _TypesConvert) -> _TypesConvert:
-    return lambda value: second(first(value))
 
 
 # ---- containers: the same for annotations and for Arrow types
@@ -3047,9 +3044,9 @@ def _types_sequence(dtype: pa.DataType, nullable: bool, item: _TypesCodec, origi
     def encode(value: Any) -> list[Any]:
         if type(value) is list and item.takes(value):
             return value
-        if isinstance(value, (*_TYPES_TEXTS, Mapping)):
+        if isinstance(value, (*_TYPES_TEXTS, Mapping)) or not hasattr(value, "__iter__"):
             raise _types_wrong("a list", value)
-        return _types_each(item.cell, iter(value))
+        return _types_each(item.cell, "element ", enumerate(value))
 
     def decode(value: Any) -> Any:
         return origin(value if item.decode is None else map(item.value, value))
@@ -3067,9 +3064,9 @@ def _types_mapping(dtype: pa.DataType, nullable: bool, key: _TypesCodec, item: _
     def encode(value: Any) -> list[tuple[Any, Any]]:
         if type(value) is dict and key.takes(value) and item.takes(value.values()):
             return list(value.items())
-        if isinstance(value, _TYPES_TEXTS):
+        if isinstance(value, _TYPES_TEXTS) or not hasattr(value, "__iter__"):
             raise _types_wrong("a dict", value)
-        return _types_each(entry, iter(value.items() if isinstance(value, Mapping) else value))
+        return _types_each(entry, "entry ", enumerate(value.items() if isinstance(value, Mapping) else value))
 
     def decode(value: Any) -> dict[Any, Any]:
         if key.decode is None and item.decode is None:
@@ -3079,24 +3076,14 @@ def _types_mapping(dtype: pa.DataType, nullable: bool, key: _TypesCodec, item: _
     return _TypesCodec(dtype, nullable, encode, decode, plain=key.plain and item.plain)
 
 
-def _types_each(convert: _TypesConvert, values: Iterator[Any]) -> list[Any]:
+def _types_each(convert: _TypesConvert, where: str, values: Iterable[tuple[Any, Any]]) -> list[Any]:
+    """Convert values that have a place each, which an error notes."""
     found: list[Any] = []
-    try:
-        for value in values:
-            found.append(convert(value))
-    except Exception as exc:
-        exc.add_note(f"in element {len(found)}")
-        raise
-    return found
-
-
-def _types_named(where: str, codecs: Mapping[str, _TypesCodec], convert: Callable[..., Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, codec in codecs.items():
+    for place, value in values:
         try:
-            found[name] = convert(codec, name)
+            found.append(convert(value))
         except Exception as exc:
-            exc.add_note(f"in field {where}{name}")
+            exc.add_note(f"in {where}{place}")
             raise
     return found
 
@@ -3132,8 +3119,10 @@ def _types_child(field: pa.Field[Any]) -> _TypesCodec:
 
 def _types_struct(kind: type, where: str, fields: Mapping[str, _TypesCodec], value: Any) -> dict[str, Any]:
     """Encode the fields of a dict, or of an instance of the kind."""
+    value = _types_odd(value)
     get = value.get if isinstance(value, Mapping) else functools.partial(getattr, _types_made(kind, _types_odd, value))
-    return _types_named(where, fields, lambda codec, name: codec.cell(get(name)))
+    cells = _types_each(lambda name: fields[name].cell(get(name)), f"field {where}", zip(fields, fields, strict=True))
+    return dict(zip(fields, cells, strict=True))
 
 
 def _types_wrong(wanted: str, value: Any) -> TypeError:
@@ -3146,11 +3135,11 @@ def _types_odd(value: Any) -> Any:
     module = type(value).__module__
     if module == "builtins":
         return value
-    if isinstance(value, enum.Enum) and isinstance(value, str | bytes | int | float):
-        return value.value
     if module == "numpy" and getattr(value, "shape", None) == () and value.dtype.kind not in "mM":
         return value.item()
-    return value.as_py() if isinstance(value, pa.Scalar) else value
+    if isinstance(value, pa.Scalar):
+        return value.as_py()
+    return value.value if isinstance(value, enum.Enum) and isinstance(value, str | bytes | int | float) else value
 
 
 def _types_made(kind: type | tuple[type, ...], make: _TypesConvert, value: Any) -> Any:
@@ -3236,7 +3225,7 @@ def _types_checked(data: Mapping[str, Any], schema: pa.Schema) -> Mapping[str, A
         return data
     found = dict(data)
     for name, encode in risky:
-        if found.get(name) is not None and not hasattr(found[name], "type"):
+        if not isinstance(found.get(name), pa.Array | pa.ChunkedArray | None):
             found[name] = encode(found[name])
     return found
 
@@ -3278,11 +3267,12 @@ def _types_decode_enum(cls: type[enum.Enum], value: Any) -> enum.Enum:
         raise KeyError(f"{value!r} is not a valid {cls.__name__} name or value") from None
 
 
-def _types_decode_bytes(cls: Any, value: Any) -> Any:
+def _types_decode_bytes(cls: Any, *validation_and_value: Any) -> Any:
     """Of a dataclass, or of another class that reads itself."""
+    *validation, value = validation_and_value
     if not isinstance(value, bytes):
         raise TypeError(f"Expected bytes for {cls.__name__} deserialization, got {type(value).__name__}")
-    return cls.deserialize_from_bytes(value, IpcValidation.FULL)
+    return cls.deserialize_from_bytes(value, *validation)
 
 
 def _types_decode_schema(value: Any) -> pa.Schema | None:
@@ -3357,6 +3347,7 @@ class _TypesSpec(_NamedTuple):
     defaults: dict[str, Callable[[], Any]]  # of fields that may be absent
     encode: Callable[[Any], dict[str, Any]]  # an instance -> its cells
     template: _IpcCanonical | None  # None: pyarrow has to write it, and to read it
+    plain: _IpcCanonical | None  # the same, if it takes values as they are
 
 
 class _TypesSchema:
@@ -3389,9 +3380,13 @@ class ArrowSerializableDataclass:
         Raises TypeError, ValueError and the like for a value that is not what its field is annotated with.
         """
         spec = _types_spec(type(self))
-        cells = spec.encode(self)
-        data = None if spec.template is None else spec.template.encode(list(cells.values()))
-        return serialize_record_batch_bytes(_types_row_batch(self)) if data is None else b"".join(_ipc_pieces(data))
+        data = None if spec.plain is None else spec.plain.encode([getattr(self, name) for name in spec.codecs])
+        if data is None:
+            cells = spec.encode(self)
+            data = None if spec.template is None else spec.template.encode(list(cells.values()))
+            if data is None:
+                return serialize_record_batch_bytes(_types_row_batch(self, cells))
+        return b"".join(_ipc_pieces(data))
 
     @classmethod
     def deserialize_from_bytes(cls, data: bytes, ipc_validation: IpcValidation = IpcValidation.FULL) -> Self:
@@ -3400,7 +3395,7 @@ class ArrowSerializableDataclass:
         Raises ValueError (no row, several rows, missing fields), IPCError or pa.ArrowInvalid (not a valid stream),
         KeyError (unknown enum name), TypeError (a column of another type).
         """
-        spec = _types_spec(cls)
+        spec, data = _types_spec(cls), bytes(data)
         found = None if spec.template is None else spec.template.match(data, 0)
         if found is not None and found[1] == len(data):
             row = dict(zip(spec.codecs, found[0], strict=True))
@@ -3464,7 +3459,9 @@ def _types_compile(cls: type[ArrowSerializableDataclass]) -> _TypesSpec:
             raise TypeError(f"Transient field {where} must have a default value or default_factory")
     schema = pa.schema([pa.field(name, codec.dtype, nullable=codec.nullable) for name, codec in codecs.items()])
     encode = functools.partial(_types_struct, cls, f"{cls.__name__}.", codecs)
-    return _TypesSpec(schema, codecs, defaults, encode, _ipc_template(schema, None))
+    template = _ipc_template(schema, None)
+    plain = all(codec.plain for codec in codecs.values())
+    return _TypesSpec(schema, codecs, defaults, encode, template, template if plain else None)
 
 
 def _types_check_decorated(cls: type, hints: Mapping[str, Any]) -> None:
@@ -3482,19 +3479,23 @@ def _types_record(
     decode = functools.partial(_types_decode_record, cls)
     if top and cls.serialize_to_bytes is ArrowSerializableDataclass.serialize_to_bytes:
         _types_spec(cls)  # says now what is wrong with it
-    if top or (dtype is not None and "binary" in str(dtype)):
+    if top or (dtype is not None and _types_raw(dtype).exact == {bytes}):
         encode = functools.partial(_types_made, cls, lambda value: bytes(value.serialize_to_bytes()))
         return pa.binary() if top or dtype is None else dtype, encode, decode
     spec = _types_spec(cls)
     return pa.struct(list(spec.schema)) if dtype is None else dtype, spec.encode, decode
 
 
-def _types_row_batch(obj: ArrowSerializableDataclass) -> pa.RecordBatch:
+def _types_row_batch(obj: ArrowSerializableDataclass, encoded: Mapping[str, Any] | None = None) -> pa.RecordBatch:
     """The one-row batch of an instance."""
-    spec, where = _types_spec(type(obj)), f"{type(obj).__name__}."
-    cells = spec.encode(obj)
-    arrays = _types_named(where, spec.codecs, lambda codec, name: _types_array(cells[name], codec.dtype))
-    return pa.RecordBatch.from_arrays(list(arrays.values()), schema=spec.schema)
+    spec = _types_spec(type(obj))
+    cells = spec.encode(obj) if encoded is None else encoded
+    arrays = _types_each(
+        lambda name: _types_array(cells[name], spec.codecs[name].dtype),
+        f"field {type(obj).__name__}.",
+        zip(cells, cells, strict=True),
+    )
+    return pa.RecordBatch.from_arrays(arrays, schema=spec.schema)
 
 
 def _types_decode_record(cls: type[ArrowSerializableDataclass], value: Any) -> Any:
@@ -3507,11 +3508,13 @@ def _types_decode_record(cls: type[ArrowSerializableDataclass], value: Any) -> A
 
 def _types_from_batch(cls: type[_T], batch: pa.RecordBatch) -> _T:
     names = batch.schema.names
-    if names and batch.num_rows == 0:
-        raise ValueError(f"Cannot deserialize {cls.__name__} from empty RecordBatch")
-    if names and batch.num_rows > 1:
+    if names and batch.num_rows != 1:
+        few, many = (
+            f"Cannot deserialize {cls.__name__} from empty",
+            f"Expected single-row RecordBatch for {cls.__name__}",
+        )
         raise ValueError(
-            f"Expected single-row RecordBatch for {cls.__name__} deserialization, got {batch.num_rows} rows"
+            f"{many} deserialization, got {batch.num_rows} rows" if batch.num_rows else f"{few} RecordBatch"
         )
     if len(set(names)) < len(names):
         raise ValueError(f"Repeated columns in {cls.__name__} RecordBatch: {names}")
@@ -5565,7 +5568,7 @@ class _WirePlan:
             return None if value is not None and self.info.returns_undeclared else template.encode(())
         if self.plain_result and (data := template.encode((value,))) is not None:
             return data
-        if value is not None and self.encode_result is not None:
+        if value is not None and self.encode_result is not None and not hasattr(value, "__next__"):  # iterate once
             try:
                 value = self.encode_result(value)
             except Exception:  # the other path says what is wrong

@@ -399,6 +399,23 @@ def test_nan_and_negative_zero() -> None:
     assert math.copysign(1, through(float, -0.0)) == -1
 
 
+BLOB = pa.struct([("x", pa.int8()), ("y", pa.float32()), ("blob", pa.binary())])
+
+
+@pytest.mark.parametrize(
+    "dtype", [BLOB, pa.large_binary(), pa.struct([("x", pa.int64()), ("y", pa.float64())])], ids=str
+)
+def test_a_record_in_another_type(dtype: Any) -> None:
+    assert through(Annotated[Point, Arrow(dtype)], Point(1, 2.0), top=False) == Point(1, 2.0)
+
+
+def test_names_in_types_mean_nothing() -> None:
+    for dtype in (pa.timestamp("us", "list"), pa.struct([("binary", pa.int8())]), pa.list_(pa.field("map", pa.int8()))):
+        with pytest.raises(TypeError, match="expected"):
+            core._types_cell(object(), core._types_raw(dtype))
+        assert core._types_cell(None, core._types_raw(dtype)).null_count == 1
+
+
 def test_schema_keeps_its_metadata() -> None:
     assert through(pa.Schema, SCHEMA).metadata == {b"k": b"v"}
 
@@ -591,7 +608,7 @@ def test_values_that_do_not_fit(annotation: Any, value: Any) -> None:
     ("annotation", "value", "says"),
     [
         (list[int], [1, "x"], "expected int, got 'x', in element 1"),
-        (dict[str, list[int]], {"a": [1], "b": [1.5]}, "expected int, got 1.5, in element 0, in element 1"),
+        (dict[str, list[int]], {"a": [1], "b": [1.5]}, "expected int, got 1.5, in element 0, in entry 1"),
         (list[str], "abc", "expected a list, got 'abc'"),
         (list[Point], [Point(None)], "got None; annotate T | None to allow it, in field Point.x, in element 0"),
         (float, 2**60, "expected float, got an int beyond 9007199254740992, which it may not hold exactly"),
