@@ -2049,7 +2049,7 @@ def _ipc_is_folded(dtype: pa.DataType) -> bool:
 
 def _ipc_is_unknown(dtype: pa.DataType) -> bool:
     """Whether pyarrow reads arrays of the type and raises KeyError when one is looked at."""
-    return dtype.id in (pa.lib.Type_INTERVAL_MONTHS, pa.lib.Type_INTERVAL_DAY_TIME)
+    return str(dtype) in ("month_interval", "day_time_interval")
 
 
 def _ipc_is_hollow(dtype: pa.DataType) -> bool:
@@ -2111,9 +2111,10 @@ def _ipc_lengths(array: Any) -> Any:
     import pyarrow.compute as pc
 
     if "view" not in str(array.type):
-        return pc.binary_length(array)
+        return pc.call_function("binary_length", [array])
     views = pa.Array.from_buffers(pa.int32(), 4 * len(array), [None, array.buffers()[1]], offset=4 * array.offset)
-    return pc.list_element(pa.FixedSizeListArray.from_arrays(views, 4), 0)  # a view begins with its length
+    lists = pa.FixedSizeListArray.from_arrays(views, 4)
+    return pc.call_function("list_element", [lists, pa.scalar(0)])  # a view begins with its length
 
 
 def _ipc_sum(numbers: Any) -> int:
@@ -12401,6 +12402,8 @@ def _cli_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
 
 def _cli_column(column: pa.Array[Any]) -> list[Any]:
     of = pa.types
+    if of.is_float16(column.type):  # pyarrow below 21 makes a numpy scalar of it, and crashes where numpy is absent
+        column = column.cast(pa.float32())
     if of.is_integer(column.type) or of.is_floating(column.type) or of.is_boolean(column.type):
         return cast("list[Any]", column.to_pylist())
     return [_cli_plain(scalar) for scalar in column]
@@ -12421,6 +12424,8 @@ def _cli_plain(scalar: Any) -> Any:
         return _cli_column(scalar.values)
     if of.is_dictionary(dtype):
         return _cli_plain(scalar.value)
+    if of.is_float16(dtype):
+        return scalar.cast(pa.float32()).as_py()
     if of.is_timestamp(dtype) or of.is_time(dtype) or of.is_duration(dtype):
         return _cli_temporal(scalar, dtype)
     value = scalar.as_py()

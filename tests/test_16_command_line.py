@@ -29,6 +29,7 @@ import decimal
 import enum
 import importlib
 import os
+import struct
 import time
 from typing import Annotated, Protocol
 
@@ -117,7 +118,10 @@ NANOS = pa.record_batch(
         "ten": pa.array([10], pa.duration("s")),
         "kind": pa.array(["a"]).dictionary_encode(),
         "big": pa.array([[b"\\xff"]], pa.large_list(pa.large_binary())),
-        "half": pa.array([1.5], pa.float16()),
+        "half": pa.Array.from_buffers(pa.float16(), 1, [None, pa.py_buffer(struct.pack("<e", 1.5))]),
+        "halves": pa.StructArray.from_arrays(
+            [pa.Array.from_buffers(pa.float16(), 1, [None, pa.py_buffer(struct.pack("<e", 1.5))])], ["x"]
+        ),
         "nan": pa.array([float("nan")]),
     }
 )
@@ -448,7 +452,7 @@ def test_every_kind_of_value_has_a_json_form(cli: Cli) -> None:
     assert row["utc"] == "2023-11-14T22:13:20.000000001+00:00"
     assert row["clock"] == "01:00:00.000000001"
     assert (row["span"], row["ten"]) == ("PT10.000000001S", "PT10S")
-    assert (row["kind"], row["big"], row["half"]) == ("a", ["/w=="], 1.5)
+    assert (row["kind"], row["big"], row["half"], row["halves"]) == ("a", ["/w=="], 1.5, {"x": 1.5})
 
 
 def test_exchange(cli: Cli) -> None:

@@ -32,7 +32,7 @@ def tool(name: str) -> str:
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.exists() else shutil.which(name)
     if not found:
-        pytest.skip(f"{name} is not installed; pip install -e '.[dev]'")
+        pytest.skip(f"{name} is not installed; pip install -e . --group dev")
     return found
 
 
@@ -113,7 +113,7 @@ def test_vendored_copy(check, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project's wheel, built with the installed hatchling (no network)."""
-    pytest.importorskip("hatchling", reason="hatchling is not installed; pip install -e '.[dev]'")
+    pytest.importorskip("hatchling", reason="hatchling is not installed; pip install -e . --group dev")
     out = tmp_path_factory.mktemp("dist")
     ran = run(ROOT, sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out))
     assert ran.returncode == 0, ran.stdout + ran.stderr

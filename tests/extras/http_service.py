@@ -6,8 +6,9 @@ import base64
 import importlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import pyarrow as pa
@@ -21,6 +22,14 @@ else:
 ARROW = "application/vnd.apache.arrow.stream"
 KEY = b"k" * 32
 NUMBERS = pa.schema([pa.field("n", pa.int64())])
+
+
+def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    """Wait for something that comes by itself; AssertionError when it does not."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it has not come"
+        time.sleep(0.005)
 
 
 @dataclass
@@ -99,6 +108,7 @@ class Service(Protocol):
     def blob(self, size: int) -> bytes: ...
     def who(self) -> str: ...
     def wait(self, seconds: float) -> float: ...
+    def hold(self, folder: str) -> str: ...
     def cookie(self, name: str) -> str: ...
     def count(self, end: int) -> core.Stream[core.ProducerState]: ...
     def down(self, end: int, step: int) -> core.Stream[core.ProducerState, Head]: ...
@@ -140,6 +150,11 @@ class Impl:
     def wait(self, seconds: float) -> float:
         time.sleep(seconds)
         return seconds
+
+    def hold(self, folder: str) -> str:
+        Path(folder, "begun").touch()
+        until(Path(folder, "go").exists)
+        return "held"
 
     def cookie(self, name: str, ctx: Any) -> str:
         ctx.set_cookie(name, "v", same_site="lax", max_age=5)

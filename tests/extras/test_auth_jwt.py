@@ -6,6 +6,7 @@ import base64
 import hmac
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -106,9 +107,11 @@ def test_time_has_leeway(shared: Provider, accept: Any) -> None:
         strict(request(bearer(shared.sign(exp=now - 1))))
 
 
-def test_nan_never_expires_and_is_refused(shared: Provider, accept: Any) -> None:
+@pytest.mark.parametrize("name", ["exp", "nbf", "iat"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, True, False, "1", [1], {}])
+def test_what_is_no_time_is_refused(shared: Provider, accept: Any, name: str, value: Any) -> None:
     with refused("invalid_credential"):
-        accept(request(bearer(shared.sign(exp=float("nan")))))
+        accept(request(bearer(shared.sign(**{name: value}))))
 
 
 def test_algorithm_confusion(shared: Provider, accept: Any) -> None:

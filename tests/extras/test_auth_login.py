@@ -6,7 +6,6 @@ import base64
 import contextlib
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -40,11 +39,6 @@ from vgi_rpc_extras.auth import (
 
 KEY = b"t" * 32
 HTML = {"Accept": "text/html"}
-CHROMIUM = "/usr/bin/chromium"
-FLAGS = [
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-]
 
 
 @contextlib.contextmanager
@@ -507,17 +501,6 @@ def test_plain_http_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
 
 
 # A real browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if not os.path.exists(CHROMIUM):
-        pytest.skip("chromium is not installed")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield found
-        found.close()
 
 
 def test_in_chromium(browser: Any, site: Any) -> None:

@@ -24,7 +24,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.core import core
@@ -324,6 +324,7 @@ def test_common_name_of_a_subject(name: str, principal: str) -> None:
         "CN=\\ff",
         "CN=a\\z",
         "CN",
+        "CN=\\ ",
         "",
     ],
 )
@@ -338,6 +339,7 @@ NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_siz
 @given(st.lists(NAMES, max_size=3))
 def test_names_agree_with_cryptography(values: list[str]) -> None:
     expected = "".join(values) or "x"
+    assume(" " not in values)  # cryptography escapes a lone space twice until version 47
     attributes = [x509.NameAttribute(NameOID.ORGANIZATION_NAME, value, _validate=False) for value in values]
     attributes.append(x509.NameAttribute(NameOID.COMMON_NAME, expected, _validate=False))
     text = x509.Name(attributes).rfc4514_string()

@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,8 +26,8 @@ pytest.importorskip("falcon")
 pytest.importorskip("cryptography")
 pytest.importorskip("waitress")
 
-from tests.extras.http_service import Read, request
-from tests.extras.test_http_serve import SERVE, Link, process, until_open
+from tests.extras.http_service import Read, request, until
+from tests.extras.test_http_serve import SERVE, Held, Link, drain, process, until_open
 from tests.test_readme import free_port, health, readme
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,17 +116,14 @@ def nginx(folder: Path, one: int, two: int) -> Iterator[int]:
 
 @needs_nginx
 def test_nginx_asks_another_replica_when_one_goes_down(tmp_path: Path) -> None:
-    body, add = request("wait", seconds=2.5), request("add", a=1.0, b=2.0)
+    add = request("add", a=1.0, b=2.0)
     with process("-c", SERVE, "waitress") as (first, one), process("-c", SERVE, "waitress") as (_, two):
-        with nginx(tmp_path, one, two) as port, Link(one) as slow, Link(port) as link:
-            thread = threading.Thread(target=slow.post, args=("/Service/wait", body))
-            thread.start()
-            time.sleep(0.3)
-            first.send_signal(signal.SIGTERM)
-            time.sleep(0.2)
+        with nginx(tmp_path, one, two) as port, Link(one, 60) as slow, Link(port) as link:
+            held = Held(slow, tmp_path)
+            drain(first, one)
             for _ in range(6):
                 assert Read(link.post("/Service/add", add)).result == 3.0
-            thread.join(10)
+            assert Read(held.result()).result == "held"
             assert first.wait(10) == 0
             for _ in range(4):
                 assert Read(link.post("/Service/add", add)).result == 3.0
@@ -184,6 +180,10 @@ def keep_calling(port: int, end: threading.Event, seen: Counter[str]) -> None:
             seen[f"{type(exc).__name__}: {exc}"] += 1
 
 
+def right_of(counts: list[Counter[str]]) -> int:
+    return sum(seen["right"] for seen in counts)
+
+
 def core_http_connect(url: str) -> Any:
     connect: Any = getattr(core, "http_connect")  # noqa: B009 (a lazy name)
     return connect(Calc, url, timeout=60)
@@ -202,19 +202,18 @@ def test_a_restart_behind_a_socket_of_systemd_refuses_nobody(folder: Path) -> No
             assert health(port, first) == 200
             for thread in threads:
                 thread.start()
-            time.sleep(0.5)
+            until(lambda: right_of(counts) >= 20)
             first.terminate()
             assert first.wait(20) == 0
-        before = sum(counts, Counter[str]())["right"]
+        before = right_of(counts)
         with running(argv, folder, **handed) as second:
             assert health(port, second) == 200
-            time.sleep(0.5)
+            until(lambda: right_of(counts) > before)
             end.set()
             for thread in threads:
                 thread.join(60)
         total = sum(counts, Counter[str]())
         assert set(total) == {"right"}, total
-        assert 0 < before < total["right"]
 
 
 @plain
@@ -238,9 +237,7 @@ def test_a_worker_for_each_connection_to_a_socket_of_systemd(folder: Path) -> No
     path = folder / "raw.sock"
     argv = [str(ACTIVATE), "-l", str(path), "-a", "--inetd", "-E", "PYTHONPATH"]
     with running([*argv, *command_of(files()["calc-raw@.service"])], folder):
-        deadline = time.monotonic() + 10
-        while not path.exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
+        until(path.exists)
         with core.unix_connect(Calc, str(path), timeout=30) as one, core.unix_connect(Calc, str(path)) as two:
             assert (one.add(1.0, 2.0), two.add(3.0, 4.0), one.add(5.0, 6.0)) == (3.0, 7.0, 11.0)
 

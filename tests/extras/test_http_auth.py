@@ -26,6 +26,9 @@ from vgi_rpc_extras.auth import (
     OAuthResourceMetadata,
     ProxyProofConfig,
     bearer_authenticate_static,
+    chain_authenticate,
+    declare_key_headers,
+    declare_proxy_headers,
     mint_proof,
     proxy_proof_gate,
     require_all,
@@ -75,6 +78,38 @@ def test_metadata_and_challenge() -> None:
     assert client.get("/.well-known/other").status_code == 404
     # Without a client_id there is nothing to log in with.
     assert client.get("/api", headers={"Accept": "text/html"}).status_code == 401
+
+
+def header_key(req: Any) -> core.AuthContext:
+    if req.get_header("X-API-Key") != "good":
+        raise ValueError("no key")
+    return ALICE
+
+
+@pytest.mark.parametrize(
+    ("authenticate", "challenge", "asked_for"),
+    [
+        (TOKENS, "Bearer", ['type="hidden" value="Authorization"']),
+        (header_key, "Bearer", ['name="header" value="Authorization"']),  # which header it reads is not known
+        (declare_key_headers(lambda req: header_key(req), "X-API-Key"), 'ApiKey header="X-API-Key"', ["X-API-Key"]),
+        (
+            chain_authenticate(TOKENS, declare_key_headers(lambda req: header_key(req), "X-API-Key")),
+            'Bearer, ApiKey header="X-API-Key"',
+            ["<option>Authorization</option><option>X-API-Key</option>"],
+        ),
+        (declare_proxy_headers(lambda req: header_key(req), "X-Client-Cert"), "Proxy", []),
+    ],
+)
+def test_401_says_what_is_wanted(authenticate: Any, challenge: str, asked_for: list[str]) -> None:
+    client = core.make_sync_client(make_server(), authenticate=authenticate)
+    called = client.post("/__call__", content=b"{}", headers={"Content-Type": "application/json"})
+    seen = client.get("/describe", headers={"Accept": "text/html"})
+    for answer in (called, seen):
+        assert (answer.status_code, answer.headers["WWW-Authenticate"]) == (401, challenge)
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert "no-store" in answer.headers["Cache-Control"]
+    assert ('name="key" type="password"' in seen.text) is ("<script>" in seen.text) is bool(asked_for)
+    assert all(text in seen.text for text in asked_for)
 
 
 def test_what_does_not_fit_together() -> None:

@@ -7,8 +7,8 @@ import http.client
 import json
 import signal
 import threading
-import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,19 +17,10 @@ pytest.importorskip("falcon")
 pytest.importorskip("cryptography")
 pytest.importorskip("waitress")
 
-from tests.extras.http_service import Read, request
-from tests.extras.test_http_serve import SERVE, Answer, Link, process, until_open
+from tests.extras.http_service import Read, request, until
+from tests.extras.test_http_serve import SERVE, Held, Link, drain, get_health, process, until_open
 
 CALLERS = 200
-
-
-def get_health(port: int, verb: str = "GET") -> Answer:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-    try:
-        connection.request(verb, "/health")
-        return Answer(connection.getresponse())
-    finally:
-        connection.close()
 
 
 @pytest.fixture(params=["waitress", "granian"])
@@ -40,18 +31,14 @@ def served(request: Any) -> Iterator[tuple[Any, int]]:
         yield found, port
 
 
-def test_health_says_draining_while_accepted_calls_finish(served: tuple[Any, int]) -> None:
+def test_health_says_draining_while_accepted_calls_finish(served: tuple[Any, int], tmp_path: Path) -> None:
     found, port = served
-    body, add = request("wait", seconds=1.5), request("add", a=1.0, b=2.0)
-    answers: list[Answer] = []
-    with Link(port) as slow, Link(port) as kept:
+    add = request("add", a=1.0, b=2.0)
+    with Link(port, 60) as slow, Link(port) as kept:
         assert json.loads(get_health(port).content)["status"] == "ok"
         assert Read(kept.post("/Service/add", add)).result == 3.0
-        thread = threading.Thread(target=lambda: answers.append(slow.post("/Service/wait", body)))
-        thread.start()
-        time.sleep(0.3)
-        found.send_signal(signal.SIGTERM)
-        time.sleep(0.2)
+        held = Held(slow, tmp_path)
+        drain(found, port)
         for verb in ("GET", "HEAD", "OPTIONS"):
             health = get_health(port, verb)
             assert (health.status_code, health.headers["Retry-After"]) == (503, "1"), verb
@@ -62,8 +49,7 @@ def test_health_says_draining_while_accepted_calls_finish(served: tuple[Any, int
                 assert json.loads(health.content)["protocol"] == "Service"
         refused = kept.post("/Service/add", add)  # on the connection of an earlier call
         assert (refused.status_code, refused.headers["Connection"]) == (503, "close")
-        thread.join(10)
-        assert Read(answers[0]).result == 1.5
+        assert Read(held.result()).result == "held"
     assert found.wait(10) == 0
 
 
@@ -94,9 +80,7 @@ def test_two_hundred_callers_lose_nothing(served: tuple[Any, int]) -> None:
     for thread in threads:
         thread.start()
     go.set()
-    deadline = time.monotonic() + 20
-    while sum(seen["answered"] for seen in counts) < CALLERS and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(lambda: sum(seen["answered"] for seen in counts) >= CALLERS)
     found.send_signal(signal.SIGTERM)
     for thread in threads:
         thread.join(20)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import json
 import re
 from typing import Any, ClassVar, Protocol
@@ -15,6 +16,8 @@ from tests.core import core
 pytest.importorskip("falcon")
 pytest.importorskip("cryptography")
 
+from tests.extras import test_http_json as weather
+from tests.extras.auth_provider import served
 from tests.extras.http_service import make_server
 
 
@@ -110,19 +113,17 @@ def test_calls_with_json() -> None:
     assert unary("nothing") == (200, {"result": None})
     assert unary("blob", size=2) == (200, {"result": "eHg="})
     status, answer = unary("fail", kind="x")
-    assert (status, answer["error"]["message"]) == (200, "ValueError: no luck")
+    assert (status, answer) == (500, {"error": {"code": "UNKNOWN", "message": "ValueError: no luck"}})
     assert unary("who")[1]["logs"] == [{"level": "INFO", "message": "asked"}]
-    bad: list[tuple[str, dict[str, Any], str]] = [
-        ("add", {"a": "x"}, "'a' is not a valid double"),
-        ("add", {}, "missing required argument"),
-        ("add", {"a": 1, "c": 2}, "unknown: c"),
-        ("nope", {}, "no method 'nope'"),
-        ("count", {"end": 1}, "is a stream"),
+    bad: list[tuple[str, dict[str, Any], int, str]] = [
+        ("add", {"a": "x"}, 400, "'a' is not a valid double"),
+        ("add", {}, 400, "'a' is not optional but got None"),
+        ("add", {"a": 1, "c": 2}, 400, "unknown: c"),
+        ("nope", {}, 404, "no method 'nope'"),
     ]
-    for method, args, text in bad:
+    for method, args, expected, text in bad:
         status, answer = unary(method, **args)
-        assert status == 400, answer
-        assert text in answer["description"] or method == "add", answer
+        assert status == expected and text in answer["error"]["message"], answer
 
 
 @pytest.mark.parametrize(
@@ -138,6 +139,139 @@ def test_json_calls_are_guarded_and_can_be_switched_off() -> None:
     assert off.post("/__call__", content=json.dumps(asked).encode()).status_code == 404
     assert "<script>" not in off.get("/describe").text
     on = core.make_sync_client(make_server())
-    assert ask(on, asked, "text/plain")[0] == 400  # what a form of another origin could send
+    for kind in ("text/plain", "", "multipart/form-data; x=application/json"):  # what a form of another origin sends
+        assert ask(on, asked, kind)[0] == 415
     guarded = core.make_sync_client(make_server(), authenticate=core.bearer_authenticate_static(tokens={}))
     assert ask(guarded, asked)[0] == 401
+
+
+# ---- what a reader sees
+
+
+def test_what_a_record_an_enum_and_a_protocol_say() -> None:
+    text = core.make_sync_client(weather.make_server(), prefix="/weather").get("/weather/describe").text
+    assert "Stations &amp; what they &lt;b&gt;measure&lt;/b&gt;.\n\nTwo paragraphs." in text
+    assert "one of CELSIUS, KELVIN; default &quot;KELVIN&quot;" in text and "Unit.KELVIN" not in text
+    assert "default &quot;PT3600S&quot;" in text
+    section = text[text.index("<h3>echo</h3>") :].partition("</section>")[0]
+    assert re.findall(r"<caption>(\w+)</caption>", section) == ["Parameters", "Result", "Station", "Place"]
+    assert "<td><code>station</code></td><td>Station</td>" in section
+    assert "<td><code>others</code></td><td>list&lt;Place&gt;</td>" in section
+    assert "may be null; default null" in section
+    example = html.unescape(re.search(r'name="args"[^>]*>(.*?)</textarea>', section, re.S)[1])  # type: ignore[index]
+    assert json.loads(example) == {"station": {"place": {"name": ""}, "built": "2026-01-31"}}
+    assert "map&lt;string, Place&gt;" in text and "<td>RecordBatch</td>" in text
+    assert text.count('name="input"') == 1 and text.count('name="rows"') == 2
+
+
+def test_paths_as_people_write_them() -> None:
+    client = core.make_sync_client(weather.make_server(), prefix="/weather")
+    assert client.get("/weather/").text == client.get("/weather").text
+    assert client.get("/weather/describe/").text == client.get("/weather/describe").text
+    assert client.get("/weather/").status_code == client.get("/weather/describe/").status_code == 200
+    assert client.get("/weather/health/").status_code == 404  # http.md section 2
+
+
+# ---- in a browser
+
+
+def open_form(page: Any, method: str) -> Any:
+    form = page.locator("section", has=page.locator(f"h3:text-is('{method}')")).locator("details")
+    form.locator("summary").click()
+    return form
+
+
+def called(form: Any, args: str = "", **more: str) -> Any:
+    """Press the button, and wait for the answer."""
+    if args:
+        form.locator("[name=args]").fill(args)
+    for name, text in more.items():
+        form.locator(f"[name={name}]").fill(text)
+    form.locator("form").evaluate("form => delete form.dataset.done")
+    form.locator("button").click()
+    form.locator("xpath=self::*[form/@data-done]").wait_for()
+    return form
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_in_chromium(browser: Any, slash: str) -> None:
+    app = core.make_wsgi_app(weather.make_server(), prefix="/weather", token_key=b"k" * 32)
+    with served(app) as url:
+        page = browser.new_page()
+        complaints: list[str] = []
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(f"{url}/weather/")
+        page.click("text=Methods of this service")
+        page.goto(f"{url}/weather/describe{slash}")
+        form = called(open_form(page, "echo"))
+        answer = json.loads(form.locator("pre").inner_text())
+        assert answer["result"]["place"] == {"name": "", "unit": "CELSIUS", "height": None}
+        form = called(open_form(page, "readings"), '{"end": 9}', rows="3")
+        assert form.locator("th").all_inner_texts() == ["n: int64", "at: timestamp[us, tz=UTC]"]
+        assert form.locator("td").all_inner_texts()[::2] == ["0", "0", "1"]
+        assert json.loads(form.locator("pre").inner_text())["more"] is True
+        form = called(open_form(page, "scale"), '{"by": 2}')
+        assert json.loads(form.locator("pre").inner_text())["input_columns"] == [{"name": "n", "type": "int64"}]
+        called(form, input='[{"n": 4}]')
+        assert form.locator("td").all_inner_texts() == ["8"]
+        called(form, '{"by": 1}', input='[{"n": 9007199254740993}]')
+        assert form.locator("td").all_inner_texts() == ["9007199254740993"]
+        assert complaints == []
+        form = called(open_form(page, "fail"), '{"code": "NOT_FOUND"}')
+        assert form.locator("pre").get_attribute("class") == "bad"
+        assert json.loads(form.locator("pre").inner_text())["error"]["code"] == "NOT_FOUND"
+        assert all("404" in text for text in complaints)  # what the browser says of any failed request
+        page.close()
+
+
+def key_of_header(req: Any) -> Any:
+    if req.get_header("X-API-Key") != "s3cret":
+        raise ValueError("no key")
+    return core.AuthContext("key", True, "alice")
+
+
+@pytest.mark.parametrize("header", ["Authorization", "X-API-Key"])
+def test_a_key_is_asked_for_and_kept_in_the_page_alone(browser: Any, header: str) -> None:
+    alice = core.AuthContext("key", True, "alice")
+    bearer = core.bearer_authenticate_static(tokens={"s3cret": alice})
+    authenticate = bearer if header == "Authorization" else key_of_header
+    app = core.make_wsgi_app(weather.make_server(), authenticate=authenticate, token_key=b"k" * 32)
+    with served(app) as url:
+        context = browser.new_context()
+        page = context.new_page()
+        seen: list[str] = []
+        page.on("request", lambda request: seen.append(request.url))
+        errors: list[str] = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(f"{url}/")
+        if header != "Authorization":
+            page.fill("[name=header]", header)
+        page.fill("[name=key]", "wrong")
+        page.click("text=Use")
+        page.locator("text=invalid_credential" if header == "Authorization" else "text=unauthorized").wait_for()
+        if header != "Authorization":
+            page.fill("[name=header]", header)
+        page.fill("[name=key]", "s3cret")
+        page.keyboard.press("Enter")
+        page.click("text=Methods of this service")
+        page.locator("h3:text-is('sum')").wait_for()
+        assert page.url == f"{url}/describe" and page.title() == "Weather: methods"
+        form = called(open_form(page, "sum"), '{"values": [1, 2]}')
+        assert json.loads(form.locator("pre").inner_text()) == {"result": 3}
+        page.go_back()
+        page.locator("text=Methods of this service").wait_for()
+        page.go_forward()
+        page.locator("h3:text-is('sum')").wait_for()
+        stored = "JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie, location.href])"
+        assert "s3cret" not in page.evaluate(stored) and context.cookies() == []
+        assert not any("s3cret" in asked for asked in seen)
+        assert page.locator("[name=key]").input_value() == ""
+        page.fill("[name=key]", "")
+        page.locator(".key button").click()  # and it can be taken back
+        form = called(open_form(page, "odd"))
+        assert json.loads(form.locator("pre").inner_text())["error"] == "unauthorized"
+        page.reload()
+        assert page.title() == "Not authorized"
+        assert errors == []
+        context.close()

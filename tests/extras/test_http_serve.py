@@ -26,7 +26,7 @@ pytest.importorskip("falcon")
 pytest.importorskip("cryptography")
 pytest.importorskip("waitress")
 
-from tests.extras.http_service import ARROW, Read, make_server, request, turn
+from tests.extras.http_service import ARROW, Read, make_server, request, turn, until
 
 ROOT = Path(__file__).resolve().parents[2]
 NGINX = shutil.which("nginx") or ("/usr/sbin/nginx" if os.path.exists("/usr/sbin/nginx") else None)
@@ -102,42 +102,70 @@ def until_open(port: int) -> None:
             time.sleep(0.02)
 
 
+def get_health(port: int, verb: str = "GET") -> Answer:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        connection.request(verb, "/health")
+        return Answer(connection.getresponse())
+    finally:
+        connection.close()
+
+
+class Held:
+    """A call of a thread that is under way until it is let go."""
+
+    def __init__(self, link: Link, folder: Path) -> None:
+        self._folder = folder
+        self._answers: list[Answer] = []
+        body = request("hold", folder=str(folder))
+        self._thread = threading.Thread(target=lambda: self._answers.append(link.post("/Service/hold", body)))
+        self._thread.start()
+        until((folder / "begun").exists)
+
+    def result(self) -> Answer:
+        """Let it go; its answer."""
+        (self._folder / "go").touch()
+        self._thread.join(20)
+        return self._answers[0]
+
+
+def drain(found: Any, port: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """Send the signal, and wait until the server has taken notice."""
+    found.send_signal(number)
+    until(lambda: get_health(port).status_code == 503)
+
+
 @pytest.mark.parametrize(
     ("number", "server"), [(signal.SIGTERM, "waitress"), (signal.SIGINT, "waitress"), (signal.SIGTERM, "granian")]
 )
-def test_accepted_requests_finish(number: signal.Signals, server: str) -> None:
+def test_accepted_requests_finish(number: signal.Signals, server: str, tmp_path: Path) -> None:
     if server == "granian":
         pytest.importorskip("granian")
     with process("-c", SERVE, server) as (found, port):
         until_open(port)
-        answers: list[Answer] = []
-        body, add = request("wait", seconds=0.8), request("add", a=1.0, b=1.0)
-        slow = threading.Thread(target=lambda: answers.append(post(port, "/Service/wait", body)))
-        slow.start()
-        time.sleep(0.4)
-        found.send_signal(number)
-        time.sleep(0.2)
-        refused = post(port, "/Service/add", add)
+        with Link(port, 60) as link:
+            held = Held(link, tmp_path)
+            drain(found, port, number)
+            refused = post(port, "/Service/add", request("add", a=1.0, b=1.0))
+            answer = held.result()
         assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
         assert refused.headers["VGI-Supported-Encodings"] == "zstd, gzip"
-        slow.join(10)
-        assert Read(answers[0]).result == 0.8
+        assert Read(answer).result == "held"
         assert found.wait(10) == 0
         assert found.stdout.read() == ""  # PORT was all
 
 
 @pytest.mark.parametrize("server", ["waitress", "granian"])
-def test_a_second_signal_ends_it_at_once(server: str) -> None:
+def test_a_second_signal_ends_it_at_once(server: str, tmp_path: Path) -> None:
     pytest.importorskip(server)
     with process("-c", SERVE, server) as (found, port):
         until_open(port)
         slow = socket.create_connection(("127.0.0.1", port), 5)
-        body = request("wait", seconds=30.0)
-        head = f"POST /Service/wait HTTP/1.1\r\nHost: x\r\nContent-Type: {ARROW}\r\nContent-Length: {len(body)}\r\n\r\n"
+        body = request("hold", folder=str(tmp_path))
+        head = f"POST /Service/hold HTTP/1.1\r\nHost: x\r\nContent-Type: {ARROW}\r\nContent-Length: {len(body)}\r\n\r\n"
         slow.sendall(head.encode() + body)
-        time.sleep(0.3)
-        found.send_signal(signal.SIGTERM)
-        time.sleep(0.2)
+        until((tmp_path / "begun").exists)
+        drain(found, port)
         assert found.poll() is None
         found.send_signal(signal.SIGTERM)
         assert found.wait(5) == 1

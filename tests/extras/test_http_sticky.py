@@ -346,10 +346,13 @@ def test_delete_of_what_is_long_in_use() -> None:
 
 
 def test_what_has_expired_is_closed_without_a_request() -> None:
-    client = make_client(sticky_default_ttl=0.2)
+    client = make_client(sticky_default_ttl=3000.0)
     token = opened(client)
-    kept = opened(client, ttl=30.0)
-    wait_until(lambda: Tally.made[0].closed == 1, 4)
+    kept = opened(client, ttl=4000.0)
+    ending, staying = sessions_of(client)._all()
+    assert 2900 < ending.ends - time.monotonic() <= 3000 < 3900 < staying.ends - time.monotonic()
+    ending.ends = time.monotonic()
+    wait_until(lambda: Tally.made[0].closed == 1, 20)
     assert Tally.made[0].closed_by == "vgi_rpc-sessions"
     found = post(client, "add", token, n=1)
     lost(found)
@@ -362,27 +365,32 @@ def test_what_has_expired_is_closed_without_a_request() -> None:
 
 def test_time_runs_out_in_the_middle_of_a_method() -> None:
     client = make_client()
-    token = opened(client, ttl=0.5)
+    token = opened(client, ttl=3000.0)
+    (session,) = sessions_of(client)._all()
 
-    def add_later() -> Read:
-        time.sleep(0.1)
-        return post(client, "add", token, n=1)
+    def hold() -> tuple[Read, str]:
+        return post(client, "hold", token, seconds=0.4), threading.current_thread().name
 
-    waiting = in_thread(add_later)
-    held = post(client, "hold", token, seconds=0.9)  # the thread that closes looks several times
+    holding = in_thread(hold)
+    until_used()
+    waiting = in_thread(lambda: post(client, "add", token, n=1))
+    session.ends = time.monotonic()  # the thread that closes looks several times
+    held, name = holding()
     assert held.result == 10
-    tally = Tally.made[0]
-    assert tally.closed == 1 and tally.closed_by == threading.current_thread().name
     lost(waiting())
+    tally = Tally.made[0]
+    assert tally.closed == 1 and tally.closed_by == name
 
 
 def test_sessions_are_not_prolonged() -> None:
     client = make_client()
-    token = opened(client, ttl=0.6)
+    token = opened(client, ttl=3000.0)
+    (session,) = sessions_of(client)._all()
+    ends = session.ends
     for _ in range(10):
         assert post(client, "add", token, n=1).error == ""
-        time.sleep(0.02)
-    time.sleep(0.4)
+    assert session.ends == ends
+    session.ends = time.monotonic()
     lost(post(client, "add", token, n=1))
 
 
@@ -508,7 +516,7 @@ def test_json_calls() -> None:
     token = {"VGI-Session": first.headers["VGI-Session"]}
     assert json.loads(ask("add", token, n=1).content) == {"result": 4}
     refused = ask("add", {"VGI-Session": "x"}, n=1)
-    assert (refused.status_code, json.loads(refused.content)["title"]) == (400, "SessionLostError")
+    assert (refused.status_code, json.loads(refused.content)["error"]["code"]) == (409, "ABORTED")
 
 
 # ---- bounds

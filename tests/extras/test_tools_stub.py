@@ -309,7 +309,7 @@ def checked(where: Path, *command: str) -> None:
 def test_checkers_accept_the_file(description: Any, tmp_path: Path, checker: str) -> None:
     program = Path(sys.executable).parent / checker
     if not program.exists():
-        pytest.skip(f"{checker} is not installed; pip install -e '.[dev]'")
+        pytest.skip(f"{checker} is not installed; pip install -e . --group dev")
     copy = tmp_path.joinpath(*core.__name__.split(".")).with_suffix(".py")
     copy.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(str(core.__file__), copy)

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 _EXTRA = {"mtls": "mtls"}  # the others need [oauth]
 _NAMES = {
     "unauthorized": "AuthFailure AuthGuard AuthReason AuthenticationError"
-    " build_proxy_hint classify_auth_failure declare_proxy_headers merge_proxy_headers proxy_headers_of"
+    " build_proxy_hint classify_auth_failure declare_key_headers declare_proxy_headers key_headers_of"
+    " merge_proxy_headers proxy_headers_of"
     " read_unauthorized",
     "bearer": "Authenticate PreconditionGate bearer_authenticate bearer_authenticate_static chain_authenticate"
     " make_cookie_authenticate require_all",

@@ -23,7 +23,9 @@ from .unauthorized import (
     AuthFailure,
     AuthReason,
     classify_auth_failure,
+    declare_key_headers,
     declare_proxy_headers,
+    key_headers_of,
     merge_proxy_headers,
 )
 
@@ -57,7 +59,7 @@ def bearer_authenticate(*, validate: Callable[[str], core.AuthContext]) -> Authe
     def authenticate(req: falcon.Request) -> core.AuthContext:
         return validate(_bearer_token(req))
 
-    return authenticate
+    return declare_key_headers(authenticate, "Authorization")
 
 
 def _bearer_token(req: falcon.Request) -> str:
@@ -113,6 +115,7 @@ def chain_authenticate(*authenticators: Authenticate) -> Authenticate:
         missing = AuthReason.MISSING_CREDENTIAL
         raise AuthFailure(next((reason for reason in reasons if reason is not missing), missing))
 
+    declare_key_headers(authenticate, *key_headers_of(*authenticators))
     return declare_proxy_headers(authenticate, *merge_proxy_headers(*authenticators))
 
 
@@ -161,6 +164,7 @@ def require_all(gate: PreconditionGate, inner: Authenticate | None = None) -> Au
         merged = {**auth.claims, gate.claims_key: claims}
         return core.AuthContext(auth.domain, auth.authenticated, auth.principal, merged)
 
+    declare_key_headers(authenticate, *key_headers_of(inner))
     return declare_proxy_headers(authenticate, *merge_proxy_headers(gate, inner))
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 import threading
 import time
@@ -140,6 +141,7 @@ class JwtVerifier:
             claims = json.loads(payload)
             if not isinstance(claims, dict):
                 raise AuthFailure(AuthReason.INVALID_CREDENTIAL, "the claims are not an object")
+            _check_times(claims)
             self._claims.validate(claims)
         except jose_errors.ExpiredTokenError:
             raise AuthFailure(AuthReason.EXPIRED_CREDENTIAL, "the token has expired") from None
@@ -164,6 +166,14 @@ class JwtVerifier:
         if header["alg"] not in self._registry.names:
             raise AuthFailure(AuthReason.INVALID_CREDENTIAL, "algorithm not allowed")
         return header
+
+
+def _check_times(claims: Mapping[str, Any]) -> None:
+    """Times are finite numbers (RFC 7519 section 2): joserfc 1.7 lets an end of NaN pass, which is none."""
+    for name in ("exp", "nbf", "iat"):
+        value = claims.get(name, 0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise AuthFailure(AuthReason.INVALID_CREDENTIAL, f"{name} is not a time")
 
 
 def _several(name: str, value: str | tuple[str, ...]) -> list[str]:

@@ -35,7 +35,9 @@ __all__ = [
     "AuthenticationError",
     "build_proxy_hint",
     "classify_auth_failure",
+    "declare_key_headers",
     "declare_proxy_headers",
+    "key_headers_of",
     "merge_proxy_headers",
     "proxy_headers_of",
     "read_unauthorized",
@@ -113,6 +115,29 @@ def merge_proxy_headers(*sources: object) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for source in sources for name in proxy_headers_of(source)))
 
 
+def declare_key_headers(fn: _F, *headers: str) -> _F:
+    """Record on an authenticator which request headers carry a caller's key ("X-API-Key"); returns it.
+
+    The describe page then has a place for the key, and 401 and OpenAPI say what is wanted. Bearer authenticators have
+    declared theirs, Authorization.
+    """
+    fn.vgi_key_headers = tuple(dict.fromkeys((*key_headers_of(fn), *headers)))  # type: ignore[attr-defined]
+    return fn
+
+
+def key_headers_of(*fns: object) -> tuple[str, ...]:
+    """Return the header names recorded by `declare_key_headers`, of all `fns`, each once."""
+    return tuple(dict.fromkeys(name for fn in fns for name in getattr(fn, "vgi_key_headers", ())))
+
+
+def _challenge(headers: Sequence[str] | None) -> str:
+    """The WWW-Authenticate value of a service whose callers have a key in one of these headers."""
+    if headers is None:
+        return "Proxy"  # it is the proxy that must add something: the note says what
+    others = [f'ApiKey header="{name}"' for name in headers if name.lower() != "authorization"]
+    return ", ".join((["Bearer"] if len(others) < len(headers) else []) + others) or "Bearer"
+
+
 def build_proxy_hint(headers: Iterable[str]) -> str:
     """Return the note of a service behind a proxy; empty when it needs no header of one."""
     names = ", ".join(headers)
@@ -187,11 +212,12 @@ class AuthGuard:
         prefix: of all routes, "" or "/something".
         proxy_auth_headers: further header names for the note of a 401.
         proxy_proof_required: add the proof's header to that note.
-        challenge: the WWW-Authenticate value of every 401; "" for none (oauth.build_www_authenticate).
+        challenge: the WWW-Authenticate value of every 401 (oauth.build_www_authenticate); "": by the key headers.
         login: the browser login, which turns a 401 for a person into a redirect.
         on_failure: called with the exception behind every 401, to count them; it must not keep or print it.
 
-    Passing requests have their context in `req.context.auth`.
+    Passing requests have their context in `req.context.auth`. `key_headers` are those that carry a caller's key; empty:
+    not known; None: none does.
     """
 
     def __init__(
@@ -208,10 +234,13 @@ class AuthGuard:
         names = (*(proxy_auth_headers or ()), *proxy_headers_of(authenticate))
         names += (PROOF_HEADER,) if proxy_proof_required else ()
         self.proxy_hint = build_proxy_hint(dict.fromkeys(names))
+        self.key_headers: tuple[str, ...] | None = key_headers_of(authenticate)
+        if authenticate is None or (names and not self.key_headers):
+            self.key_headers = None  # nobody has a key: anonymous callers, or those whom a proxy vouches for
+        self.challenge = challenge or _challenge(self.key_headers)
         self._authenticate = login.authenticator(authenticate) if login and authenticate else authenticate
         self._open = (f"{prefix}/health", *([f"{prefix}/_oauth"] if login else []))
         self._open_below = ("/.well-known/", *(f"{path}/" for path in self._open))
-        self._challenge = challenge
         self._login = login
         self._on_failure = on_failure
 
@@ -258,12 +287,13 @@ class AuthGuard:
         resp.set_header("Cache-Control", "no-store")
         if self.proxy_hint:
             resp.set_header(AUTH_PROXY_REQUIRED_HEADER, "true")
-        if self._challenge:
-            resp.set_header("WWW-Authenticate", self._challenge)
+        resp.set_header("WWW-Authenticate", self.challenge)
         resp.complete = True
         if as_html:
-            pages.send(resp, pages.notice("Not authorized", f"{_DETAIL}: {reason.value}", self.proxy_hint))
+            words = ("Not authorized", f"{_DETAIL}: {reason.value}", self.proxy_hint)
+            pages.send(resp, pages.locked(*words, headers=self.key_headers))
             return
+        resp.set_header("X-Content-Type-Options", "nosniff")
         found = {"error": "unauthorized", "reason": reason.value, "detail": _DETAIL}
         if self.proxy_hint:
             found["proxy_hint"] = self.proxy_hint
@@ -283,6 +313,7 @@ def _complete_json(resp: falcon.Response, status: str, description: str = "") ->
     found = {"title": status} | ({"description": description} if description else {})
     resp.status = status
     resp.set_header("Cache-Control", "no-store")
+    resp.set_header("X-Content-Type-Options", "nosniff")
     resp.content_type = "application/json"
     resp.data = json.dumps(found, separators=(",", ":")).encode()
     resp.complete = True

@@ -1,5 +1,5 @@
 # Needs: pyarrow only (Falcon's response is passed in). Used by the HTTP server and by authentication.
-"""Pages for people: landing, describe, not found, not let in (http.md section 13).
+"""Pages for people: their frame, the landing page, not found, not let in (http.md section 13).
 
 Everything is in the page itself: no font, script or image is fetched from anywhere. What is shown is escaped; the
 scripts put answers in as text. A policy by hash keeps anything else from running.
@@ -10,11 +10,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import json
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import pyarrow as pa
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from .. import core as _bound_core
 
@@ -62,39 +59,104 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:.25rem 1.2rem;margin:1
 dd{margin:0;overflow-wrap:anywhere}details{margin-top:.6rem}summary{cursor:pointer;color:var(--accent)}
 textarea{width:100%;min-height:5rem;margin:.5rem 0;padding:.6rem;border:1px solid var(--line);border-radius:6px;
 background:var(--bg);color:var(--fg);resize:vertical}
+input,select{font:inherit;padding:.3rem .5rem;border:1px solid var(--line);border-radius:6px;background:var(--bg);
+color:var(--fg)}.key{margin:1rem 0}.doc{white-space:pre-line}
 button{font:inherit;padding:.35rem 1rem;border:0;border-radius:6px;background:var(--accent);color:var(--bg);
 cursor:pointer}
 button:disabled{opacity:.5}
 :focus-visible{outline:2px solid var(--accent);outline-offset:2px}
 """
 
-# Answers go in by textContent: nothing that a method returns becomes markup.
+# Answers go in by textContent: nothing that a method returns becomes markup. The key of a caller is a variable of this
+# page: no storage, cookie or URL has it, and it is gone with the page.
 _SCRIPT = """
-for (const form of document.querySelectorAll("form[data-method]")) {
-  const input = form.querySelector("textarea"), button = form.querySelector("button");
-  const output = form.querySelector("pre");
-  form.addEventListener("submit", async (event) => {
-    event.preventDefault();
-    let failed = true, text = "";
-    button.disabled = true;
-    try {
-      const {protocol, method} = form.dataset;
-      const body = {protocol, method, args: JSON.parse(input.value || "{}")};
-      const answer = await fetch("CALL_NAME", {method: "POST", credentials: "same-origin",
-        headers: {"Content-Type": "application/json"}, body: JSON.stringify(body)});
-      text = await answer.text();
-      try {
-        const found = JSON.parse(text);
-        failed = !answer.ok || "error" in found;
-        text = JSON.stringify(found, null, 2);
-      } catch (_) { /* shown as it came */ }
-    } catch (problem) { text = String(problem); }
-    button.disabled = false;
-    output.hidden = false;
-    output.className = failed ? "bad" : "";
-    output.textContent = text;
-  });
+const sent = {};
+const element = (name, text) => {
+  const made = document.createElement(name);
+  if (text !== undefined) made.textContent = text;
+  return made;
+};
+// Numbers of 64 bits keep their digits, there and back.
+const exact = (key, value, context) => context && JSON.rawJSON && Number.isInteger(value)
+  && !Number.isSafeInteger(value) ? JSON.rawJSON(context.source) : value;
+const read = (text) => JSON.parse(text, exact);
+const shown = (value) => typeof value === "string" ? value : JSON.stringify(value);
+
+function keep(form) {
+  const name = form.elements.header.value.trim(), key = form.elements.key.value.trim();
+  for (const old of Object.keys(sent)) delete sent[old];
+  if (key) sent[name] = name.toLowerCase() === "authorization" && !key.includes(" ") ? "Bearer " + key : key;
+  form.elements.key.value = "";
+  form.querySelector("output").textContent = key ? "used until this page is closed" : "no key is used";
 }
+
+async function visit(url) {
+  const answer = await fetch(url, {headers: {...sent, Accept: "text/html"}, credentials: "same-origin"});
+  const found = new DOMParser().parseFromString(await answer.text(), "text/html");
+  document.querySelector("main").replaceWith(document.adoptNode(found.querySelector("main")));
+  document.title = found.title;
+}
+
+function table({columns, rows}) {
+  const made = element("table"), head = element("tr");
+  for (const {name, type} of columns) head.append(element("th", name + ": " + type));
+  made.append(head);
+  for (const row of rows) {
+    const line = element("tr");
+    for (const {name} of columns) line.append(element("td", shown(row[name])));
+    made.append(line);
+  }
+  return made;
+}
+
+async function call(form) {
+  const button = form.querySelector("button"), output = form.querySelector("pre");
+  const rows = form.querySelector(".rows");
+  let failed = true, text = "";
+  button.disabled = true;
+  rows.replaceChildren();
+  try {
+    const {protocol, method} = form.dataset;
+    const body = {protocol, method, args: read(form.elements.args.value || "{}")};
+    if (form.elements.input && form.elements.input.value.trim()) body.input = read(form.elements.input.value);
+    if (form.elements.rows) body.rows = Number(form.elements.rows.value);
+    const base = location.origin + location.pathname.replace(/[/]+$/, "");
+    const answer = await fetch(new URL("CALL_NAME", base), {method: "POST", credentials: "same-origin",
+      headers: {...sent, "Content-Type": "application/json"}, body: JSON.stringify(body)});
+    text = await answer.text();
+    try {
+      const found = read(text);
+      failed = !answer.ok;
+      if (found.columns && found.rows) {
+        rows.append(table(found));
+        delete found.columns;
+        delete found.rows;
+      }
+      text = Object.keys(found).length ? JSON.stringify(found, null, 2) : "";
+    } catch (_) { /* shown as it came */ }
+  } catch (problem) { text = String(problem); }
+  button.disabled = false;
+  output.hidden = !text;
+  output.className = failed ? "bad" : "";
+  output.textContent = text;
+  form.dataset.done = "true";
+}
+
+document.addEventListener("submit", (event) => {
+  event.preventDefault();
+  const form = event.target;
+  if (form.dataset.method) return call(form);
+  keep(form);
+  if (form.dataset.locked) visit(location.href);
+});
+document.addEventListener("click", (event) => {
+  const link = event.target.closest("a");
+  if (!link || link.origin !== location.origin || !Object.keys(sent).length) return;
+  event.preventDefault();
+  history.pushState(null, "", link.href);
+  visit(link.href);
+});
+addEventListener("popstate", () => Object.keys(sent).length ? visit(location.href) : location.reload());
 """.replace("CALL_NAME", CALL_NAME)
 
 
@@ -102,7 +164,9 @@ def _digest(text: str) -> str:
     return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
 
 
-def _page(title: str, content: str, script: str = "") -> Page:
+def page_of(title: str, content: str, *, with_script: bool = False) -> Page:
+    """A whole page around `content`, which is HTML."""
+    script = _SCRIPT if with_script else ""
     policy = f"default-src 'none'; style-src {_digest(_STYLE)}; base-uri 'none'; form-action 'none'"
     policy += "; frame-ancestors 'none'"
     if script:
@@ -110,14 +174,15 @@ def _page(title: str, content: str, script: str = "") -> Page:
     text = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{_text(title)}</title><style>{_STYLE}</style></head>\n<body><main>{content}</main>"
+        f"<title>{escaped(title)}</title><style>{_STYLE}</style></head>\n<body><main>{content}</main>"
         + (f"<script>{script}</script>" if script else "")
         + "</body></html>\n"
     )
     return Page(text.encode("utf-8", "replace"), policy)
 
 
-def _text(value: object) -> str:
+def escaped(value: object) -> str:
+    """Text of anybody as HTML."""
     return html.escape(str(value))
 
 
@@ -135,85 +200,15 @@ def landing(server: core.RpcServer, prefix: str, *, describes: bool, repo_url: s
     facts = [("Protocol", server.protocol_name), ("Server", server.server_id)]
     facts += [("Protocol version", server.protocol_version)] if server.protocol_version else []
     facts += [("Server version", server.server_version)] if server.server_version else []
-    rows = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in facts)
-    links = [f'<a href="{_text(prefix)}/describe">Methods of this service</a>'] if describes else []
+    rows = "".join(f"<dt>{escaped(name)}</dt><dd>{escaped(value)}</dd>" for name, value in facts)
+    links = [f'<a href="{escaped(prefix)}/describe">Methods of this service</a>'] if describes else []
     if repo_url and repo_url.lower().startswith(("https://", "http://")):
-        links.append(f'<a href="{_text(repo_url)}" rel="noreferrer">Source code</a>')
+        links.append(f'<a href="{escaped(repo_url)}" rel="noreferrer">Source code</a>')
     content = (
-        f'<h1>{_text(server.protocol_name)}</h1><p class="dim">A vgi_rpc service: calls are Arrow IPC over HTTP.</p>'
+        f'<h1>{escaped(server.protocol_name)}</h1><p class="dim">A vgi_rpc service: calls are Arrow IPC over HTTP.</p>'
         f"<dl>{rows}</dl>" + "".join(f"<p>{link}</p>" for link in links)
     )
-    return _page(server.protocol_name, content)
-
-
-def describe(server: core.RpcServer, prefix: str, calls: bool) -> Page:
-    """What the service offers, and, with `calls`, a way to try a unary method."""
-    shown = [b for name, b in server.bindings.items() if not name.startswith(core.RESERVED_PROTOCOL_PREFIX)]
-    content = f'<h1>{_text(server.protocol_name)}</h1><p class="dim">Server {_text(server.server_id)}</p>'
-    for binding in shown:
-        version = f" {binding.version}" if binding.version else ""
-        content += f"<h2>{_text(binding.name + version)}</h2>"
-        content += f'<p class="dim">Contract <code>{_text(binding.protocol_hash[:16])}</code></p>'
-        content += "".join(_method(binding.name, info, prefix, calls) for _, info in sorted(binding.methods.items()))
-    return _page(f"{server.protocol_name}: methods", content, _SCRIPT if calls else "")
-
-
-def _method(protocol: str, info: core.RpcMethodInfo, prefix: str, calls: bool) -> str:
-    unary = info.method_type is core.MethodType.UNARY
-    kind = "unary" if unary else {True: "exchange", False: "producer", None: "stream"}[info.is_exchange]
-    path = f"{prefix}/{protocol}/{info.name}{'' if unary else '/init'}"
-    parts = [f'<div class="head"><h3>{_text(info.name)}</h3><span class="kind">{kind}</span></div>']
-    if info.doc:
-        parts.append(f"<p>{_text(info.doc.strip().splitlines()[0])}</p>")
-    parts.append(f'<p class="dim"><code>POST {_text(path)}</code></p>')
-    parts.append(_fields("Parameters", info.params_schema, info.param_docs, info.param_defaults))
-    if info.has_return:
-        parts.append(_fields("Result", info.result_schema))
-    if info.header_schema is not None:
-        parts.append(_fields("Header", info.header_schema))
-    if unary and calls:
-        parts.append(_form(protocol, info))
-    return f"<section>{''.join(parts)}</section>"
-
-
-def _fields(
-    title: str, schema: pa.Schema, docs: Mapping[str, str] | None = None, defaults: Mapping[str, object] | None = None
-) -> str:
-    if not len(schema):
-        return ""
-    rows = ""
-    for field in schema:
-        notes = ["may be null"] if field.nullable else []
-        if defaults and field.name in defaults:
-            notes.append(f"default {defaults[field.name]!r}")
-        if docs and field.name in docs:
-            notes.append(docs[field.name])
-        rows += f"<tr><td><code>{_text(field.name)}</code></td><td>{_text(field.type)}</td>"
-        rows += f"<td>{_text('; '.join(notes))}</td></tr>"
-    head = "<tr><th>Name</th><th>Arrow type</th><th>Notes</th></tr>"
-    return f'<div class="scroll"><table><caption>{title}</caption>{head}{rows}</table></div>'
-
-
-def _form(protocol: str, info: core.RpcMethodInfo) -> str:
-    needed = [field for field in info.params_schema if field.name not in info.param_defaults]
-    template = {field.name: _example(field.type) for field in needed}
-    return (
-        f'<details><summary>Try it</summary><form data-protocol="{_text(protocol)}" data-method="{_text(info.name)}">'
-        f'<textarea aria-label="Arguments of {_text(info.name)} as JSON" spellcheck="false">'
-        f"{_text(json.dumps(template, indent=2))}</textarea>"
-        '<button type="submit">Call</button><pre hidden aria-live="polite"></pre></form></details>'
-    )
-
-
-def _example(dtype: pa.DataType) -> Any:
-    of = pa.types
-    if of.is_integer(dtype) or of.is_floating(dtype):
-        return 0
-    if of.is_boolean(dtype):
-        return False
-    if of.is_list(dtype):
-        return []
-    return {} if of.is_map(dtype) or of.is_struct(dtype) else ""
+    return page_of(server.protocol_name, content)
 
 
 def not_found(server: core.RpcServer, prefix: str) -> Page:
@@ -227,7 +222,36 @@ def not_found(server: core.RpcServer, prefix: str) -> Page:
 
 def notice(title: str, *texts: str, link: tuple[str, str] | None = None) -> Page:
     """A page that only says something, with one link (URL, text) at most; empty texts are left out."""
-    content = f"<h1>{_text(title)}</h1>" + "".join(f"<p>{_text(text)}</p>" for text in texts if text)
+    content = f"<h1>{escaped(title)}</h1>" + "".join(f"<p>{escaped(text)}</p>" for text in texts if text)
     if link is not None:
-        content += f'<p><a href="{_text(link[0])}">{_text(link[1])}</a></p>'
-    return _page(title, content)
+        content += f'<p><a href="{escaped(link[0])}">{escaped(link[1])}</a></p>'
+    return page_of(title, content)
+
+
+def locked(title: str, *texts: str, headers: Sequence[str] | None) -> Page:
+    """The notice of a page that wants a key, with a place for it; see `key_form`."""
+    content = f"<h1>{escaped(title)}</h1>" + "".join(f"<p>{escaped(text)}</p>" for text in texts if text)
+    return page_of(title, content + key_form(headers, locked=True), with_script=headers is not None)
+
+
+def key_form(headers: Sequence[str] | None, *, locked: bool = False) -> str:
+    """A place for a caller's key: the headers that may carry it; empty: the caller knows; None: nothing is asked for.
+
+    A `locked` page is asked for again with the key.
+    """
+    if headers is None:
+        return ""
+    name = f'<input name="header" value="{escaped((*headers, "Authorization")[0])}" spellcheck="false">'
+    if len(headers) == 1:
+        name = f'<input name="header" type="hidden" value="{escaped(headers[0])}">'
+    elif headers:
+        options = "".join(f"<option>{escaped(header)}</option>" for header in headers)
+        name = f'<select name="header">{options}</select>'
+    if len(headers) != 1:
+        name = f"<label>Header {name}</label> "
+    return (
+        f'<form class="key"{" data-locked=true" if locked else ""}>{name}'
+        '<label>Key <input name="key" type="password" autocomplete="off" spellcheck="false"></label> '
+        '<button type="submit">Use</button> '
+        '<output class="dim">kept by this page only, until it is closed</output></form>'
+    )

@@ -10,7 +10,7 @@ application is made is made then: headers, pages, what a stream's state may be.
     _Door          middleware: the first two steps; while draining, 503; what every response carries
     RpcResource    the routes of methods: all other steps; a session (sessions.py) is held until the answer is made
     tokens.py      streams between their requests; nothing of them stays here
-    uploads.py, json_calls.py, pages.py    the server's own paths
+    uploads.py, json_calls.py, openapi.py, describe_page.py    the server's own paths
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import falcon
 
 from .. import core as _bound_core
 from ..auth.unauthorized import AuthGuard
-from . import names, pages
+from . import describe_page, names, page_frame, pages
 from .coding import (
     DecompressionError,
     DecompressionLimitExceeded,
@@ -42,6 +42,7 @@ from .coding import (
 )
 from .json_calls import JsonCalls
 from .names import ARROW_CONTENT_TYPE
+from .openapi import OpenApi
 from .sessions import SessionContext, SessionResource, Sessions, Visit, lost_body
 from .tokens import StreamCall, StreamTokens, TokenScope, declared_states
 from .uploads import UploadUrls, storage_capabilities, stores_results
@@ -96,48 +97,40 @@ def make_wsgi_app(
     server: core.RpcServer,
     *,
     prefix: str = "",
-    # streams between their requests
     token_key: bytes | None = None,
-    token_ttl: int = 3600,
-    call_state_cache_entries: int = 4096,
-    # limits
-    max_request_bytes: int | None = None,
-    hosting_max_request_bytes: int | None = None,
     max_response_bytes: int | None = None,
     hosting_max_response_bytes: int | None = None,
     preferred_response_bytes: int | None = None,
-    compression_level: int | None = 1,
-    # who calls
+    max_request_bytes: int | None = None,
+    hosting_max_request_bytes: int | None = None,
     authenticate: Authenticate | None = None,
     proxy_proof_required: bool = False,
     proxy_auth_headers: Sequence[str] | None = None,
-    oauth_resource_metadata: OAuthResourceMetadata | None = None,
-    browser_login: BrowserLogin | None = None,
-    # other sites
     cors_origins: str | Iterable[str] | None = None,
     cors_max_age: int | None = 7200,
     cors_resource_policy: str | None = "cross-origin",
-    # pages
+    token_ttl: int = 3600,
+    compression_level: int | None = 1,
     enable_not_found_page: bool = True,
     enable_landing_page: bool = True,
     enable_describe_page: bool = True,
     enable_describe_calls: bool = True,
     enable_health_endpoint: bool = True,
     repo_url: str | None = None,
-    # storage
+    oauth_resource_metadata: OAuthResourceMetadata | None = None,
+    browser_login: BrowserLogin | None = None,
+    call_state_cache_entries: int = 4096,
+    otel_config: OtelConfig | None = None,
+    sentry_config: SentryConfig | None = None,
     max_externalized_response_bytes: int | None = None,
     upload_url_provider: UploadUrlProvider | None = None,
     max_upload_bytes: int | None = None,
-    # sticky sessions
     enable_sticky: bool = False,
     sticky_default_ttl: float = 300.0,
     sticky_echo_headers: Mapping[str, str] | None = None,
     sticky_max_ttl: float = 86_400.0,
     sticky_max_sessions: int = 10_000,
     sticky_max_per_principal: int = 1_000,
-    # observers
-    otel_config: OtelConfig | None = None,
-    sentry_config: SentryConfig | None = None,
 ) -> HttpApp:
     """Make the WSGI application of `server`, for any WSGI server, behind any proxy (API.md section 3.2).
 
@@ -145,21 +138,24 @@ def make_wsgi_app(
         prefix: path below which everything is.
         token_key: seals the state of streams; every process that serves the same service needs the same one.
             None: a random one, so that only this process continues its streams.
-        token_ttl: seconds that the state of a stream is good for; 0: for ever.
-        call_state_cache_entries: calls whose unchanging half is kept in memory; 0: none.
-        max_request_bytes, hosting_max_request_bytes: bytes of a request, encoded and decoded; the least wins. When
-            neither is set, 256 MiB are accepted, and no number is advertised.
         max_response_bytes, hosting_max_response_bytes: decoded bytes of a response, 65536 to 2**53-1; the least wins.
         preferred_response_bytes: what methods are told to aim at.
-        compression_level: of zstd responses; None: responses are not compressed, requests are decoded all the same.
+        max_request_bytes, hosting_max_request_bytes: bytes of a request, encoded and decoded; the least wins. When
+            neither is set, 256 MiB are accepted, and no number is advertised.
         authenticate: says who calls (auth/bearer.py); ValueError or PermissionError: 401, AuthUnavailableError: 503,
             else 500.
         proxy_proof_required, proxy_auth_headers: tell callers that a proxy must add headers.
+        cors_origins: "*", an origin, or several; None: no CORS. `cors_max_age` in seconds.
+        token_ttl: seconds that the state of a stream is good for; 0: for ever.
+        compression_level: of zstd responses; None: responses are not compressed, requests are decoded all the same.
+        enable_describe_calls: what describes itself may be called with JSON, by its page and by others
+            (json_calls.py), and has `/openapi.json`.
         oauth_resource_metadata: published (RFC 9728), and announced in every 401. With a client_id and `authenticate`,
             people without a credential are sent to log in.
         browser_login: that login, when it needs other settings than the defaults; of the same prefix and metadata.
-        cors_origins: "*", an origin, or several; None: no CORS. `cors_max_age` in seconds.
-        enable_describe_calls: the describe page may call unary methods with JSON.
+        call_state_cache_entries: calls whose unchanging half is kept in memory; 0: none.
+        otel_config: instruments the server, and counts callers that are not let in.
+        sentry_config: reports the server's failures to Sentry.
         max_externalized_response_bytes: bytes that one response may keep in the server's `external_location`.
         upload_url_provider: gives clients places to upload requests to that are too large; S3Storage, say.
         max_upload_bytes: what clients are told about those; advice only.
@@ -170,8 +166,6 @@ def make_wsgi_app(
         sticky_echo_headers: sent by clients with all later requests of a session, for whatever routes them.
         sticky_max_sessions, sticky_max_per_principal: sessions that may be open in this process, in all and of one
             caller; all anonymous callers are one.
-        otel_config: instruments the server, and counts callers that are not let in.
-        sentry_config: reports the server's failures to Sentry.
 
     Raises:
         TypeError: a config, or `oauth_resource_metadata`, that is not one.
@@ -230,9 +224,12 @@ def make_wsgi_app(
     app.add_sink(functools.partial(_unmatched, rpc, not_found))
     describes = enable_describe_page and server.describe_enabled
     if enable_landing_page:
-        app.add_route(prefix or "/", _Page(pages.landing(server, prefix, describes=describes, repo_url=repo_url)))
+        landing = _Page(pages.landing(server, prefix, describes=describes, repo_url=repo_url))
+        app.add_route(prefix or "/", landing)
+        if prefix:
+            app.add_route(f"{prefix}/", landing)  # as people write it
     if describes:
-        _add_describe_page(app, rpc, server, enable_describe_calls)
+        _add_describe_page(app, rpc, server, enable_describe_calls, guard)
     return app
 
 
@@ -299,11 +296,16 @@ def _add_calls(app: HttpApp, rpc: RpcResource, server: core.RpcServer, uploads: 
         app.add_route(f"{path}/init", UploadUrls(server, uploads, rpc.builtin))
 
 
-def _add_describe_page(app: HttpApp, rpc: RpcResource, server: core.RpcServer, calls: bool) -> None:
+def _add_describe_page(app: HttpApp, rpc: RpcResource, server: core.RpcServer, calls: bool, guard: AuthGuard) -> None:
     prefix = app.door.prefix
-    app.add_route(f"{prefix}/describe", _Page(pages.describe(server, prefix, calls)))
+    page = _Page(describe_page.describe(server, prefix, calls, guard.key_headers))
+    app.add_route(f"{prefix}/describe", page)
+    app.add_route(f"{prefix}/describe/", page)
     if calls:
-        app.add_route(f"{prefix}/{pages.CALL_NAME}", JsonCalls(rpc))
+        json_calls = JsonCalls(rpc, guard.challenge)
+        app.add_route(f"{prefix}/{page_frame.CALL_NAME}", json_calls)
+        app.add_route(f"{prefix}/{page_frame.CALL_NAME}/{{protocol}}/{{method}}", json_calls)
+        app.add_route(f"{prefix}/openapi.json", OpenApi(server, prefix, guard.key_headers))
 
 
 def _capabilities(produced: tuple[Encoding, ...], limits: _Limits, proof: bool) -> list[tuple[str, str]]:
@@ -578,24 +580,22 @@ class RpcResource:
         resp: falcon.Response,
         protocol: str,
         method: str,
-        make: Callable[[core.ProtocolBinding, core.RpcMethodInfo], bytes],
-        show: Callable[[bytes], bytes],
+        work: Callable[[core.ServerRequest, Callable[[bytes], bytes], Callable[[bytes, bytes, int], None]], bytes],
     ) -> None:
-        """A unary call whose request is made from JSON, and whose reply is shown as JSON. What is refused is raised."""
+        """A call of any kind that `work` makes of JSON and answers with JSON. What is refused is raised."""
         with self._visit(req, resp) as visit:
             turn = _Turn(visit)
             try:
-                call = self._open(req, protocol, method, core.MethodType.UNARY, "application/json")
+                call = self._open(req, protocol, method, None, req.env["CONTENT_TYPE"])
             except _Refused as refused:
                 raise refused.exc from None
-            body = make(call.binding, call.info)
+            call.make_context = functools.partial(_HttpContext, jar=turn.cookies, visit=turn.visit)
+            if call.info.method_type is core.MethodType.STREAM:
+                call.make_context = functools.partial(SessionContext, visit=turn.visit)
             try:
-                answer = show(self._limited(call, self._unary(call, body, turn, req)))
-                limited = self._limited(call, answer)
+                record = functools.partial(self._record, req, call, turn)
+                resp.data = work(call, functools.partial(self._limited, call), record)
                 turn.apply(resp)
-                resp.content_type = "application/json"
-                resp.data = answer if limited is answer else show(limited)
-                self._record(req, call, turn, body, resp.data)
             finally:
                 call.finish(_NO_NOTES)
 
@@ -663,14 +663,14 @@ class RpcResource:
         req: falcon.Request,
         protocol: str,
         method: str,
-        kind: core.MethodType,
+        kind: core.MethodType | None,
         content_type: str = ARROW_CONTENT_TYPE,
     ) -> core.ServerRequest:
-        """Steps 6 to 9 of http.md section 3."""
+        """Steps 6 to 9 of http.md section 3; a `kind` of None is any."""
         limit = self._budget(req)
         call = self._find(req, protocol, method)
         _check_content_type(req, content_type)
-        if call.info.method_type is not kind:
+        if kind is not None and call.info.method_type is not kind:
             stream = "" if kind is core.MethodType.UNARY else "not "
             raise _Refused(400, TypeError(f"Method '{method}' is {stream}a stream"))
         call.request_id = req.context.request_id
@@ -813,13 +813,19 @@ class RpcResource:
         resp.data = body
 
     def _record(
-        self, req: falcon.Request, call: core.ServerRequest, turn: _Turn, body: bytes, reply: bytes | None
+        self,
+        req: falcon.Request,
+        call: core.ServerRequest,
+        turn: _Turn,
+        body: bytes,
+        reply: bytes | None,
+        status: int = 0,
     ) -> None:
         """The access record, once the body that goes out is known (http.md section 14)."""
         if not _LOG_ACCESS.isEnabledFor(logging.INFO):
             return call.finish(_NO_NOTES)
         notes: dict[str, Any] = {
-            "http_status": 200 if call.error is None else 500,  # the intended one (http.md section 8)
+            "http_status": status or (200 if call.error is None else 500),  # the intended one (http.md section 8)
             "request_bytes": len(body) if req.content_length is None else req.content_length,
             "response_bytes": len(reply or b""),
         }
@@ -942,15 +948,17 @@ class _Health:
 
 
 class _Page:
-    def __init__(self, page: pages.Page) -> None:
+    def __init__(self, page: page_frame.Page) -> None:
         self._page = page
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        pages.send(resp, self._page)
+        page_frame.send(resp, self._page)
         resp.set_header("Cache-Control", "no-cache, no-store, must-revalidate, max-age=0")
 
 
-def _unmatched(rpc: RpcResource, page: pages.Page | None, req: falcon.Request, resp: falcon.Response, **_: str) -> None:
+def _unmatched(
+    rpc: RpcResource, page: page_frame.Page | None, req: falcon.Request, resp: falcon.Response, **_: str
+) -> None:
     """What no route takes (the table of http.md section 2)."""
     name = rpc.single_segment(req.path)
     if req.method == "DELETE" and name == names.SESSION_NAME:  # sticky sessions are off
@@ -962,4 +970,4 @@ def _unmatched(rpc: RpcResource, page: pages.Page | None, req: falcon.Request, r
     if name or page is None:
         raise falcon.HTTPNotFound
     resp.status = falcon.HTTP_404
-    pages.send(resp, page)
+    page_frame.send(resp, page)
