@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from tests.fuzz.child import BOX_BYTES, HEAD, IDLE, ORACLE
 
-HANG = 30.0  # seconds without a next case
+HANG = 60.0  # seconds without a next case
 DEATHS_MAX = 20
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -82,23 +82,20 @@ def run(name: str, seed: str, count: int, *, jobs: int = 1, chunk: int = 20_000)
 
 
 def _child(name: str, seed: str, first: int, size: int) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    with tempfile.NamedTemporaryFile(prefix="vgi_rpc_fuzz_") as box:
+    with (
+        tempfile.NamedTemporaryFile(prefix="vgi_rpc_fuzz_") as box,
+        tempfile.TemporaryFile("w+") as out,
+        tempfile.TemporaryFile("w+") as err,
+    ):
         box.truncate(BOX_BYTES)
         command = [sys.executable, "-m", "tests.fuzz.child", name, seed, str(first), str(size), box.name]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_ARENA_MAX": "2"}
-        child = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=environment, text=True
-        )
-        texts: list[str] = ["", ""]
-        readers = [
-            threading.Thread(target=lambda i=i, file=file: texts.__setitem__(i, file.read()))
-            for i, file in enumerate((child.stdout, child.stderr))
-        ]
-        for reader in readers:
-            reader.start()
+        child = subprocess.Popen(command, stdout=out, stderr=err, cwd=ROOT, env=environment)
         hung = _watch(child, box.name)
-        for reader in readers:
-            reader.join()
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read())
         if child.returncode == 0:
             return json.loads(texts[0]), None
         case, stage, data = _look(box.name)
@@ -114,7 +111,7 @@ def _child(name: str, seed: str, first: int, size: int) -> tuple[dict[str, Any] 
         return None, {"case": case, "what": what, "trace": "", "data": data.hex(), "oracle": stage == ORACLE}
 
 
-def _watch(child: subprocess.Popen[str], path: str) -> bool:
+def _watch(child: subprocess.Popen[bytes], path: str) -> bool:
     """Wait for the end; True when it had to be killed because it stood still."""
     seen, since = -2, time.monotonic()
     while True:

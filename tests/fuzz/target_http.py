@@ -1,4 +1,4 @@
-"""Requests of HTTP to the WSGI application: Arrow bodies of calls and streams, and JSON of `/__call__`; never a 500."""
+"""Requests of HTTP to the WSGI application: Arrow bodies of calls and streams, JSON of `/__call__`; no 500 by accident."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ class Target:
             status, body = self.exchange(rng)
         else:
             status, body = self.json(rng)
-        if status not in ANSWERED:
+        told = status == 500 and body.startswith(b'{"error": {"code": ')  # what a method raised, as JSON calls say it
+        if status not in ANSWERED and not told:
             raise Finding(f"status {status}: {body[:500]!r}")
         self.number += 1
         honest, answer = self.post("/Service/add", service.request("add", [self.number, 1]), ARROW, watched=False)
