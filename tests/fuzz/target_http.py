@@ -1,4 +1,4 @@
-"""Requests of HTTP to the WSGI application: Arrow bodies of calls and streams, JSON of `/__call__`; no 500 by accident."""
+"""Requests to the WSGI application: Arrow bodies of calls and streams, JSON of `/__call__`; no 500 by accident."""
 
 from __future__ import annotations
 
