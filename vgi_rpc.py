@@ -2758,7 +2758,7 @@ def _ipc_template(schema: pa.Schema, metadata: _IpcMetadata | None) -> _IpcCanon
     deadline = _IPC_DEADLINE if metadata and DEADLINE_KEY in metadata else None
     try:
         return _IpcCanonical(_ipc_compile(schema), _ipc_split(_ipc_sample_stream(schema, metadata)), deadline)
-    except _IpcUnfamiliar:
+    except (_IpcUnfamiliar, TypeError):  # TypeError: an extension type without a hash
         return None
 
 
@@ -2775,7 +2775,7 @@ def _ipc_learn(sample: bytes, batch: pa.RecordBatch, deadline: bytes | None = No
         row = [column[0].as_py() for column in batch.columns]
         found = layout.match(sample, 0)
         return layout if found is not None and list(found[0]) == row and found[1] == len(sample) else None
-    except (_IpcUnfamiliar, IPCError, pa.ArrowException, EOFError, struct.error, IndexError, ValueError):
+    except (_IpcUnfamiliar, IPCError, pa.ArrowException, EOFError, struct.error, LookupError, ValueError, TypeError):
         return None
 
 
@@ -3111,7 +3111,22 @@ def _types_each(convert: _TypesConvert, where: str, values: Iterable[tuple[Any, 
 # ---- an Arrow type alone -> codec
 
 
-@functools.lru_cache(1024)
+def _types_cached(make: Callable[[pa.DataType], _T]) -> Callable[[pa.DataType], _T]:
+    """lru_cache, which a user's extension types pass by: pa.ExtensionType has no hash."""
+    cached = functools.lru_cache(1024)(make)
+
+    @functools.wraps(make)
+    def asked(dtype: pa.DataType) -> _T:
+        try:
+            hash(dtype)
+        except TypeError:
+            return make(dtype)
+        return cached(dtype)
+
+    return asked
+
+
+@_types_cached
 def _types_raw(dtype: pa.DataType) -> _TypesCodec:
     """The codec of values of which only the Arrow type is known; they are read as pyarrow gives them."""
     of = pa.types
@@ -3335,7 +3350,7 @@ def _types_array(cell: Any, dtype: pa.DataType) -> pa.Array[Any]:
     return array if isinstance(array, pa.Array) else array.combine_chunks()
 
 
-@functools.lru_cache(1024)
+@_types_cached
 def _types_plain(dtype: pa.DataType) -> pa.DataType:
     """The type with which to build cells.
 
@@ -5302,6 +5317,9 @@ class OutputCollector:
         return self._prior_data_bytes + (0 if self._data is None else self._data.batch.get_total_buffer_size())
 
 
+_METHODS_OWN = IpcLimits(max_message_bytes=1 << 62)  # of an application's own batches; what is in them may be a peer's
+
+
 def _methods_project(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
     missing = [name for name in schema.names if name not in batch.schema.names]
     if missing:
@@ -5309,8 +5327,7 @@ def _methods_project(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch
             "emitted batch is missing column(s) required by output_schema: "
             f"batch has {batch.schema.names}, output_schema needs {schema.names}"
         )
-    batch = batch.select(schema.names)
-    return batch if batch.schema.equals(schema) else batch.cast(schema)
+    return _ipc_fit(batch.select(schema.names), schema, _METHODS_OWN)
 
 
 # ---- metadata helpers

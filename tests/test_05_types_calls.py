@@ -166,3 +166,36 @@ def test_columns_of_an_emitted_batch_are_looked_at() -> None:
         out.emit_pydict({"m": [[("a", 1)], [None]], "n": [1, 2]})
     out.emit_pydict({"m": [{"a": 1}, None], "n": [1, 2]})
     assert out.batches[0].batch.column("m").to_pylist() == [[("a", 1)], None]
+
+
+class Coin(pa.ExtensionType):
+    """As most of them: compared by value, and therefore without a hash."""
+
+    def __init__(self) -> None:
+        super().__init__(pa.int64(), "vgi_rpc.tests.coin")
+
+    def __arrow_ext_serialize__(self) -> bytes:
+        return b""
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage_type: pa.DataType, serialized: bytes) -> Coin:
+        return cls()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Coin)
+
+
+def test_extension_types_without_a_hash_are_parameters_and_results() -> None:
+    class Till(Protocol):
+        def pay(
+            self, v: Annotated[int, core.ArrowType(Coin())], vs: Annotated[list[int], core.ArrowType(pa.list_(Coin()))]
+        ) -> Annotated[int, core.ArrowType(Coin())]: ...
+
+    class TillImpl:
+        def pay(self, v: int, vs: list[int]) -> int:
+            return v + sum(vs)
+
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(Coin())
+    with core.serve_pipe(Till, TillImpl(), timeout=10) as till:
+        assert [till.pay(n, [1, 2]) for n in range(3)] == [3, 4, 5]

@@ -869,9 +869,15 @@ def test_emit_names_missing_columns() -> None:
 )
 def test_emit_refuses_what_cannot_be_cast(data: dict[str, Any]) -> None:
     out = core.OutputCollector(NUMBERS)
-    with pytest.raises((pa.ArrowInvalid, ValueError)):
+    with pytest.raises(TypeError, match=r"not cast|has nulls"):
         out.emit(pa.RecordBatch.from_pydict(data))
     assert out.batches == []
+
+
+def test_emit_does_not_make_numbers_of_text_that_a_caller_has_sent() -> None:
+    out = core.OutputCollector(pa.schema([("amount", pa.decimal128(38, 2))]))
+    with pytest.raises(TypeError, match="'amount' is string, which is not cast to decimal128"):
+        out.emit(pa.RecordBatch.from_pydict({"amount": ["1e-999999999"]}))  # pyarrow's cast would end the process
 
 
 def test_schema_metadata_does_not_matter() -> None:
