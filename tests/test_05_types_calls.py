@@ -197,5 +197,9 @@ def test_extension_types_without_a_hash_are_parameters_and_results() -> None:
 
     with pytest.raises(TypeError, match="unhashable"):
         hash(Coin())
-    with core.serve_pipe(Till, TillImpl(), timeout=10) as till:
-        assert [till.pay(n, [1, 2]) for n in range(3)] == [3, 4, 5]
+    pa.register_extension_type(Coin())
+    try:
+        with core.serve_pipe(Till, TillImpl(), timeout=10) as till:
+            assert [till.pay(n, [1, 2]) for n in range(3)] == [3, 4, 5]
+    finally:
+        pa.unregister_extension_type("vgi_rpc.tests.coin")
