@@ -1373,7 +1373,8 @@ class IpcLimits(_NamedTuple):
     """What a peer may send, and what that may unfold into; each refusal names the field that would allow it.
 
     `max_message_bytes` bounds the body of one message, all dictionaries that a stream holds, and what a batch becomes
-    when it is cast or turned into Python values. None: whatever arrives, and 16 times that (64 MiB at least) unfolded.
+    when it is cast; as Python values it may be 24 times larger. None: whatever arrives; a cast may make 16 times and
+    Python values 64 times of that (64 MiB at least).
     """
 
     max_metadata_bytes: int = 16 << 20  # flatbuffer of one message
@@ -2049,16 +2050,38 @@ def _ipc_row_bytes(dtype: pa.DataType) -> int:
 
 
 def _ipc_unfold(array: pa.Array[Any], limits: IpcLimits) -> pa.Array[Any]:
-    """The array, if the limits allow what it unfolds into; else IPCError."""
-    if _ipc_holds(array.type, _ipc_is_folded):
-        _ipc_check_unfolded(_ipc_unfolded(array), array.get_total_buffer_size(), limits)
+    """The array, if the limits allow what it becomes as Python values; else IPCError."""
+    if array.type.num_fields or _ipc_holds(array.type, _ipc_is_folded):
+        size = _ipc_unfolded(array) + _ipc_objects(array)
+        _ipc_check_unfolded(size, array.get_total_buffer_size(), limits, _IPC_OBJECTS)
     return array
 
 
-def _ipc_check_unfolded(size: int, arrived: int, limits: IpcLimits) -> None:
+_IPC_OBJECTS = (
+    24  # how much larger Python values may be than the data: a list of small records takes 23 times its bytes
+)
+
+
+def _ipc_check_unfolded(size: int, arrived: int, limits: IpcLimits, factor: int = 1) -> None:
     limit = limits.max_message_bytes
-    if size > (max(_IPC_EAGER, 16 * arrived) if limit is None else limit):
+    if size > (max(_IPC_EAGER, (16 if factor == 1 else 64) * arrived) if limit is None else factor * limit):
         raise IPCError(f"{arrived} bytes unfold into {size}; the limit is max_message_bytes={limit}")
+
+
+def _ipc_objects(array: Any) -> int:
+    """Bytes of the Python objects that as_py() makes, without the data in them; measured, and rounded up."""
+    dtype, rows = array.type, len(array)
+    if isinstance(dtype, pa.BaseExtensionType):
+        return _ipc_objects(array.storage)
+    name = str(dtype).partition("<")[0]
+    if name.endswith("list_view"):
+        return 64 * rows + 300 * _ipc_sum(array.sizes)
+    if name in ("dictionary", "run_end_encoded") or name.endswith("_union"):
+        return 300 * rows
+    if name == "map":
+        return 64 * rows + 160 * len(array.items) + _ipc_objects(array.keys) + _ipc_objects(array.items)
+    each = {"null": 8, "bool": 8, "struct": 280}.get(name, 64 if dtype.num_fields or name in _IPC_TEXTS else 36)
+    return each * rows + sum(map(_ipc_objects, _ipc_children(array)))
 
 
 def _ipc_is_folded(dtype: pa.DataType) -> bool:

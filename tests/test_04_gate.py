@@ -279,14 +279,43 @@ def test_a_slice_counts_for_its_rows_only() -> None:
 
 
 def test_plain_columns_are_not_estimated() -> None:
-    for array in (pa.array(range(300_000)), pa.array([[1.0] * 300_000]), pa.array(["x" * 3_000_000])):
+    for array in (pa.array(range(300_000)), pa.array(["x" * 3_000_000])):
         assert core._ipc_unfold(array, ONE_MIB) is array
 
 
+SMALL = [
+    pa.array([[True] * 4_000_000]),
+    pa.array([[{"on": True}] * 200_000]),
+    pa.array([[[]] * 500_000], pa.list_(pa.list_(pa.int64()))),
+    pa.array([[(n % 2 == 0, False) for n in range(200_000)]], pa.map_(pa.bool_(), pa.bool_())),
+]
+
+
+@pytest.mark.parametrize("array", SMALL, ids=lambda array: str(array.type))
+def test_small_values_count_as_the_objects_that_they_become(array: pa.Array) -> None:
+    with pytest.raises(core.IPCError, match="max_message_bytes=1048576"):
+        core._ipc_unfold(array, ONE_MIB)
+
+
+ORDINARY = [
+    pa.array([[1.5] * 130_000]),
+    pa.array([["word"] * 130_000]),
+    pa.array([[{"x": 1.5, "y": 2.5}] * 65_000]),
+    pa.array([[(f"key{n}", 1.5) for n in range(52_000)]], pa.map_(pa.utf8(), pa.float64())),
+]
+
+
+@pytest.mark.parametrize("array", ORDINARY, ids=lambda array: str(array.type))
+def test_ordinary_values_become_objects_up_to_the_limit(array: pa.Array) -> None:
+    assert 900_000 < array.nbytes <= 1 << 20
+    assert core._ipc_unfold(array, ONE_MIB) is array
+    assert core._ipc_unfold(array, core.IpcLimits()) is array
+
+
 def test_a_stream_inside_a_value_has_the_limits_of_its_connection() -> None:
-    batch = pa.RecordBatch.from_arrays([pa.nulls(1 << 20)], names=["x"])
+    batch = pa.RecordBatch.from_arrays([pa.nulls(1 << 21)], names=["x"])
     data = written(batch.schema, batch)
-    assert core.deserialize_record_batch(data)[0].num_rows == 1 << 20
+    assert core.deserialize_record_batch(data)[0].num_rows == 1 << 21
     with pytest.raises(core.IPCError, match="max_message_bytes=1048576"):
         core._wire_nested(core.deserialize_record_batch, data, ONE_MIB)
     assert core._ipc_limits.get() == core.IpcLimits()
