@@ -6048,7 +6048,7 @@ def _wire_value(plan: _WirePlan, reply: _WireReply) -> Any:
     if not plan.info.has_return:
         return None
     _elsewhere_refuse(plan.name, batch, reply.metadata)
-    if batch.num_rows == 0 or "result" not in batch.schema.names:
+    if batch.num_rows != 1 or batch.schema.names != ["result"]:
         raise RpcError(
             "ProtocolError",
             f"{plan.name}() was answered with {batch.num_rows} row(s) of {_log_schema(batch.schema)};"
@@ -6056,7 +6056,7 @@ def _wire_value(plan: _WirePlan, reply: _WireReply) -> Any:
         )
     try:
         declared = plan.info.result_schema.field(0).with_nullable(True)  # whether it may be None is asked last
-        column = _ipc_fit(batch.select(["result"]), pa.schema([declared]), reply.limits)
+        column = _ipc_fit(batch, pa.schema([declared]), reply.limits)
         value = _wire_cell(column.column(0), reply.limits)
     except (TypeError, IPCError) as exc:
         raise RpcError("ProtocolError", f"{plan.name}() result: {exc}") from exc

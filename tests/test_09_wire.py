@@ -815,9 +815,13 @@ def test_a_pointer_is_never_taken_for_an_empty_result(keys: dict[bytes, bytes], 
         value_of(reply((ZERO, keys)))
 
 
+OTHER_NAMES = (["other"], ["result", "result"], ["result", "more"])
+
+
 def test_a_result_that_is_no_result_is_an_error() -> None:
-    other = pa.RecordBatch.from_pydict({"other": [1.0]})
-    for data in (reply((ZERO, None)), reply((other, None), schema=other.schema)):
+    others = [pa.RecordBatch.from_arrays([pa.array([1.0])] * len(names), names=names) for names in OTHER_NAMES]
+    more = pa.RecordBatch.from_pydict({"result": [1.0, 2.0]}, schema=RESULT)
+    for data in (reply((ZERO, None)), reply((more, None)), *[reply((one, None), schema=one.schema) for one in others]):
         with pytest.raises(core.RpcError, match="expected one row with a column 'result'"):
             value_of(data)
     null = pa.RecordBatch.from_pydict({"result": pa.array([None], pa.float64())})
