@@ -37,7 +37,7 @@ from authlib.common.errors import AuthlibBaseError
 from authlib.oauth2.client import OAuth2Client
 
 from .. import core as _bound_core
-from ..http import pages
+from ..http import page_frame
 from .bearer import Authenticate, make_cookie_authenticate
 from .fetch import FetchError, bounded_client, is_loopback_url, json_object, origin_of
 from .jwt import JwtVerifier
@@ -351,7 +351,7 @@ class BrowserLogin:
     def _page(self, resp: falcon.Response, status: str, text: str) -> None:
         self._clear(resp, _SESSION_COOKIE, f"{self.prefix}/_oauth/")
         resp.status = status
-        pages.send(resp, pages.notice("Login failed", text, link=(self.prefix or "/", "Start again")))
+        page_frame.send(resp, page_frame.notice("Login failed", text, link=(self.prefix or "/", "Start again")))
 
     def _seal(self, session: _Session) -> str:
         raw = struct.pack("<BQ", _SESSION_VERSION, int(time.time()))

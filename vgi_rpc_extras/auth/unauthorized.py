@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from .. import core as _bound_core
-from ..http import pages
+from ..http import page_frame
 from ..http.names import AUTH_PROXY_REQUIRED_HEADER, AUTH_REASON_HEADER, PROOF_HEADER
 
 if TYPE_CHECKING:
@@ -291,7 +291,7 @@ class AuthGuard:
         resp.complete = True
         if as_html:
             words = ("Not authorized", f"{_DETAIL}: {reason.value}", self.proxy_hint)
-            pages.send(resp, pages.locked(*words, headers=self.key_headers))
+            page_frame.send(resp, page_frame.locked(*words, headers=self.key_headers))
             return
         resp.set_header("X-Content-Type-Options", "nosniff")
         found = {"error": "unauthorized", "reason": reason.value, "detail": _DETAIL}
