@@ -26,9 +26,10 @@ from joserfc.jwk import ECKey, OctKey, RSAKey
 from tests.core import core
 from tests.extras.auth_app import bearer, client, refused, request
 from tests.extras.auth_provider import Provider, running
-from vgi_rpc_extras.auth import bearer_authenticate_static, chain_authenticate, fetch, jwt_authenticate
+from vgi_rpc_extras.auth import bearer_authenticate_static, chain_authenticate, jwt_authenticate
 from vgi_rpc_extras.auth import jwt as jwt_module
-from vgi_rpc_extras.auth.fetch import FetchError
+from vgi_rpc_extras.auth import provider as asked
+from vgi_rpc_extras.auth.provider import FetchError
 
 
 @pytest.fixture(scope="module")
@@ -376,7 +377,7 @@ class Dripping(httpx.SyncByteStream):
 def test_answers_are_bounded_while_they_come(
     provider: Provider, monkeypatch: pytest.MonkeyPatch, piece: bytes, pause: float, most: int
 ) -> None:
-    monkeypatch.setattr(fetch, "SECONDS", 0.1)
+    monkeypatch.setattr(asked, "SECONDS", 0.1)
     stream = Dripping(piece, pause)
     with pytest.raises(core.AuthUnavailableError):
         answering(status_code=200, stream=stream)(request(bearer(provider.sign())))

@@ -32,7 +32,7 @@ else:
 
 httpx = pytest.importorskip("httpx", reason="the http extra: pip install 'vgi-rpc-onefile[http]'")
 client = core._extras_load("http.client", "http_connect", "http")
-coding = core._extras_load("http.coding", "http_connect", "http")
+coding = core._extras_load("common.coding", "http_connect", "http")
 http_connect = client.http_connect
 
 CORE_FILE = str(core.__file__)

@@ -23,8 +23,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import NameOID
 
 from .. import core as _bound_core
-from ._proxies import ProxyHeader, TrustedProxies
 from .bearer import Authenticate
+from .proxies import ProxyHeader, TrustedProxies
 from .unauthorized import AuthFailure, AuthReason, declare_proxy_headers
 
 if TYPE_CHECKING:

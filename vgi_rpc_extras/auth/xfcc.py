@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import unquote
 
 from .. import core as _bound_core
-from ._proxies import ProxyHeader, TrustedProxies
 from .bearer import Authenticate
+from .proxies import ProxyHeader, TrustedProxies
 from .unauthorized import AuthFailure, AuthReason, declare_proxy_headers
 
 if TYPE_CHECKING:

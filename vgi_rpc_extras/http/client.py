@@ -36,8 +36,9 @@ from urllib.parse import quote, urlsplit
 import pyarrow as pa
 
 from .. import core as _bound_core
-from ..auth.unauthorized import AuthenticationError, printable, read_unauthorized
-from . import coding, names
+from ..auth.unauthorized import AuthenticationError, read_unauthorized
+from ..common import coding, names
+from ..common.texts import printable
 from ._connection import (
     HttpxSender,
     Origin,

@@ -31,6 +31,8 @@ import waitress.server
 import waitress.task
 import waitress.wasyncore
 
+from ..auth.proxies import check_server
+from ..auth.unauthorized import proxy_headers_of
 from ._listener import FLUSH_SECONDS, LINGER_SECONDS, listen, readable, refuse_connections
 from .server import MAX_REQUEST_BYTES, HttpApp, make_wsgi_app
 
@@ -82,9 +84,10 @@ def serve_http(
         options: those of make_wsgi_app.
 
     Raises:
-        ValueError: an option out of range.
+        ValueError: an option out of range; granian, with an authenticator that reads a proxy's header (granian cannot
+            tell it from a caller's forgery).
         OSError: the address cannot be bound.
-        SystemExit: a number of threads that is none; granian is not installed.
+        ImportError: granian is asked for, and not installed.
     """
     if not 0 <= port <= 65_535:
         raise ValueError(f"port must be within 0..65535, got {port}")
@@ -94,10 +97,14 @@ def serve_http(
     app = make_wsgi_app(server, **options)
     announce = functools.partial(_announce, on_bound=on_bound)
     if wsgi_server == "granian":
+        check_server("granian", proxy_headers_of(options.get("authenticate")))
         try:
             from ._granian import serve_granian
-        except ImportError:
-            raise SystemExit("wsgi_server='granian' needs granian: pip install granian") from None
+        except ModuleNotFoundError as exc:
+            if exc.name != "granian":
+                raise
+            text = "wsgi_server='granian' needs granian, which is not installed: pip install granian"
+            raise ImportError(text, name="granian") from None
         return serve_granian(app, host, port, count, drain_grace_seconds, announce)
     with (
         listen(host, port) as listener,
@@ -220,7 +227,7 @@ def _threads(threads: int | None) -> int:
     if not text:
         return 4
     if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 10_000):
-        raise SystemExit(f"the number of threads (VGI_HTTP_THREADS) must be 1 to 10000, got {text!r}")
+        raise ValueError(f"the number of threads (VGI_HTTP_THREADS) must be 1 to 10000, got {text!r}")
     return int(text)
 
 

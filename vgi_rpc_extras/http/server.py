@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import falcon
 
 from .. import core as _bound_core
-from ..auth.unauthorized import AuthGuard
-from . import names, pages
-from .coding import (
+from ..auth.guard import AuthGuard
+from ..common import names
+from ..common.coding import (
     DecompressionError,
     DecompressionLimitExceeded,
     Encoding,
@@ -40,8 +40,9 @@ from .coding import (
     decompress,
     negotiate,
 )
+from ..common.names import ARROW_CONTENT_TYPE
+from . import pages
 from .json_calls import JsonCalls
-from .names import ARROW_CONTENT_TYPE
 from .sessions import SessionContext, SessionResource, Sessions, Visit, lost_body
 from .tokens import StreamCall, StreamTokens, TokenScope, declared_states
 from .uploads import UploadUrls, storage_capabilities, stores_results

@@ -11,13 +11,10 @@ the call in which its time ran out, else a thread that looks every second for as
 
 from __future__ import annotations
 
-import base64
-import binascii
 import collections
 import logging
 import math
 import os
-import re
 import struct
 import threading
 import time
@@ -28,7 +25,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow as pa
 
 from .. import core as _bound_core
-from . import names
+from ..common import names
+from ..common.texts import base64url, from_base64url
 from .tokens import TokenCipher, bound_parts, caller_parts
 
 if TYPE_CHECKING:
@@ -44,7 +42,7 @@ _LOG = logging.getLogger("vgi_rpc.http")
 LOCK_SECONDS = 30.0  # how long a request waits for the one before it
 _TICK_SECONDS = 1.0
 _SHUTDOWN_SECONDS = 1.0
-_TOKEN = re.compile(r"[A-Za-z0-9_-]{1,1024}\Z")
+_MAX_TOKEN = 1024
 _PLAIN = struct.Struct("<d12s")  # when it ends (Unix time), session id; then the server id
 
 FLY_MACHINE_ID = os.environ.get("FLY_MACHINE_ID")
@@ -228,7 +226,7 @@ class Sessions:
         """The token of a session."""
         ends = time.time() + session.ends - time.monotonic()
         plain = _PLAIN.pack(ends, session.id) + self._server_id
-        return _encode(self._cipher.seal(plain, session.owner))
+        return base64url(self._cipher.seal(plain, session.owner))
 
     def _owner(self, auth: core.AuthContext) -> bytes:
         """Whom a session belongs to; what its token is bound to. "session" keeps it apart from streams' tokens."""
@@ -236,7 +234,10 @@ class Sessions:
 
     def _find(self, token: str, auth: core.AuthContext) -> Session:
         owner = self._owner(auth)
-        plain = self._cipher.open(_decode(token), owner)
+        try:
+            plain = self._cipher.open(from_base64url(token[: _MAX_TOKEN + 1]), owner)
+        except ValueError:
+            plain = None
         if plain is None:  # one text for what is malformed, forged, another key's or another caller's
             raise core.SessionLostError("the session token is not valid here; begin a new session")
         ends, session_id = _PLAIN.unpack_from(plain)
@@ -310,21 +311,6 @@ def _too_many(who: str, limit: int, name: str) -> core.StatusError:
         f"{who} {limit} open sessions, which is the limit ({name}); close some, or wait until they expire",
         code=core.Code.RESOURCE_EXHAUSTED,
     )
-
-
-def _encode(sealed: bytes) -> str:
-    return base64.urlsafe_b64encode(sealed).rstrip(b"=").decode()
-
-
-def _decode(token: str) -> bytes:
-    """What `_encode` was given; nothing for a text that it would not make."""
-    if _TOKEN.match(token) is None:
-        return b""
-    try:
-        sealed = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4))
-    except binascii.Error:
-        return b""
-    return sealed if _encode(sealed) == token else b""
 
 
 def lost_body(exc: core.SessionLostError, request_id: str) -> bytes:

@@ -34,7 +34,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCMSIV
 
 from .. import core as _bound_core
-from .coding import DecompressionError, Encoding, compress, decompress
+from ..common.coding import DecompressionError, Encoding, compress, decompress
 
 if TYPE_CHECKING:
     import vgi_rpc as core
