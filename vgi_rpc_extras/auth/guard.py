@@ -33,6 +33,7 @@ else:
 
 __all__ = ["AuthGuard"]
 
+ASKED = "vgi_rpc.asked"  # in the environ, where no header can be: what `ask` said of this request
 _DETAIL = "authentication rejected"
 _LOG = logging.getLogger("vgi_rpc.http.auth")
 # Logging in again would end at the same refusal, and browsers would go round in circles.
@@ -93,28 +94,45 @@ class AuthGuard:
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Set `req.context.auth`, or complete the response with the refusal."""
         req.context.auth = core.AuthContext.anonymous()
-        if self._authenticate is None or self.is_exempt(req.method, req.path):
+        if not self.asks(req):
             return
-        try:
-            auth = self._authenticate(unforgeable(req))
-            if not isinstance(auth, core.AuthContext):
-                raise TypeError("an authenticator returns an AuthContext")
-        except (ValueError, PermissionError) as exc:
-            self._refuse(req, resp, exc)
-        except core.AuthUnavailableError as exc:
-            self._log(req, "authentication unavailable", exc)
-            _complete_json(resp, "503 Service Unavailable", "authentication authority unavailable")
-            resp.set_header("Retry-After", str(max(1, int(exc.retry_after))))
-        except MixedHeadersError as exc:
-            _LOG.error("%s", exc)
-            _complete_json(resp, "500 Internal Server Error", "this service is not served as its authentication needs")
-        except Exception as exc:
-            _LOG.error("authenticator failed: %s in %s", type(exc).__name__, _where(exc))
-            _complete_json(resp, "500 Internal Server Error")
-        else:
-            req.context.auth = auth
+        found = req.env.get(ASKED) or self.ask(req)
+        if not isinstance(found, Exception):
+            req.context.auth = found
             if self._login and self._login.hand_over(req, resp):
                 resp.complete = True
+        elif isinstance(found, ValueError | PermissionError):
+            self._refuse(req, resp, found)
+        elif isinstance(found, core.AuthUnavailableError):
+            self._log(req, "authentication unavailable", found)
+            _complete_json(resp, "503 Service Unavailable", "authentication authority unavailable")
+            resp.set_header("Retry-After", str(max(1, int(found.retry_after))))
+        elif isinstance(found, MixedHeadersError):
+            _LOG.error("%s", found)
+            _complete_json(resp, "500 Internal Server Error", "this service is not served as its authentication needs")
+        else:
+            _LOG.error("authenticator failed: %s in %s", type(found).__name__, _where(found))
+            _complete_json(resp, "500 Internal Server Error")
+
+    def ask(self, req: falcon.Request) -> core.AuthContext | Exception:
+        """Who calls, or why that is not known. A server that asks before the body comes puts the answer into ASKED."""
+        assert self._authenticate is not None
+        try:
+            auth = self._authenticate(unforgeable(req))
+        except Exception as exc:
+            return exc
+        if not isinstance(auth, core.AuthContext):
+            return TypeError("an authenticator returns an AuthContext")
+        return auth
+
+    def asks(self, req: falcon.Request) -> bool:
+        """Whether this caller is asked who it is."""
+        return self._authenticate is not None and not self.is_exempt(req.method, req.path)
+
+    @property
+    def guards(self) -> bool:
+        """Whether anybody is asked."""
+        return self._authenticate is not None
 
     def _refuse(self, req: falcon.Request, resp: falcon.Response, exc: BaseException) -> None:
         reason = classify_auth_failure(exc)

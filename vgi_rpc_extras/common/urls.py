@@ -71,13 +71,20 @@ def redact_url(url: str) -> str:
     return f"{parts.scheme}://{shown}{'' if port is None else f':{port}'}{parts.path}"
 
 
-def is_loopback_url(url: str) -> bool:
-    """Whether the host of a URL is this machine: localhost or a loopback address."""
-    host = urlsplit(url).hostname or ""
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine: localhost or a loopback address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def is_loopback_url(url: str) -> bool:
+    """Whether the host of a URL is this machine."""
+    return is_loopback(urlsplit(url).hostname or "")
 
 
 def origin_of(url: str) -> str:

@@ -74,6 +74,12 @@ _NO_NOTES: Mapping[str, Any] = types.MappingProxyType({})
 _NO_VISIT: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 
+_MISDIRECTED = (
+    "This server does not go by that name. Without authentication a service on a loopback address answers to the names"
+    " of its machine only; serve_http(allowed_hosts=[...]) or VGI_HTTP_ALLOWED_HOSTS lists others."
+)
+
+
 class ResponseTooLargeError(RuntimeError):
     """A reply is larger than the server or the caller allows."""
 
@@ -378,11 +384,19 @@ class _Door:
         self._cors = cors
         self._sticky = sticky
         self.draining = False
+        self._hosts: frozenset[str] | None = None
+
+    def allow_hosts(self, hosts: Iterable[str]) -> None:
+        """Answer requests only that name one of these hosts."""
+        allowed = frozenset(host.strip().lower() for host in hosts)
+        self._hosts = None if "*" in allowed else allowed
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         env, context = req.env, req.context
         wanted = env.get("HTTP_X_REQUEST_ID")
         context.request_id = wanted if wanted and _REQUEST_ID.match(wanted) else os.urandom(8).hex()
+        if self._hosts is not None and not _is_named(env.get("HTTP_HOST", ""), self._hosts):
+            raise falcon.HTTPError(falcon.HTTP_421, title="Misdirected Request", description=_MISDIRECTED)
         if self.draining and not self._may_go_on(req):
             raise falcon.HTTPServiceUnavailable(
                 description="this server is shutting down", headers={"Retry-After": "1"}
@@ -391,6 +405,16 @@ class _Door:
         if length is not None and length > self.max_request and not self._guard.is_exempt(req.method, req.path):
             raise too_large(self.max_request)
         self._guard.process_request(req, resp)
+
+    @property
+    def guards(self) -> bool:
+        """Whether anybody is asked who they are."""
+        return self._guard.guards
+
+    def ask(self, environ: dict[str, Any]) -> core.AuthContext | Exception | None:
+        """Who calls, or why that is not known; None: nobody is asked for this path."""
+        req = falcon.Request(environ)
+        return self._guard.ask(req) if self._guard.asks(req) else None
 
     def _may_go_on(self, req: falcon.Request) -> bool:
         """What is answered while draining, too: health tells of it itself, and open sessions go on."""
@@ -419,6 +443,16 @@ class _Door:
             resp.set_header("Cache-Control", "public, max-age=300")
         if self._cors is not None:
             self._cors.apply(req, resp)
+
+
+def _is_named(host: str, hosts: frozenset[str]) -> bool:
+    """Whether a Host header names one of the hosts. Without one it is no browser's; nor is a bare word, as nginx writes
+    it for an upstream: a browser that is led to this port writes the port, too (RFC 9110 section 7.2)."""
+    if host in hosts:
+        return True
+    name = host.strip().lower()
+    name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0].removesuffix(".")
+    return name in hosts or name.endswith(".localhost") or not re.search(r"[.:]", host)
 
 
 class _Cors:
