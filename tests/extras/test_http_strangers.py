@@ -289,7 +289,7 @@ def test_a_known_mistake_is_refused_before_serving() -> None:
     from vgi_rpc_extras.auth import chain_authenticate, mtls_authenticate_xfcc
 
     xfcc = mtls_authenticate_xfcc(trusted_proxies=["127.0.0.1"])
-    with pytest.raises(ValueError, match="X-Forwarded-Client-Cert|x-forwarded-client-cert"):
+    with pytest.raises(ValueError, match="could be forged"):
         core.serve_http(
             make_server(),
             wsgi_server="granian",

@@ -24,6 +24,7 @@ CUSTOM_CONTENT_ENCODING_HEADER: Final = "X-VGI-Content-Encoding"
 REQUEST_ID_HEADER: Final = "X-Request-ID"
 AUTH_REASON_HEADER: Final = "VGI-Auth-Reason"
 AUTH_PROXY_REQUIRED_HEADER: Final = "VGI-Auth-Proxy-Required"
+OWN_KEY_HEADER: Final = "VGI-Own-Token-Key"  # ours: names a key that a process made for itself; doctor reads it
 SESSION_HEADER: Final = "VGI-Session"
 SESSION_ACCEPT_HEADER: Final = "VGI-Session-Accept"
 SESSION_CLOSE_HEADER: Final = "VGI-Session-Close"

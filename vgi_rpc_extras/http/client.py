@@ -218,6 +218,7 @@ class HttpServerCapabilities:
     sticky_default_ttl: int | None = None
     sticky_echo_headers: tuple[str, ...] = ()
     accept_max_response_bytes_support: bool = False
+    own_token_key: str | None = None  # names the key that the process has made for itself, for want of a token_key=
 
 
 def _capabilities(headers: Mapping[str, str]) -> HttpServerCapabilities:
@@ -246,6 +247,7 @@ def _capabilities(headers: Mapping[str, str]) -> HttpServerCapabilities:
         sticky_default_ttl=integer(names.STICKY_DEFAULT_TTL_HEADER),
         sticky_echo_headers=tuple(name for name in echo if name),
         accept_max_response_bytes_support=_accepts_limit(headers),
+        own_token_key=printable(text(names.OWN_KEY_HEADER), 64) or None,
     )
 
 

@@ -19,10 +19,13 @@ import contextlib
 import functools
 import json
 import logging
+import multiprocessing
 import os
 import re
+import sys
 import types
 import urllib.parse
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -158,7 +161,7 @@ def make_wsgi_app(
         oauth_resource_metadata: published (RFC 9728), and announced in every 401. With a client_id and `authenticate`,
             people without a credential are sent to log in.
         browser_login: that login, when it needs other settings than the defaults; of the same prefix and metadata.
-        call_state_cache_entries: calls whose unchanging half is kept in memory; 0: none.
+        call_state_cache_entries: calls whose unchanging half is kept in memory, 64 MiB of them at most; 0: none.
         otel_config: instruments the server, and counts callers that are not let in.
         sentry_config: reports the server's failures to Sentry.
         max_externalized_response_bytes: bytes that one response may keep in the server's `external_location`.
@@ -176,8 +179,10 @@ def make_wsgi_app(
         TypeError: a config, or `oauth_resource_metadata`, that is not one.
         ValueError: a number out of range, a malformed prefix, a key that is too short.
     """
+    key_id = None
     if token_key is None:
-        _LOG.warning("no token_key: streams cannot be continued by another process, nor after a restart")
+        key_id = os.urandom(4).hex()
+        _warn_of_own_key()
         token_key = os.urandom(32)
     prefix = _check_prefix(prefix, server)
     limits = _Limits(
@@ -214,7 +219,15 @@ def make_wsgi_app(
     exposed = [name for name, _ in capabilities] + ([] if sessions is None else sessions.response_headers())
     cors = None if cors_origins is None else _Cors(cors_origins, cors_max_age, cors_resource_policy, exposed)
     door = _Door(server, prefix, capabilities, limits.request or MAX_REQUEST_BYTES, guard, cors, enable_sticky)
-    tokens = StreamTokens(token_key, token_ttl, call_state_cache_entries, server.limits.max_metadata_entry_bytes)
+    door.key_id = key_id
+    tokens = StreamTokens(
+        token_key,
+        token_ttl,
+        call_state_cache_entries,
+        server.limits.max_metadata_entry_bytes,
+        own_key=key_id is not None,
+        open_to_all=authenticate is None,
+    )
     rpc = RpcResource(server, door, tokens, limits, produced, compression_level, sessions)
     app = HttpApp(middleware=[*_instrument(server, otel_config, sentry_config), door])
     app.door = door
@@ -233,6 +246,14 @@ def make_wsgi_app(
     if describes:
         _add_describe_page(app, rpc, server, enable_describe_calls)
     return app
+
+
+def _warn_of_own_key() -> None:
+    text = "no token_key: streams cannot be continued by another process, nor after a restart"
+    _LOG.warning("%s", text)
+    # Process managers start several of us, and show what is written to stderr; our loggers may have no handler there.
+    if "gunicorn.arbiter" in sys.modules or "uwsgi" in sys.modules or multiprocessing.parent_process() is not None:
+        warnings.warn(f"{text}: give all processes the same token_key=", RuntimeWarning, stacklevel=3)
 
 
 class _Limits(NamedTuple):
@@ -384,6 +405,7 @@ class _Door:
         self._cors = cors
         self._sticky = sticky
         self.draining = False
+        self.key_id: str | None = None  # of a key that this process made for itself
         self._hosts: frozenset[str] | None = None
 
     def allow_hosts(self, hosts: Iterable[str]) -> None:
@@ -441,6 +463,8 @@ class _Door:
         resp.set_header(names.REQUEST_ID_HEADER, getattr(req.context, "request_id", ""))
         if req.method == "OPTIONS":
             resp.set_header("Cache-Control", "public, max-age=300")
+            if self.key_id is not None:
+                resp.set_header(names.OWN_KEY_HEADER, self.key_id)
         if self._cors is not None:
             self._cors.apply(req, resp)
 
