@@ -1176,7 +1176,7 @@ class VgiJsonFormatter(logging.Formatter):
         for key, value in record.__dict__.items():
             if key not in _LOG_STANDARD and key not in found:
                 found[key] = value
-        if record.exc_info:
+        if record.exc_info and record.exc_info[0] is not None:
             found["exception"] = self.formatException(record.exc_info)
         if record.stack_info:
             found["stack_info"] = record.stack_info
@@ -1186,7 +1186,7 @@ class VgiJsonFormatter(logging.Formatter):
 _LOG_ACCESS_ALWAYS = re.split(
     r"\s+",
     "timestamp level logger message server_id protocol protocol_hash method method_type principal auth_domain"
-    " authenticated remote_addr duration_ms status error_type error_message error_code",
+    " authenticated remote_addr duration_ms status error_type error_message error_code dropped_records",
 )
 
 
