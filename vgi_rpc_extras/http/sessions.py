@@ -51,13 +51,14 @@ FLY_MACHINE_ID = os.environ.get("FLY_MACHINE_ID")
 class Session:
     """What is kept of a session. The lock is no RLock: a method's own threads may open and close sessions."""
 
-    __slots__ = ("ends", "id", "lock", "owner", "state")
+    __slots__ = ("ends", "id", "lock", "owner", "state", "waiting")
 
     def __init__(self, state: object, owner: bytes, ttl: float) -> None:
         self.id = os.urandom(12)
         self.state: object | None = state
         self.owner = owner
         self.ends = time.monotonic() + ttl
+        self.waiting = threading.Lock()  # held by the one call that waits: each that does takes a thread of the server
         self.lock = threading.Lock()
 
 
@@ -254,17 +255,22 @@ class Sessions:
     def _enter(self, token: str, auth: core.AuthContext) -> Session:
         """Find a session and take its lock. What has waited looks again: the one before may have closed it."""
         session = self._find(token, auth)
-        if not session.lock.acquire(timeout=self.lock_seconds):
-            busy = core.SessionLostError(
-                f"the session has been in use by another call for {self.lock_seconds:g} s; calls of one session run"
-                " one at a time, and a method cannot call its own session"
-            )
-            busy.error_code = core.Code.UNAVAILABLE
-            raise busy
+        if not session.lock.acquire(blocking=False):
+            self._wait(session)
         if self._sessions.get(session.id) is session and not self._is_over(session):
             return session
         self.leave(session)
         raise core.SessionLostError("the session was closed while this call waited for it; begin a new one")
+
+    def _wait(self, session: Session) -> None:
+        """Take the lock of a session that another call uses; only one call may wait for it."""
+        if not session.waiting.acquire(blocking=False):
+            raise _busy("is in use by one call, and another one waits for it")
+        try:
+            if not session.lock.acquire(timeout=self.lock_seconds):
+                raise _busy(f"has been in use by another call for {self.lock_seconds:g} s")
+        finally:
+            session.waiting.release()
 
     # ---- ends
 
@@ -304,6 +310,14 @@ def _check_ttl(name: str, ttl: float, most: float) -> float:
         limit = "" if math.isinf(most) else f" and at most {most:g} (sticky_max_ttl)"
         raise ValueError(f"{name} must be a number of seconds above 0{limit}, got {ttl!r}")
     return float(ttl)
+
+
+def _busy(how: str) -> core.SessionLostError:
+    busy = core.SessionLostError(
+        f"the session {how}; calls of one session run one at a time, and a method cannot call its own session"
+    )
+    busy.error_code = core.Code.UNAVAILABLE
+    return busy
 
 
 def _too_many(who: str, limit: int, name: str) -> core.StatusError:
