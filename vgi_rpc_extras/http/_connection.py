@@ -166,6 +166,10 @@ class PooledSender:
         if origin.authorization:
             self._head += f"Authorization: {origin.authorization}\r\n"
 
+    def leave_authorization(self) -> None:
+        """Send no credentials of the URL: the requests have others."""
+        self._head = f"Host: {self.origin.authority}\r\n"
+
     def send(self, request: Request) -> Response:
         """Send on an idle connection or a new one. What never left is sent again, once; nothing else is."""
         connection = self._borrow()

@@ -39,6 +39,7 @@ from .. import core as _bound_core
 from ..auth.unauthorized import AuthenticationError, read_unauthorized
 from ..common import coding, names
 from ..common.texts import printable
+from ..common.urls import redact_url
 from ._connection import (
     HttpxSender,
     Origin,
@@ -91,6 +92,11 @@ _MAX_PROBE_BYTES = 65_536
 _END_SECONDS = 10.0  # for the DELETE of a session, which waits for a call that uses it
 _GATEWAY_STATUS = frozenset({429, 502, 503, 504})
 _CALL_HEADERS = ("Content-Encoding", "traceparent", "tracestate")  # of some requests only
+# What says where a message ends, or which server it is for (RFC 9110 sections 7.2 and 7.6, RFC 9112 section 6).
+_FRAMING = re.compile(
+    "content-length|transfer-encoding|content-encoding|(proxy-)?connection|keep-alive|te|trailer|upgrade|expect|host",
+    re.IGNORECASE,
+)
 _SUPPORT = names.ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER.lower()
 
 
@@ -296,12 +302,16 @@ class HttpTransport(core.RequestTransport):
             self._prefix = self._sender.origin.path + self._prefix
         names.check_size("accepted_max_response_bytes", accepted_max_response_bytes, names.MIN_RESPONSE_BYTES)
         self._limit = accepted_max_response_bytes
-        self._own_headers = {**_check_headers(headers), "User-Agent": f"vgi-rpc/{core.__version__}"}
+        given = _check_headers(headers)
+        self._own_headers = _merged(given, {"User-Agent": f"vgi-rpc/{core.__version__}"})
         if self._limit is not None:
-            self._own_headers[names.ACCEPT_MAX_RESPONSE_BYTES_HEADER] = str(self._limit)
-        packs = compression_level is not None
-        self._headers = {"Content-Type": names.ARROW_CONTENT_TYPE, **self._own_headers}
-        self._headers["Accept-Encoding"] = ", ".join(coding.available_encodings()) if packs else "identity"
+            limit = {names.ACCEPT_MAX_RESPONSE_BYTES_HEADER: str(self._limit)}
+            self._own_headers = _merged(self._own_headers, limit)
+        codings = "identity" if compression_level is None else ", ".join(coding.available_encodings())
+        sent = {"Content-Type": names.ARROW_CONTENT_TYPE, "Accept-Encoding": codings}
+        self._headers = _merged(self._own_headers, sent)
+        if isinstance(self._sender, PooledSender) and any(name.lower() == "authorization" for name in given):
+            self._sender.leave_authorization()
         self._level = compression_level
         self._retry = retry or HttpRetryConfig(max_retries=0)
         self._uploader = external_location if hasattr(external_location, "upload_request") else None
@@ -442,7 +452,7 @@ class HttpTransport(core.RequestTransport):
             "OPTIONS", f"{self._prefix}/health", self._own_headers, (), _MAX_PROBE_BYTES, deadline, doing, True
         )
         response = self._exchange(request)
-        if not 200 <= response.status < 300:
+        if not 200 <= response.status < 300 or "html" in response.headers.get("content-type", ""):
             raise _refusal(response, doing, "ProtocolError")
         self._known = found = _capabilities(response.headers)
         return found
@@ -534,13 +544,13 @@ class HttpTransport(core.RequestTransport):
         encoding = self._choose(refused)
         if encoding is None:
             return pieces, None
-        body = b"".join(pieces)
-        if len(body) > 2 * _SAMPLE:
-            sample = body[_SAMPLE : 2 * _SAMPLE]
+        size = sum(map(len, pieces))
+        if size > 2 * _SAMPLE:
+            sample = _part(pieces, _SAMPLE, 2 * _SAMPLE)
             if len(coding.compress(encoding, sample, level=self._level)) > 0.9 * _SAMPLE:
-                return (body,), None
-        packed = coding.compress(encoding, body, level=self._level)
-        return ((packed,), encoding) if len(packed) < len(body) else ((body,), None)
+                return pieces, None
+        packed = coding.compress(encoding, b"".join(pieces), level=self._level)
+        return ((packed,), encoding) if len(packed) < size else (pieces, None)
 
     def _choose(self, refused: coding.Encoding | None) -> coding.Encoding | None:
         """The first coding of ours that the server advertises; without a word from it, zstd."""
@@ -554,9 +564,7 @@ class HttpTransport(core.RequestTransport):
         origin = f"{target.scheme}://{target.netloc}"
         same = not target.netloc or origin == self.url
         if not same or target.scheme not in ("", "http", "https") or not target.path.startswith("/"):
-            raise core.RpcError(
-                "HttpError", f"{doing}: HTTP {response.status} redirects to another server; connect to that one"
-            )
+            raise _refusal(response, doing, "HttpError")
         return quote(target.path, safe="/%._~!$&'()*+,;=:@-")
 
     def _body(self, response: Response, doing: str) -> bytes:
@@ -580,11 +588,31 @@ class HttpTransport(core.RequestTransport):
             raise core.ConnectionLostError(f"{doing}: the response cannot be unpacked: {exc}", sent="answered") from exc
 
     def _response_too_large(self, doing: str) -> core.RpcError:
+        allowed = f"accepted_max_response_bytes={self._limit}"
+        if self._limit is None:
+            allowed = f"{coding.MAX_DECODED_BYTES} bytes, the most that is read; accepted_max_response_bytes=N allows N"
         return core.RpcError(
             "ResponseTooLargeError",
-            f"{doing}: the response is larger than accepted_max_response_bytes={self._limit}",
+            f"{doing}: the response is larger than {allowed}",
             error_code=core.Code.RESOURCE_EXHAUSTED,
         )
+
+
+def _part(pieces: Sequence[Piece], start: int, end: int) -> bytes:
+    """The bytes from `start` to `end` of what the pieces make together."""
+    found = []
+    for piece in pieces:
+        found.append(bytes(memoryview(piece)[max(start, 0) : max(end, 0)]))
+        start, end = start - len(piece), end - len(piece)
+        if end <= 0:
+            break
+    return b"".join(found)
+
+
+def _merged(headers: Mapping[str, str], more: Mapping[str, str]) -> dict[str, str]:
+    """Both; what is in both, in whatever case, is that of `more`."""
+    taken = {name.lower() for name in more}
+    return {**{name: value for name, value in headers.items() if name.lower() not in taken}, **more}
 
 
 def _trace_headers(metadata: Mapping[bytes, bytes]) -> dict[str, str]:
@@ -626,7 +654,10 @@ def _check_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
     for name, value in (headers or {}).items():
         if not names.TOKEN.fullmatch(name) or not re.fullmatch(r"[\t -~\x80-\xff]*", value):
             raise ValueError(f"header {name!r}: not a legal name, or its value has control characters")
-    return dict(headers or {})
+        if _FRAMING.fullmatch(name):
+            raise ValueError(f"header {name!r}: how a request is framed, and where it goes, is not for headers= to say")
+    last = {name.lower(): name for name in headers or {}}  # of two spellings
+    return {name: value for name, value in (headers or {}).items() if last[name.lower()] == name}
 
 
 def _is_arrow(response: Response) -> bool:
@@ -643,6 +674,8 @@ def _refusal(response: Response, doing: str, error_type: str) -> core.RpcError:
     preview = ""
     if status != 403 and "content-encoding" not in response.headers:
         preview = printable(response.body[: 4 * _PREVIEW].decode("utf-8", "replace"), _PREVIEW)
+    if 300 <= status < 400 and "location" in response.headers:
+        return core.RpcError(error_type, f"{doing}: HTTP {status} redirects to {_place(response)}; connect to that one")
     if status in _GATEWAY_STATUS:
         return HttpTransientError(status, preview, _retry_after(response.headers))
     sent: Sent = "maybe" if status >= 500 else "answered"
@@ -650,6 +683,14 @@ def _refusal(response: Response, doing: str, error_type: str) -> core.RpcError:
     if "html" in kind:
         preview = f"{preview[:40]} (a web page, not a service: check the URL and its prefix, prefix= or --prefix)"
     return core.RpcError(error_type, f"{doing}: HTTP {status} ({kind}): {preview or '(no text)'}", sent=sent)
+
+
+def _place(response: Response) -> str:
+    """Where a redirect leads, without what may be secret in it."""
+    location = response.headers["location"]
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", location):
+        return f"another server, {redact_url(location)}"
+    return printable(location.partition("?")[0], _PREVIEW) or "nowhere"
 
 
 def _too_large(what: str, limit: int | None, sent: Sent) -> core.RpcError:
@@ -914,7 +955,7 @@ def http_connect(
         retry: for requests that are safe to repeat: the capability probe and reflection. RPC calls are sent once.
         compression_level: zstd's, for requests of some size; None sends and asks for plain bodies.
         accepted_max_response_bytes: bound on a decoded response, also told to the server, which must confirm it;
-            None: no bound is asked for.
+            None: no bound is asked for, and what has more than 1 GiB is not read.
         headers: sent with every request, such as `{"Authorization": "Bearer ..."}`.
         timeout: seconds for a whole call, and for each turn of a stream. None waits for as long as the server's host is
             alive (TCP keep-alive; connecting takes 10 s at most), or as long as the timeouts of `client` say.

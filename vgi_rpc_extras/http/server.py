@@ -68,6 +68,7 @@ _LOG = logging.getLogger("vgi_rpc.http")
 _LOG_ACCESS = logging.getLogger("vgi_rpc.access")
 MAX_REQUEST_BYTES = 256 << 20  # where max_request_bytes is not set; applied, never advertised (DESIGN.md section 7)
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}\Z")
+_ENCODED_ASCII = re.compile(r"%(?![89A-F][0-9A-F])")
 _BUDGET = re.compile(r"[1-9][0-9]{0,15}\Z", re.ASCII)
 _HEADER_NAMES = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~, -]{1,4096}\Z")
 # Below these paths nobody is asked who they are, so that no protocol can be there.
@@ -776,9 +777,14 @@ class RpcResource:
         self._send(req, resp, reply)
 
     def _has_percent(self, env: Mapping[str, Any], protocol: str) -> bool:
-        """Whether the path as it came holds a `%` after the prefix; servers that hide it leave the decoded one."""
+        """Whether the path as it came spells a name in more than one way, by a `%` after the prefix.
+
+        Letters beyond ASCII travel in no other form, so these may be encoded (RFC 3986 section 2.5), and only as
+        encoders write them. Servers that hide the path as it came leave the decoded one.
+        """
         raw = env.get("REQUEST_URI") or env.get("RAW_URI") or ""
-        return "%" in protocol or "%" in urllib.parse.urlsplit(raw).path.removeprefix(self._prefix)
+        path = urllib.parse.urlsplit(raw).path.removeprefix(self._prefix)
+        return "%" in protocol or ("%" in path and _ENCODED_ASCII.search(path) is not None)
 
     # ---- what a request asks for
 
