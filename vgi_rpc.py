@@ -1258,8 +1258,16 @@ def apply_claim_redaction(claims: Mapping[str, object]) -> dict[str, object]:
 _LOG_SIZES_ONLY = frozenset({STATE_KEY, CALL_STATE_KEY, LOCATION_KEY, LOCATION_SOURCE_KEY})
 
 
+def _log_line(text: str) -> str:
+    """A foreign text for a line of a log: what could begin another line, or steer a terminal, is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 def _log_schema(schema: pa.Schema) -> str:
-    return f"({', '.join(f'{field.name}: {field.type}' for field in schema)})" if len(schema) else "(empty)"
+    names = ", ".join(f"{field.name}: {field.type}" for field in schema)
+    return f"({_log_line(names)})" if len(schema) else "(empty)"
 
 
 def _log_metadata(metadata: Mapping[bytes, bytes] | None) -> str:
@@ -7961,7 +7969,7 @@ class _ServerConnection:
         server = self.server
         stream = plan is not None and plan.is_stream
         schema = plan.info.result_schema if plan is not None and not stream else EMPTY_SCHEMA
-        _LOG_RPC.info("Refused a request: %s: %s", type(exc).__name__, exception_str(exc))
+        _LOG_RPC.info("Refused a request: %s: %s", type(exc).__name__, _log_line(exception_str(exc)))
         metadata = _wire_error(exc, server.server_id, _ctx_request_id(), server.include_tracebacks)
         self._send_stream(empty_batch(schema), metadata)
         if stream:
@@ -7980,7 +7988,7 @@ class _ServerConnection:
     def _hang_up(self, exc: Exception) -> typing.NoReturn:
         """Tell the peer that its bytes make no sense (best effort), and end the connection."""
         server = self.server
-        _LOG_RPC.warning("Ending a connection: %s: %s", type(exc).__name__, exception_str(exc))
+        _LOG_RPC.warning("Ending a connection: %s: %s", type(exc).__name__, _log_line(exception_str(exc)))
         metadata = _wire_error(exc, server.server_id, _ctx_request_id(), server.include_tracebacks)
         with contextlib.suppress(OSError):
             self._send_stream(empty_batch(EMPTY_SCHEMA), metadata)
@@ -8664,7 +8672,7 @@ def _server_log_failure(call: _ServerCall, exc: BaseException) -> None:
     if kind:
         extra["error_kind"] = kind
     where = f"{call.binding.name}.{call.plan.name}"
-    text = exception_str(exc)
+    text = _log_line(exception_str(exc))
     if not with_traceback:
         text = f"{code}{f' ({kind})' if kind else ''} {type(exc).__name__}: {text}"
     _LOG_RPC.log(level, "Error in %s: %s", where, text, exc_info=exc if with_traceback else None, extra=extra)

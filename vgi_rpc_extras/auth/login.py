@@ -37,7 +37,7 @@ from authlib.oauth2.client import OAuth2Client
 
 from .. import core as _bound_core
 from ..common.html import send_notice
-from ..common.texts import base64url, from_base64url
+from ..common.texts import base64url, escaped, from_base64url, printable
 from ..common.urls import is_loopback_url, origin_of
 from .bearer import Authenticate, make_cookie_authenticate
 from .jwt import JwtVerifier
@@ -83,7 +83,7 @@ class _Session:
 
 
 class _Refused(Exception):
-    """A page for the person: status and a text that holds nothing from outside."""
+    """A page for the person: status and a text, which holds nothing from outside but what the provider says."""
 
     def __init__(self, status: str, text: str) -> None:
         super().__init__(text)
@@ -169,7 +169,7 @@ class BrowserLogin:
         try:
             provider = self._provider.configuration()
         except FetchError as exc:
-            _LOG.warning("browser login: %s", exc)
+            _LOG.warning("browser login: %s", escaped(str(exc)))
             return False
         return_to = self._return_to(req)
         tokens = [secrets.token_urlsafe(32) for _ in range(3)]
@@ -227,22 +227,21 @@ class BrowserLogin:
         except _Refused as exc:
             self._page(resp, exc.status, exc.text)
         except FetchError as exc:
-            _LOG.warning("browser login: %s", exc)
+            _LOG.warning("browser login: %s", escaped(str(exc)))
             self._page(resp, "502 Bad Gateway", "The login service could not complete the login. Try again.")
 
     def _callback(self, req: falcon.Request, resp: falcon.Response) -> None:
-        error = req.get_param("error")
-        if error is not None:
-            detail = (req.get_param("error_description") or error)[:200]
-            raise _Refused("400 Bad Request", f"The login service refused: {detail}")
-        code, state = req.get_param("code"), req.get_param("state")
-        if not code or not state:
+        error, code, state = req.get_param("error"), req.get_param("code"), req.get_param("state")
+        if not state or not (code or error):
             raise _Refused("400 Bad Request", "The answer of the login service is incomplete.")
         session = self._open((req.get_cookie_values(_SESSION_COOKIE) or [""])[0])
         if session is None or not hmac.compare_digest(state.encode(), session.state.encode()):
             raise _Refused("400 Bad Request", "This login has expired or was started elsewhere. Start again.")
         if not self._used.check_and_add(session.state):
             raise _Refused("400 Bad Request", "This login was used already. Start again.")
+        if error is not None or code is None:  # words of the provider now, not of whoever made up a link
+            detail = printable(req.get_param("error_description") or error, 200)
+            raise _Refused("400 Bad Request", f"The login service refused: {detail}")
         provider = self._provider.configuration()
         self._check_issuer(req.get_param("iss"), provider)
         token, claims = self._provider.exchange(provider, code, session)
@@ -310,7 +309,7 @@ class BrowserLogin:
             resp.status = exc.status
             resp.data = json.dumps({"error": exc.text}).encode()
         except FetchError as exc:
-            _LOG.warning("token endpoint: %s", exc)
+            _LOG.warning("token endpoint: %s", escaped(str(exc)))
             resp.status, resp.data = "502 Bad Gateway", b'{"error": "temporarily_unavailable"}'
 
     def _proxy_token(self, req: falcon.Request) -> tuple[str, bytes]:

@@ -32,4 +32,6 @@ def printable(value: object, limit: int) -> str:
 
 def escaped(text: str) -> str:
     """A text whose every character is kept, and none of which does more than stand there."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

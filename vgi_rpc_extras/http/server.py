@@ -44,6 +44,7 @@ from ..common.coding import (
     negotiate,
 )
 from ..common.names import ARROW_CONTENT_TYPE
+from ..common.texts import escaped
 from . import pages
 from .json_calls import JsonCalls
 from .sessions import SessionContext, SessionResource, Sessions, Visit, lost_body
@@ -530,7 +531,7 @@ def too_large(limit: int, coding: str = "") -> falcon.HTTPError:
 
 
 def _unexpected(req: falcon.Request, resp: falcon.Response, exc: Exception, params: dict[str, Any]) -> NoReturn:
-    _LOG.error("%s %s failed", req.method, req.path, exc_info=exc)
+    _LOG.error("%s %s failed", req.method, escaped(req.path), exc_info=exc)
     raise falcon.HTTPInternalServerError
 
 
@@ -675,7 +676,7 @@ class RpcResource:
         try:
             visiting = self._visit(req, resp)
         except core.SessionLostError as exc:
-            _LOG.info("no session: %s", core.exception_str(exc))
+            _LOG.info("no session: %s", escaped(core.exception_str(exc)))
             resp.set_header(names.RPC_ERROR_HEADER, "true")
             return self._send(req, resp, lost_body(exc, req.context.request_id))
         with visiting as visit:
@@ -851,7 +852,8 @@ class RpcResource:
 
     def _refuse(self, req: falcon.Request, resp: falcon.Response, refused: _Refused) -> None:
         resp.status = refused.status
-        _LOG.info("refused %s: %s: %s", refused.status, type(refused.exc).__name__, core.exception_str(refused.exc))
+        text = escaped(core.exception_str(refused.exc))
+        _LOG.info("refused %s: %s: %s", refused.status, type(refused.exc).__name__, text)
         self._send(req, resp, self._server.error_body(refused.exc, req.context.request_id))
 
     def _send(self, req: falcon.Request, resp: falcon.Response, body: bytes) -> None:

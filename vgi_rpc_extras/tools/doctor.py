@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import pyarrow as pa
 
 from .. import core as _bound_core
+from ..common.texts import escaped
 
 if TYPE_CHECKING:
     import vgi_rpc as core
@@ -488,7 +489,7 @@ def _shown(data: bytes) -> str:
 
 def _printable(text: str) -> str:
     cut = text if len(text) <= _SHOWN_TEXT else text[:_SHOWN_TEXT] + "..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in cut)
+    return escaped(cut)
 
 
 def _span(seconds: float) -> str:
