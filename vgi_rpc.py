@@ -8321,6 +8321,15 @@ class _ServerBody(_IpcSource):
     write = send
 
 
+# Of a request that opens a stream, what is not for its first turn to see: tokens, and how the request itself came.
+_SERVER_OWN_KEYS = frozenset(
+    (
+        *(STATE_KEY, CALL_STATE_KEY, CANCEL_KEY, DEADLINE_KEY),
+        *(LOCATION_KEY, LOCATION_SHA256_KEY, LOCATION_FETCH_MS_KEY, LOCATION_SOURCE_KEY),
+    )
+)
+
+
 class ServerRequest(_ServerConnection):
     """One request of a peer that sends whole messages instead of a byte stream; HTTP is built on it. Sans I/O.
 
@@ -8505,8 +8514,7 @@ class ServerRequest(_ServerConnection):
                 failed.append(exc)
                 raise
 
-        hidden = (STATE_KEY, CALL_STATE_KEY, CANCEL_KEY, DEADLINE_KEY)
-        metadata = {key: item for key, item in self._metadata.items() if key not in hidden}
+        metadata = {key: item for key, item in self._metadata.items() if key not in _SERVER_OWN_KEYS}
         stream.answer(value, None if len(value.input_schema) else (empty_batch(EMPTY_SCHEMA), metadata), seal)
         if failed:  # a stream that cannot go on has not begun: no header either
             self.channel.reply[:] = [self.server.error_body(failed[0], self.request_id)]
@@ -8544,7 +8552,7 @@ class ServerRequest(_ServerConnection):
 def _server_result(call: _ServerCall, value: Any) -> tuple[pa.RecordBatch, pa.KeyValueMetadata | _IpcMetadata | None]:
     """The result batch, or the pointer that stands for it."""
     plan = call.plan
-    if plan.info.returns_ref and isinstance(value, ExternalRef):
+    if isinstance(value, ExternalRef):  # whatever the method declares: callers see the result that it stands for
         return value.pointer_batch(plan.info.result_schema)
     batch = _wire_result_batch(plan, value)
     return call.externalize(batch, [(batch, None)]) or (batch, None)

@@ -22,9 +22,23 @@ __all__ = [
 UrlValidator = Callable[[str], None]
 
 _HIDDEN = "<url>"
-# What the libraries do not call private, and is reachable only from inside (RFC 6598 shared space is "not global").
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
-_TEREDO = ipaddress.ip_network("2001::/32")
+# Of the IANA's special-purpose registries, and what clouds keep for themselves: a list of our own, because that of the
+# ipaddress module changes with the patch release of the interpreter.
+_NOT_PUBLIC_4 = tuple(
+    ipaddress.IPv4Network(text)
+    for text in (
+        *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
+        *("192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24"),
+        *("203.0.113.0/24", "224.0.0.0/3"),  # multicast and what is above it
+        "168.63.129.16/32",  # Azure's own, in every network of it
+    )
+)
+_PUBLIC_6 = ipaddress.IPv6Network("2000::/3")  # all that has been given to the internet (RFC 4291 section 2.4)
+_NOT_PUBLIC_6 = tuple(
+    ipaddress.IPv6Network(text)
+    for text in ("2001::/23", "2001:db8::/32", "3fff::/20")  # 2001::/32 is Teredo
+)
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 def https_only_validator(url: str) -> None:
@@ -38,22 +52,21 @@ def https_only_validator(url: str) -> None:
 def is_public_address(address: str) -> bool:
     """Whether an IP address is one of the public internet.
 
-    Not so: loopback, private, link-local (the metadata services of clouds), shared, multicast, reserved, unspecified,
-    and the IPv6 addresses that stand for such an IPv4 address.
+    Not so: loopback, private, link-local (the metadata services of clouds), site-local, shared, multicast, reserved,
+    unspecified, and the IPv6 addresses that stand for such an IPv4 address.
     """
     try:
         ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
         return False
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour
-        if ip in _NAT64:
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if ip in _TEREDO:
-            return False
-        if inner is not None:
-            return is_public_address(str(inner))
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
+    if isinstance(ip, ipaddress.IPv4Address):
+        return not any(ip in network for network in _NOT_PUBLIC_4)
+    inner = ip.ipv4_mapped or ip.sixtofour
+    if ip in _NAT64:
+        inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+    if inner is not None:
+        return is_public_address(str(inner))
+    return ip in _PUBLIC_6 and not any(ip in network for network in _NOT_PUBLIC_6)
 
 
 def redact_url(url: str) -> str:

@@ -771,6 +771,9 @@ class HttpStreamSession(core.StreamSession):
         self._check_open()
         if self._error is not None:
             self._raise_error()
+        if self._pending and input.custom_metadata is None and not input.batch.num_rows:
+            return self._pending.popleft()  # an exchange without input columns: its first turn came with the opening
+        self._pending.clear()
         name = self._call.info.name
         if self._state is None:
             raise core.RpcError("ProtocolError", f"{name}(): the server has given no state to go on from", sent="no")
@@ -909,7 +912,7 @@ class HttpStreamSession(core.StreamSession):
             if metadata and core.STATE_KEY in metadata:
                 state = metadata.pop(core.STATE_KEY)
                 self._call_state = metadata.pop(core.CALL_STATE_KEY, self._call_state)
-                if not answers and batch.num_rows == 0:
+                if batch.num_rows == 0 and not (answers and len(reply.batches) == 1):
                     continue
             self._pending.append(core.AnnotatedBatch(batch, pa.KeyValueMetadata(metadata) if metadata else None))
         self._state = state or (self._state if answers else None)

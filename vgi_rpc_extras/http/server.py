@@ -927,7 +927,11 @@ def _read_up_to(stream: Any, size: int) -> bytes:
     """At most `size` bytes, in steps: a length is a claim until the bytes are there."""
     chunks: list[bytes] = []
     while size > 0:
-        chunk = stream.read(min(size, 1 << 22))
+        try:
+            chunk = stream.read(min(size, 1 << 22))
+        except Exception as exc:  # each server has its own for a chunk that is none, or a caller that hung up
+            text = f"the body cannot be read: {type(exc).__name__}"
+            raise falcon.HTTPBadRequest(title="Malformed Request Body", description=text) from exc
         if not chunk:
             break
         chunks.append(chunk)
