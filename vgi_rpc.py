@@ -4617,6 +4617,139 @@ class StreamState(ArrowSerializableDataclass, abc.ABC):
         """The caller does not want more; release resources. May log, may not emit."""
 
 
+def restore_state(cls: type[_T], data: bytes) -> _T:
+    """A stream's state, or call state, as it was when `seal_state` packed it: its fields are set, and no code of the
+    class runs, which ran when it was made. Transient fields have their defaults; `rehydrate` fills them.
+
+    Raises ValueError, TypeError, KeyError, IPCError or pa.ArrowInvalid for what is no such state.
+    """
+    if not _methods_travels_by_fields(cls):
+        found: Any = cls
+        return cast(_T, found.deserialize_from_bytes(data))
+    batch, _ = deserialize_record_batch(data)
+    if batch.num_columns and batch.num_rows != 1:
+        raise ValueError(f"Expected single-row RecordBatch for {cls.__name__}, got {batch.num_rows} rows")
+    return _methods_restore(cls, batch.to_pylist()[0] if batch.num_columns else {})
+
+
+def _methods_travels_by_fields(cls: type) -> bool:
+    """Whether a class leaves its coding to us."""
+    own = ArrowSerializableDataclass
+    return (
+        getattr(cls, "serialize_to_bytes", None) is own.serialize_to_bytes
+        and getattr(getattr(cls, "deserialize_from_bytes", None), "__func__", None)
+        is own.deserialize_from_bytes.__func__  # type: ignore[attr-defined]
+    )
+
+
+def _methods_restore(cls: type[_T], row: Mapping[str, Any]) -> _T:
+    import dataclasses
+
+    decoders = dict(_types_spec(cast("type[ArrowSerializableDataclass]", cls)).decoders)
+    found = object.__new__(cls)
+    for field in dataclasses.fields(cast(Any, cls)):
+        name = field.name
+        if name in row:
+            value, decode = row[name], decoders.get(name)
+            value = value if value is None or decode is None else decode(value)
+        elif field.default_factory is not dataclasses.MISSING:
+            value = field.default_factory()
+        elif field.default is not dataclasses.MISSING:
+            value = field.default
+        elif not field.init:  # a transient one, or one that a release did not have
+            continue
+        else:
+            raise ValueError(f"Missing fields in {cls.__name__} RecordBatch: {[name]}. Found: {list(row)}")
+        object.__setattr__(found, name, value)
+    return found
+
+
+def check_state_class(cls: type) -> None:
+    """Raise TypeError, which names the field, for a class of stream states that cannot travel (HTTP)."""
+    if _methods_travels_by_fields(cls):
+        _types_spec(cls)
+
+
+def seal_state(state: ArrowSerializableDataclass) -> bytes:
+    """A stream's state as bytes, from which the same state is made again; TypeError, with the field, when it is not.
+
+    Over HTTP a state travels so between its turns; what would come back as something else is refused the first time.
+    """
+    import dataclasses
+
+    packed = state.serialize_to_bytes()
+    cls = type(state)
+    if not _methods_travels_by_fields(cls):
+        return packed
+    twin = restore_state(cls, packed)
+    names = {field.name for field in dataclasses.fields(cast(Any, state))}
+    hooks = (StreamState.rehydrate, StreamState.bind_call_state)  # who has one of these sets more in every turn
+    extra = [
+        name
+        for name in getattr(state, "__dict__", ())
+        if name not in names and not isinstance(getattr(cls, name, None), functools.cached_property)
+    ]
+    if extra and (getattr(cls, "rehydrate", hooks[0]), getattr(cls, "bind_call_state", hooks[1])) == hooks:
+        raise TypeError(
+            f"{type(state).__name__}.{extra[0]} is no field, so it does not travel: declare it, or make it"
+            " Annotated[T, Transient()] with a default and set it in rehydrate()"
+        )
+    for name in _types_spec(cls).names:
+        value, back = getattr(state, name), getattr(twin, name, None)
+        if not _methods_same(value, back):
+            raise TypeError(
+                f"{type(state).__name__}.{name} is a {type(value).__name__} that comes back as a {type(back).__name__}"
+                f" ({_log_line(repr(back))[:80]}): give the field a value of its declared type"
+            )
+    return packed
+
+
+def _methods_same(one: Any, other: Any) -> bool:
+    """Whether two values are the same data, of the same types all the way down."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_methods_same, one, other))
+    if isinstance(one, dict):
+        return len(one) == len(other) and all(map(_methods_same, one.items(), other.items()))
+    if isinstance(one, set | frozenset):
+        return one == other and sorted(map(str, map(type, one))) == sorted(map(str, map(type, other)))
+    if isinstance(one, ArrowSerializableDataclass):
+        return all(_methods_same(getattr(one, n), getattr(other, n, None)) for n in _types_spec(type(one)).names)
+    if isinstance(one, float) and one != one:
+        return bool(other != other)
+    if getattr(one, "tzinfo", None) is not None and one.utcoffset() != other.utcoffset():
+        return False
+    try:
+        return bool(one == other)
+    except ValueError:  # of an array: as good as can be said
+        return True
+
+
+def _methods_settle(state: Any) -> None:
+    """Make members of enums and the like that a field of a plain type holds values of that type, on all transports."""
+    for name, kind in _methods_plain_fields(type(state)):
+        value = getattr(state, name, None)
+        if type(value) is not kind and isinstance(value, kind):
+            object.__setattr__(state, name, kind(value.value if isinstance(value, enum.Enum) else value))
+
+
+def _methods_plain_fields(cls: type) -> tuple[tuple[str, type], ...]:
+    """The fields of a state that are declared as str, int, float or bytes, or as one of these or None."""
+    known = cls.__dict__.get("_vgi_rpc_plain")
+    if known is None:
+        try:
+            hints = {name: _types_strip(hint)[0] for name, hint in typing.get_type_hints(cls).items()}
+        except (NameError, TypeError, AttributeError):  # of a local class: nothing is known
+            hints = {}
+        fields = getattr(cls, "__dataclass_fields__", {})
+        known = tuple(
+            (name, hint) for name, hint in hints.items() if hint in (str, int, float, bytes) and name in fields
+        )
+        cls._vgi_rpc_plain = known  # type: ignore[attr-defined]
+    return cast("tuple[tuple[str, type], ...]", known)
+
+
 class ProducerState(StreamState):
     """State of a producer: one batch per turn, until `out.finish()`."""
 
@@ -8567,6 +8700,7 @@ def _server_check_stream(plan: _WirePlan, value: Any) -> Stream[Any, Any]:
         schema = getattr(value, field)
         if not isinstance(schema, pa.Schema):
             raise TypeError(f"{name}() returned a Stream whose {field} is {type(schema).__name__}, not pa.Schema")
+    _methods_settle(value.state)
     declared = plan.info.header_type
     if declared is None:
         if value.header is not None:
@@ -10719,17 +10853,78 @@ def serve_pipe(
     ipc_validation: IpcValidation | None = None,
     timeout: float | None = None,
     external_location: BatchStore | None = None,
+    seal_state: bool = False,
 ) -> Iterator[_P]:
     """Serve `implementation` from a thread of this process, over pipes, and yield the proxy.
 
-    The bytes are those of a subprocess, so what passes here passes there.
+    The bytes are those of a subprocess, so what passes here passes there. With `seal_state` the states of streams are
+    packed and made again between their turns, as over HTTP: what passes here then passes there, too.
 
     >>> with serve_pipe(Calc, CalcImpl()) as calc:
     ...     calc.add(1.0, 2.0)
     3.0
     """
     options = _ClientOptions(on_log, timeout=timeout, store=external_location)
-    yield from _door_in_process(protocol, implementation, make_pipe_pair(), options, ipc_validation)
+    served = _DoorSealed(implementation) if seal_state else implementation
+    yield from _door_in_process(protocol, served, make_pipe_pair(), options, ipc_validation)
+
+
+class _DoorSealed:
+    """An implementation whose streams keep nothing between their turns but what their states are packed into."""
+
+    def __init__(self, implementation: object) -> None:
+        self._implementation = implementation
+
+    def __getattr__(self, name: str) -> Any:
+        import inspect
+
+        found = getattr(self._implementation, name)
+        if not inspect.isroutine(found) or inspect.iscoroutinefunction(found):
+            return found
+
+        @functools.wraps(found)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            value = found(*args, **kwargs)
+            return _DoorState(self._implementation, value).stream if isinstance(value, Stream) else value
+
+        return call
+
+
+class _DoorState(StreamState):
+    """A state in packed form; of an exchange it travels before the first turn, of a producer after it (http.md 7)."""
+
+    def __init__(self, implementation: object, stream: Stream[Any, Any]) -> None:
+        state, call_state = stream.state, stream.call_state
+        check_state_class(type(state))
+        _methods_settle(state)
+        self._implementation = implementation
+        self._class, self._call_class = type(state), type(call_state)
+        self._call = None if call_state is None else seal_state(call_state)
+        self._packed = seal_state(state) if len(stream.input_schema) else b""
+        self._first: StreamState | None = None if self._packed else state
+        self.stream: Stream[Any, Any] = Stream(
+            stream.output_schema, self, stream.input_schema, stream.header, call_state
+        )
+
+    def bind_call_state(self, call_state: Any) -> None:
+        if self._first is not None:
+            self._first.bind_call_state(call_state)
+
+    def process(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+        state, first = self._restored(), self._first is not None
+        state.process(input, out, ctx)
+        self._packed, self._first = (seal_state(state) if first else state.serialize_to_bytes()), None
+
+    def on_cancel(self, ctx: CallContext) -> None:
+        self._restored().on_cancel(ctx)
+
+    def _restored(self) -> StreamState:
+        if self._first is not None:
+            return self._first
+        found: StreamState = restore_state(self._class, self._packed)
+        found.rehydrate(self._implementation)
+        found.bind_call_state(None if self._call is None else restore_state(self._call_class, self._call))
+        return found
 
 
 @_client_door
@@ -12326,18 +12521,18 @@ __all__ = [  # noqa: RUF022 (plain order of the characters)
     "TYPE_TOKEN_VERSION", "TcpTransport", "Transient", "TransportKind", "UnixTransport", "UnsupportedArrowTypeError",
     "ValidatedReader", "VersionError", "VgiAccessLogFormatter", "VgiJsonFormatter", "WireServiceDescription",
     "WorkerDiedError", "WorkerPool", "WrongProcessError", "apply_claim_redaction", "batch_from_json", "batch_to_json",
-    "canonical_json", "compute_protocol_hash", "connect", "current_auth", "decode_error_details", "describe_protocol",
-    "describe_rpc", "deserialize_record_batch", "empty_batch", "encode_error_details", "encode_metadata",
-    "error_code_of", "error_details_of", "error_kind_of", "exception_str", "externalize", "field_token", "introspect",
-    "is_external_location_batch", "is_retryable", "is_shm_pointer_batch", "list_protocols", "main",
-    "make_external_location_batch", "make_pipe_pair", "make_shm_pointer_batch", "make_tcp_pair", "make_unix_pair",
-    "map_calls", "maybe_write_to_shm", "merge_metadata", "new_ipc_stream", "no_redaction", "parse_error_detail",
-    "parse_version", "ping", "protocol_description", "read_reply", "read_single_record_batch", "redact_claims",
-    "resolve_external_location", "resolve_shm_batch", "rpc_methods", "run_server", "schema_tokens",
-    "serialize_record_batch", "serialize_record_batch_bytes", "serve_pipe", "serve_stdio", "serve_tcp",
-    "serve_tcp_pipe", "serve_unix", "serve_unix_pipe", "set_claim_redactor", "shm_available", "strip_keys", "submit",
-    "tcp_connect", "type_token", "unix_connect", "validate_batch", "validate_protocol_name", "with_options",
-    "with_transport", "worker_transport_metadata",
+    "canonical_json", "check_state_class", "compute_protocol_hash", "connect", "current_auth", "decode_error_details",
+    "describe_protocol", "describe_rpc", "deserialize_record_batch", "empty_batch", "encode_error_details",
+    "encode_metadata", "error_code_of", "error_details_of", "error_kind_of", "exception_str", "externalize",
+    "field_token", "introspect", "is_external_location_batch", "is_retryable", "is_shm_pointer_batch", "list_protocols",
+    "main", "make_external_location_batch", "make_pipe_pair", "make_shm_pointer_batch", "make_tcp_pair",
+    "make_unix_pair", "map_calls", "maybe_write_to_shm", "merge_metadata", "new_ipc_stream", "no_redaction",
+    "parse_error_detail", "parse_version", "ping", "protocol_description", "read_reply", "read_single_record_batch",
+    "redact_claims", "resolve_external_location", "resolve_shm_batch", "restore_state", "rpc_methods", "run_server",
+    "schema_tokens", "seal_state", "serialize_record_batch", "serialize_record_batch_bytes", "serve_pipe",
+    "serve_stdio", "serve_tcp", "serve_tcp_pipe", "serve_unix", "serve_unix_pipe", "set_claim_redactor",
+    "shm_available", "strip_keys", "submit", "tcp_connect", "type_token", "unix_connect", "validate_batch",
+    "validate_protocol_name", "with_options", "with_transport", "worker_transport_metadata",
 ]
 # fmt: on
 

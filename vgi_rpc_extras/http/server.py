@@ -799,7 +799,7 @@ class RpcResource:
 
         def seal(stream: core.Stream[Any, Any]) -> dict[bytes, bytes]:
             known = self._tokens.begin(scope, stream, call.stream_id, call.response_limit_bytes)
-            sealed = self._seal(scope, known, stream, turn)
+            sealed = self._seal(scope, known, stream, turn, first=True)
             return {**sealed, **self._tokens.seal_call(scope, known)}
 
         return call.init(body, seal)
@@ -825,9 +825,9 @@ class RpcResource:
         return self._tokens.scope(call.auth, protocol, method, self._states[protocol, method])
 
     def _seal(
-        self, scope: TokenScope, known: StreamCall, stream: core.Stream[Any, Any], turn: _Turn
+        self, scope: TokenScope, known: StreamCall, stream: core.Stream[Any, Any], turn: _Turn, *, first: bool = False
     ) -> dict[bytes, bytes]:
-        sealed, turn.state_bytes_out = self._tokens.seal_state(scope, known, stream.state)
+        sealed, turn.state_bytes_out = self._tokens.seal_state(scope, known, stream.state, first=first)
         return sealed
 
     # ---- bodies

@@ -91,13 +91,22 @@ class TokenScope(NamedTuple):
 
 
 def declared_states(implementation: object, info: core.RpcMethodInfo) -> StateTypes:
-    """Read the state classes from the implementation's annotation, else from the Protocol's; unions included."""
+    """Read the state classes from the implementation's annotation, else from the Protocol's; unions included.
+
+    TypeError, with the field, for a class that cannot travel.
+    """
     try:
         hint = typing.get_type_hints(getattr(implementation, info.name)).get("return")
     except (NameError, TypeError, AttributeError):  # a hint of a local class, say
         hint = None
     states = _concrete(hint) or _concrete(info.result_type)
-    return StateTypes(states, tuple(s.CALL_STATE_TYPE for s in states if s.CALL_STATE_TYPE is not None))
+    found = StateTypes(states, tuple(s.CALL_STATE_TYPE for s in states if s.CALL_STATE_TYPE is not None))
+    for kind in (*found.states, *found.call_states):
+        try:
+            core.check_state_class(kind)
+        except TypeError as exc:
+            raise TypeError(f"the state of {info.name}() cannot travel over HTTP: {exc}") from exc
+    return found
 
 
 def _concrete(hint: Any) -> tuple[type[core.StreamState], ...]:
@@ -197,7 +206,8 @@ class StreamTokens:
         """The CALL entry of the metadata."""
         kind, state = _NO_KIND, b""
         if call.call_state is not None:
-            kind, state = _kind(scope, call.call_state, scope.types.call_states, "call_state"), _pack(call.call_state)
+            kind = _kind(scope, call.call_state, scope.types.call_states, "call_state")
+            state = core.seal_state(call.call_state)
         limit = call.response_limit or 0
         head = _CALL.pack(time.time(), call.call_id, bytes.fromhex(call.stream_id), limit, kind)
         schemas = (call.output_schema.serialize().to_pybytes(), call.input_schema.serialize().to_pybytes())
@@ -208,10 +218,11 @@ class StreamTokens:
         return {core.CALL_STATE_KEY: sealed}
 
     def seal_state(
-        self, scope: TokenScope, call: StreamCall, state: core.StreamState
+        self, scope: TokenScope, call: StreamCall, state: core.StreamState, *, first: bool = False
     ) -> tuple[dict[bytes, bytes], int]:
-        """The CUR entry of the metadata, and the plain size of the state in it."""
-        packed = _pack(state)
+        """The CUR entry of the metadata, and the plain size of the state in it; the first time, TypeError for a state
+        that would come back as another one."""
+        packed = core.seal_state(state) if first else state.serialize_to_bytes()
         kind = _kind(scope, state, scope.types.states, "state")
         sealed = self._seal(b"cur", scope, _CUR.pack(time.time(), call.call_id, kind) + packed)
         return {core.STATE_KEY: sealed}, len(packed)
@@ -358,15 +369,9 @@ def _kind(scope: TokenScope, value: object, declared: Sequence[type], what: str)
     return declared.index(type(value))
 
 
-def _pack(value: Any) -> bytes:
-    packed: bytes = value.serialize_to_bytes()
-    return packed
-
-
 def _unpack(declared: Sequence[type], kind: int, packed: bytes) -> Any:
     try:
-        found: Any = declared[kind]
-        return found.deserialize_from_bytes(packed)
+        return core.restore_state(declared[kind], packed)
     except Exception as exc:  # whatever a class raises: another release of the service wrote it
         raise RuntimeError("The state in the token does not fit this server's class of it") from exc
 
