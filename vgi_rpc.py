@@ -8820,50 +8820,77 @@ def _server_log_failure(call: _ServerCall, exc: BaseException) -> None:
     _LOG_RPC.log(level, "Error in %s: %s", where, text, exc_info=exc if with_traceback else None, extra=extra)
 
 
-def _server_access_record(call: _ServerCall) -> None:
-    """Write one record of a dispatched call: who, what, how long, how much; never a value (runtime.md section 6)."""
-    connection, plan, error, stats = call.connection, call.plan, call.error, call.stats
-    server, auth = connection.server, connection.auth
-    status = "ok" if error is None else "error"
-    extra: dict[str, Any] = {
+def access_fields(
+    server: RpcServer,
+    method: str,
+    *,
+    protocol: str,
+    protocol_hash: str,
+    method_type: str,
+    auth: AuthContext,
+    remote_addr: str,
+    began: float,
+    request_id: str,
+    error: BaseException | None,
+) -> dict[str, Any]:
+    """What every access record says: who, what, how long, how it ended; never a value (runtime.md section 6).
+
+    `began` is monotonic. For transports that answer calls of their own, and log them on `vgi_rpc.access`.
+    """
+    found: dict[str, Any] = {
         "server_id": server.server_id,
-        "protocol": call.binding.name,
-        "protocol_hash": call.binding.protocol_hash,
-        "method": plan.name,
-        "method_type": plan.info.method_type.value,
+        "protocol": protocol,
+        "protocol_hash": protocol_hash,
+        "method": method,
+        "method_type": method_type,
         "principal": auth.principal or "",
         "auth_domain": auth.domain or "",
         "authenticated": auth.authenticated,
-        "remote_addr": str(connection.transport_metadata.get("remote_addr", "")),
-        "duration_ms": round((time.monotonic() - call.started) * 1000, 2),
-        "status": status,
+        "remote_addr": remote_addr,
+        "duration_ms": round((time.monotonic() - began) * 1000, 2),
+        "status": "ok" if error is None else "error",
         "error_type": "" if error is None else type(error).__name__,
-        "request_id": call.request_id,
-        "input_batches": stats.input_batches,
-        "output_batches": stats.output_batches,
-        "input_rows": stats.input_rows,
-        "output_rows": stats.output_rows,
-        "input_bytes": stats.input_bytes,
-        "output_bytes": stats.output_bytes,
+        "request_id": request_id,
     }
+    if error is not None:
+        found["error_message"] = exception_str(error) or type(error).__name__
+        found["error_code"] = str(error_code_of(error))
+    if server.server_version:
+        found["server_version"] = server.server_version
+    if auth.authenticated and auth.claims:
+        found["claims"] = apply_claim_redaction(auth.claims)
+    return found
+
+
+def _server_access_record(call: _ServerCall) -> None:
+    """Write one record of a dispatched call, with how much of everything there was."""
+    connection, plan, stats = call.connection, call.plan, call.stats
+    extra = access_fields(
+        connection.server,
+        plan.name,
+        protocol=call.binding.name,
+        protocol_hash=call.binding.protocol_hash,
+        method_type=plan.info.method_type.value,
+        auth=connection.auth,
+        remote_addr=str(connection.transport_metadata.get("remote_addr", "")),
+        began=call.started,
+        request_id=call.request_id,
+        error=call.error,
+    )
+    extra["input_batches"], extra["output_batches"] = stats.input_batches, stats.output_batches
+    extra["input_rows"], extra["output_rows"] = stats.input_rows, stats.output_rows
+    extra["input_bytes"], extra["output_bytes"] = stats.input_bytes, stats.output_bytes
     if call.request is not None and not call.is_turn:
         extra["request_fields"] = [{"name": field.name, "type": str(field.type)} for field in call.request.schema]
         extra["request_rows"] = call.request.rows if len(call.request.schema) else 0
-    if error is not None:
-        extra["error_message"] = exception_str(error) or type(error).__name__
-        extra["error_code"] = str(error_code_of(error))
     if call.cancelled:
         extra["cancelled"] = True
-    if server.server_version:
-        extra["server_version"] = server.server_version
     if call.stream_id:
         extra["stream_id"] = call.stream_id
     if call.externalized_bytes:
         extra["externalized_bytes"] = call.externalized_bytes
-    if auth.authenticated and auth.claims:
-        extra["claims"] = apply_claim_redaction(auth.claims)
     extra.update(call.notes)
-    _LOG_ACCESS.info("%s.%s %s", call.binding.name, plan.name, status, extra=extra)
+    _LOG_ACCESS.info("%s.%s %s", call.binding.name, plan.name, extra["status"], extra=extra)
 
 
 # ==== 13. CLIENT ======================================================================================================
@@ -12520,19 +12547,20 @@ __all__ = [  # noqa: RUF022 (plain order of the characters)
     "TRACESTATE_KEY", "TRANSIENT_ERROR_CODES", "TRANSPORT_OPTIONS_METHOD_NAME", "TRANSPORT_SHM_KEY",
     "TYPE_TOKEN_VERSION", "TcpTransport", "Transient", "TransportKind", "UnixTransport", "UnsupportedArrowTypeError",
     "ValidatedReader", "VersionError", "VgiAccessLogFormatter", "VgiJsonFormatter", "WireServiceDescription",
-    "WorkerDiedError", "WorkerPool", "WrongProcessError", "apply_claim_redaction", "batch_from_json", "batch_to_json",
-    "canonical_json", "check_state_class", "compute_protocol_hash", "connect", "current_auth", "decode_error_details",
-    "describe_protocol", "describe_rpc", "deserialize_record_batch", "empty_batch", "encode_error_details",
-    "encode_metadata", "error_code_of", "error_details_of", "error_kind_of", "exception_str", "externalize",
-    "field_token", "introspect", "is_external_location_batch", "is_retryable", "is_shm_pointer_batch", "list_protocols",
-    "main", "make_external_location_batch", "make_pipe_pair", "make_shm_pointer_batch", "make_tcp_pair",
-    "make_unix_pair", "map_calls", "maybe_write_to_shm", "merge_metadata", "new_ipc_stream", "no_redaction",
-    "parse_error_detail", "parse_version", "ping", "protocol_description", "read_reply", "read_single_record_batch",
-    "redact_claims", "resolve_external_location", "resolve_shm_batch", "restore_state", "rpc_methods", "run_server",
-    "schema_tokens", "seal_state", "serialize_record_batch", "serialize_record_batch_bytes", "serve_pipe",
-    "serve_stdio", "serve_tcp", "serve_tcp_pipe", "serve_unix", "serve_unix_pipe", "set_claim_redactor",
-    "shm_available", "strip_keys", "submit", "tcp_connect", "type_token", "unix_connect", "validate_batch",
-    "validate_protocol_name", "with_options", "with_transport", "worker_transport_metadata",
+    "WorkerDiedError", "WorkerPool", "WrongProcessError", "access_fields", "apply_claim_redaction", "batch_from_json",
+    "batch_to_json", "canonical_json", "check_state_class", "compute_protocol_hash", "connect", "current_auth",
+    "decode_error_details", "describe_protocol", "describe_rpc", "deserialize_record_batch", "empty_batch",
+    "encode_error_details", "encode_metadata", "error_code_of", "error_details_of", "error_kind_of", "exception_str",
+    "externalize", "field_token", "introspect", "is_external_location_batch", "is_retryable", "is_shm_pointer_batch",
+    "list_protocols", "main", "make_external_location_batch", "make_pipe_pair", "make_shm_pointer_batch",
+    "make_tcp_pair", "make_unix_pair", "map_calls", "maybe_write_to_shm", "merge_metadata", "new_ipc_stream",
+    "no_redaction", "parse_error_detail", "parse_version", "ping", "protocol_description", "read_reply",
+    "read_single_record_batch", "redact_claims", "resolve_external_location", "resolve_shm_batch", "restore_state",
+    "rpc_methods", "run_server", "schema_tokens", "seal_state", "serialize_record_batch",
+    "serialize_record_batch_bytes", "serve_pipe", "serve_stdio", "serve_tcp", "serve_tcp_pipe", "serve_unix",
+    "serve_unix_pipe", "set_claim_redactor", "shm_available", "strip_keys", "submit", "tcp_connect", "type_token",
+    "unix_connect", "validate_batch", "validate_protocol_name", "with_options", "with_transport",
+    "worker_transport_metadata",
 ]
 # fmt: on
 

@@ -33,6 +33,8 @@ else:
 httpx = pytest.importorskip("httpx", reason="the http extra: pip install 'vgi-rpc-onefile[http]'")
 client = core._extras_load("http.client", "http_connect", "http")
 coding = core._extras_load("common.coding", "http_connect", "http")
+refusals = core._extras_load("http.refusals", "http_connect", "http")
+capabilities = core._extras_load("http.capabilities", "http_connect", "http")
 http_connect = client.http_connect
 
 CORE_FILE = str(core.__file__)
@@ -683,9 +685,9 @@ def test_the_pauses_between_attempts() -> None:
         with pytest.raises(ValueError, match=next(iter(bad))):
             client.HttpRetryConfig(**bad)
     later = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 100))
-    assert 95 < client._retry_after({"retry-after": later}) < 101
-    assert client._retry_after({"retry-after": "Sun, 06 Nov 1994 08:49:37 GMT"}) == 0
-    assert [client._retry_after({"retry-after": x}) for x in ("soon", "-1", "1.5", "")] == [None] * 4
+    assert 95 < refusals.retry_after({"retry-after": later}) < 101
+    assert refusals.retry_after({"retry-after": "Sun, 06 Nov 1994 08:49:37 GMT"}) == 0
+    assert [refusals.retry_after({"retry-after": x}) for x in ("soon", "-1", "1.5", "")] == [None] * 4
 
 
 def test_a_redirect_on_the_same_server_keeps_the_request() -> None:
@@ -774,7 +776,7 @@ def test_capabilities() -> None:
     assert found.supported_encodings == (coding.Encoding.ZSTD, coding.Encoding.GZIP)
     assert 290 < found.cache_expires_at - time.monotonic() <= 300
     codings = {None: ("zstd",), "": (), "br": ("zstd",), "gzip, br": ("gzip",)}
-    assert {value: client._supported(value) for value in codings} == codings
+    assert {value: capabilities._supported(value) for value in codings} == codings
 
 
 def test_ping_asks_for_the_health() -> None:

@@ -7,7 +7,7 @@
 Nothing is unpacked for a caller who has not been let in, and nothing without a bound. Whatever can be known when the
 application is made is made then: headers, pages, what a stream's state may be.
 
-    _Door          middleware: the first two steps; while draining, 503; what every response carries
+    door.py        middleware: the first two steps; while draining, 503; what every response carries
     RpcResource    the routes of methods: all other steps; a session (sessions.py) is held until the answer is made
     tokens.py      streams between their requests; nothing of them stays here
     uploads.py, json_calls.py, pages.py    the server's own paths
@@ -46,6 +46,7 @@ from ..common.coding import (
 from ..common.names import ARROW_CONTENT_TYPE
 from ..common.texts import escaped
 from . import pages
+from .door import OPEN_NAMES, Cors, Door, too_large
 from .json_calls import JsonCalls
 from .sessions import SessionContext, SessionResource, Sessions, Visit, lost_body
 from .tokens import StreamCall, StreamTokens, TokenScope, declared_states
@@ -68,21 +69,11 @@ __all__ = ["ResponseTooLargeError", "make_wsgi_app"]
 _LOG = logging.getLogger("vgi_rpc.http")
 _LOG_ACCESS = logging.getLogger("vgi_rpc.access")
 MAX_REQUEST_BYTES = 256 << 20  # where max_request_bytes is not set; applied, never advertised (DESIGN.md section 7)
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}\Z")
 _ENCODED_ASCII = re.compile(r"%(?![89A-F][0-9A-F])")
 _BUDGET = re.compile(r"[1-9][0-9]{0,15}\Z", re.ASCII)
-_HEADER_NAMES = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~, -]{1,4096}\Z")
-# Below these paths nobody is asked who they are, so that no protocol can be there.
-_OPEN_NAMES = frozenset({"health", "_oauth"})
 _TOKEN_KEYS = (core.STATE_KEY, core.CALL_STATE_KEY)
 _NO_NOTES: Mapping[str, Any] = types.MappingProxyType({})
 _NO_VISIT: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-
-
-_MISDIRECTED = (
-    "This server does not go by that name. Without authentication a service on a loopback address answers to the names"
-    " of its machine only; serve_http(allowed_hosts=[...]) or VGI_HTTP_ALLOWED_HOSTS lists others."
-)
 
 
 class ResponseTooLargeError(RuntimeError):
@@ -94,7 +85,7 @@ class ResponseTooLargeError(RuntimeError):
 class HttpApp(falcon.App[Any, Any]):
     """The application, and what whoever serves it needs of it."""
 
-    door: _Door
+    door: Door
     sessions: Sessions | None = None
 
     def drain(self) -> None:
@@ -219,8 +210,8 @@ def make_wsgi_app(
         )
         capabilities += sessions.capabilities()
     exposed = [name for name, _ in capabilities] + ([] if sessions is None else sessions.response_headers())
-    cors = None if cors_origins is None else _Cors(cors_origins, cors_max_age, cors_resource_policy, exposed)
-    door = _Door(server, prefix, capabilities, limits.request or MAX_REQUEST_BYTES, guard, cors, enable_sticky)
+    cors = None if cors_origins is None else Cors(cors_origins, cors_max_age, cors_resource_policy, exposed)
+    door = Door(server, prefix, capabilities, limits.request or MAX_REQUEST_BYTES, guard, cors, enable_sticky)
     door.key_id = key_id
     tokens = StreamTokens(
         token_key,
@@ -277,7 +268,7 @@ def _check_prefix(prefix: str, server: core.RpcServer) -> str:
     prefix = prefix.rstrip("/")
     if prefix and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", prefix):
         raise ValueError(f"prefix must be empty or like '/api/v1', got {prefix!r}")
-    if taken := _OPEN_NAMES & server.bindings.keys():
+    if taken := OPEN_NAMES & server.bindings.keys():
         raise ValueError(f"a protocol cannot be named {min(taken)!r} over HTTP: that path is the server's own")
     return prefix
 
@@ -382,154 +373,6 @@ class _OAuth:
             self.login.add_routes(app)
 
 
-# ---- before and after every request
-
-
-class _Door:
-    """Middleware: request id, size, who calls; on the way out, what every response carries."""
-
-    def __init__(
-        self,
-        server: core.RpcServer,
-        prefix: str,
-        capabilities: list[tuple[str, str]],
-        max_request: int,
-        guard: AuthGuard,
-        cors: _Cors | None,
-        sticky: bool,
-    ) -> None:
-        self.prefix = prefix
-        self.health = f"{prefix}/health"
-        self.max_request = max_request
-        self._guard = guard
-        self._headers = capabilities
-        self._hosted = server.bindings
-        self._cors = cors
-        self._sticky = sticky
-        self.draining = False
-        self.key_id: str | None = None  # of a key that this process made for itself
-        self._hosts: frozenset[str] | None = None
-
-    def allow_hosts(self, hosts: Iterable[str]) -> None:
-        """Answer requests only that name one of these hosts."""
-        allowed = frozenset(host.strip().lower() for host in hosts)
-        self._hosts = None if "*" in allowed else allowed
-
-    def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
-        env, context = req.env, req.context
-        wanted = env.get("HTTP_X_REQUEST_ID")
-        context.request_id = wanted if wanted and _REQUEST_ID.match(wanted) else os.urandom(8).hex()
-        if self._hosts is not None and not _is_named(env.get("HTTP_HOST", ""), self._hosts):
-            raise falcon.HTTPError(falcon.HTTP_421, title="Misdirected Request", description=_MISDIRECTED)
-        if self.draining and not self._may_go_on(req):
-            raise falcon.HTTPServiceUnavailable(
-                description="this server is shutting down", headers={"Retry-After": "1"}
-            )
-        length = req.content_length
-        if length is not None and length > self.max_request and not self._guard.is_exempt(req.method, req.path):
-            raise too_large(self.max_request)
-        self._guard.process_request(req, resp)
-
-    @property
-    def guards(self) -> bool:
-        """Whether anybody is asked who they are."""
-        return self._guard.guards
-
-    def ask(self, environ: dict[str, Any]) -> core.AuthContext | Exception | None:
-        """Who calls, or why that is not known; None: nobody is asked for this path."""
-        req = falcon.Request(environ)
-        return self._guard.ask(req) if self._guard.asks(req) else None
-
-    def _may_go_on(self, req: falcon.Request) -> bool:
-        """What is answered while draining, too: health tells of it itself, and open sessions go on."""
-        if req.path == self.health and req.method != "OPTIONS":
-            return True
-        return self._sticky and ("HTTP_VGI_SESSION" in req.env or "HTTP_VGI_SESSION_ACCEPT" in req.env)
-
-    def process_resource(
-        self, req: falcon.Request, resp: falcon.Response, resource: object, params: dict[str, Any]
-    ) -> None:
-        if "protocol" not in params:
-            return
-        if params["protocol"] in _OPEN_NAMES:
-            raise falcon.HTTPNotFound
-        if req.method not in ("POST", "OPTIONS"):
-            if params["protocol"] in self._hosted:
-                raise falcon.HTTPMethodNotAllowed(["POST"])
-            raise falcon.HTTPNotFound
-
-    def process_response(
-        self, req: falcon.Request, resp: falcon.Response, resource: object, req_succeeded: bool
-    ) -> None:
-        resp.set_headers(self._headers)
-        resp.set_header(names.REQUEST_ID_HEADER, getattr(req.context, "request_id", ""))
-        if req.method == "OPTIONS":
-            resp.set_header("Cache-Control", "public, max-age=300")
-            if self.key_id is not None:
-                resp.set_header(names.OWN_KEY_HEADER, self.key_id)
-        if self._cors is not None:
-            self._cors.apply(req, resp)
-
-
-def _is_named(host: str, hosts: frozenset[str]) -> bool:
-    """Whether a Host header names one of the hosts. Without one it is no browser's; nor is a bare word, as nginx writes
-    it for an upstream: a browser that is led to this port writes the port, too (RFC 9110 section 7.2)."""
-    if host in hosts:
-        return True
-    name = host.strip().lower()
-    name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0].removesuffix(".")
-    return name in hosts or name.endswith(".localhost") or not re.search(r"[.:]", host)
-
-
-class _Cors:
-    """Cross-origin headers (http.md section 11)."""
-
-    def __init__(
-        self,
-        origins: str | Iterable[str],
-        max_age: int | None,
-        resource_policy: str | None,
-        exposed: Sequence[str],
-    ) -> None:
-        self._origins = frozenset([origins] if isinstance(origins, str) else origins)
-        self._any = "*" in self._origins
-        self._max_age = None if max_age is None else str(max_age)
-        self._policy = resource_policy
-        always = ("WWW-Authenticate", names.REQUEST_ID_HEADER, names.CUSTOM_CONTENT_ENCODING_HEADER)
-        errors = (names.RPC_ERROR_HEADER, names.AUTH_REASON_HEADER, names.AUTH_PROXY_REQUIRED_HEADER)
-        self._exposed = ", ".join([*always, *errors, *exposed])
-
-    def apply(self, req: falcon.Request, resp: falcon.Response) -> None:
-        if self._policy is not None:
-            resp.set_header("Cross-Origin-Resource-Policy", self._policy)
-        if not self._any:
-            resp.append_header("Vary", "Origin")
-        origin = req.get_header("Origin")
-        if origin is None or not (self._any or origin in self._origins):
-            return
-        resp.set_header("Access-Control-Allow-Origin", "*" if self._any else origin)
-        resp.set_header("Access-Control-Expose-Headers", self._exposed)
-        if req.method != "OPTIONS":
-            return
-        if self._max_age is not None:
-            resp.set_header("Access-Control-Max-Age", self._max_age)
-        if req.get_header("Access-Control-Request-Method"):
-            methods = [m for m in (resp.get_header("Allow") or "").split(", ") if m and m != "OPTIONS"]
-            resp.set_header("Access-Control-Allow-Methods", ", ".join(methods))
-            wanted = req.get_header("Access-Control-Request-Headers")
-            if wanted and _HEADER_NAMES.match(wanted):
-                resp.set_header("Access-Control-Allow-Headers", wanted)
-
-
-def too_large(limit: int, coding: str = "") -> falcon.HTTPError:
-    """413, as JSON."""
-    how = f"Decompressed {coding} request body" if coding else "Request body"
-    return falcon.HTTPContentTooLarge(
-        title="Request body exceeds max_request_bytes" + (" after decompression" if coding else ""),
-        description=f"{how} exceeds the server's max_request_bytes={limit}.",
-    )
-
-
 def _unexpected(req: falcon.Request, resp: falcon.Response, exc: Exception, params: dict[str, Any]) -> NoReturn:
     _LOG.error("%s %s failed", req.method, escaped(req.path), exc_info=exc)
     raise falcon.HTTPInternalServerError
@@ -581,7 +424,7 @@ class RpcResource:
     def __init__(
         self,
         server: core.RpcServer,
-        door: _Door,
+        door: Door,
         tokens: StreamTokens,
         limits: _Limits,
         produced: tuple[Encoding, ...],
@@ -986,7 +829,7 @@ class _Health:
     200 `"status":"ok"`, and from the signal to the end 503 `"status":"draining"`: no more requests, please.
     """
 
-    def __init__(self, server: core.RpcServer, door: _Door) -> None:
+    def __init__(self, server: core.RpcServer, door: Door) -> None:
         found = {"status": "ok", "server_id": server.server_id, "protocol": server.protocol_name}
         self._body = json.dumps(found, separators=(",", ":")).encode()
         self._draining = json.dumps({**found, "status": "draining"}, separators=(",", ":")).encode()

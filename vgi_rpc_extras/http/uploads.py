@@ -132,29 +132,22 @@ class UploadUrls:
 
     def _record(self, req: falcon.Request, began: float, error: BaseException | None, size: int) -> None:
         """The access record (http.md section 12): a unary method of the primary protocol."""
-        server, auth = self._server, req.context.auth
-        status = "ok" if error is None else "error"
-        extra: dict[str, Any] = {
-            "server_id": server.server_id,
-            "protocol": server.protocol_name,
-            "protocol_hash": server.protocol_hash,
-            "method": names.UPLOAD_URL_METHOD,
-            "method_type": "unary",
-            "principal": auth.principal or "",
-            "auth_domain": auth.domain or "",
-            "authenticated": auth.authenticated,
-            "remote_addr": req.env.get("REMOTE_ADDR", ""),
-            "duration_ms": round((time.monotonic() - began) * 1000, 2),
-            "status": status,
-            "error_type": "" if error is None else type(error).__name__,
-            "request_id": req.context.request_id,
-            "http_status": 200 if error is None else 500,
-            "request_bytes": req.content_length or 0,
-            "response_bytes": size,
-        }
-        if error is not None:
-            extra["error_message"] = str(error)
-        _LOG_ACCESS.info("%s.%s %s", server.protocol_name, names.UPLOAD_URL_METHOD, status, extra=extra)
+        server = self._server
+        extra = core.access_fields(
+            server,
+            names.UPLOAD_URL_METHOD,
+            protocol=server.protocol_name,
+            protocol_hash=server.protocol_hash,
+            method_type="unary",
+            auth=req.context.auth,
+            remote_addr=req.env.get("REMOTE_ADDR", ""),
+            began=began,
+            request_id=req.context.request_id,
+            error=error,
+        )
+        extra["http_status"] = 200 if error is None else 500
+        extra["request_bytes"], extra["response_bytes"] = req.content_length or 0, size
+        _LOG_ACCESS.info("%s.%s %s", server.protocol_name, names.UPLOAD_URL_METHOD, extra["status"], extra=extra)
 
 
 def _count(body: bytes) -> int:
