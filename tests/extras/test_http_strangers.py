@@ -296,3 +296,19 @@ def test_a_known_mistake_is_refused_before_serving() -> None:
             token_key=KEY,
             authenticate=chain_authenticate(key_authenticate(), xfcc),
         )
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_body_that_cannot_be_read_is_the_caller_s_fault(chunked: bool) -> None:
+    class Broken:
+        def read(self, size: int = -1) -> bytes:
+            raise RuntimeError("InvalidChunkSize")  # each server has a class of its own
+
+    environ = falcon.testing.create_environ(path="/Service/add", method="POST", headers={"Content-Type": ARROW})
+    environ["wsgi.input"] = Broken()
+    environ.update({"wsgi.input_terminated": True} if chunked else {"CONTENT_LENGTH": "10"})
+    started: list[str] = []
+    app = core.make_wsgi_app(make_server(), token_key=KEY)
+    body = b"".join(app(environ, lambda status, headers, exc=None: started.append(status)))
+    assert started[0].startswith("400 ")
+    assert b"cannot be read" in body
