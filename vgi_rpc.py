@@ -4705,7 +4705,11 @@ def seal_state(state: ArrowSerializableDataclass) -> bytes:
 
 
 def _methods_same(one: Any, other: Any) -> bool:
-    """Whether two values are the same data, of the same types all the way down."""
+    """Whether two values are the same data, of the same types all the way down; a number may change its kind only."""
+    if type(one).__module__ == "numpy" and hasattr(one, "item") and not getattr(one, "ndim", 0):
+        one = one.item()
+    if type(one) in (int, float) and type(other) in (int, float):
+        return bool(one == other or (one != one and other != other))
     if type(one) is not type(other):
         return False
     if isinstance(one, list | tuple):
@@ -4716,8 +4720,6 @@ def _methods_same(one: Any, other: Any) -> bool:
         return one == other and sorted(map(str, map(type, one))) == sorted(map(str, map(type, other)))
     if isinstance(one, ArrowSerializableDataclass):
         return all(_methods_same(getattr(one, n), getattr(other, n, None)) for n in _types_spec(type(one)).names)
-    if isinstance(one, float) and one != one:
-        return bool(other != other)
     if getattr(one, "tzinfo", None) is not None and one.utcoffset() != other.utcoffset():
         return False
     try:
@@ -4730,7 +4732,7 @@ def _methods_settle(state: Any) -> None:
     """Make members of enums and the like that a field of a plain type holds values of that type, on all transports."""
     for name, kind in _methods_plain_fields(type(state)):
         value = getattr(state, name, None)
-        if type(value) is not kind and isinstance(value, kind):
+        if type(value) is not kind and isinstance(value, (kind, int) if kind is float else kind):
             object.__setattr__(state, name, kind(value.value if isinstance(value, enum.Enum) else value))
 
 

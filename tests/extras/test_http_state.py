@@ -80,6 +80,14 @@ class Real(Told):
 
 
 @dataclass
+class Reals(Told):
+    value: list[float]
+
+    def say(self) -> str:
+        return str([float(value) for value in self.value])
+
+
+@dataclass
 class Texts(Told):
     value: list[str]
 
@@ -162,11 +170,6 @@ class Sum(core.ExchangeState):
         out.emit_pydict({"said": [f"{self.total} {self.made}"]})
 
 
-KINDS: tuple[type[Told], ...] = (
-    *(Text, MaybeText, Number, Real, Texts, Pairs, When, Money, Kind, Nested, Grows, Opens, Hidden, Cached),
-)
-
-
 class Service(Protocol):
     def tell(self) -> core.Stream[core.StreamState]: ...
     def sum(self) -> core.Stream[core.StreamState]: ...
@@ -183,6 +186,7 @@ class Impl:
         | MaybeText
         | Number
         | Real
+        | Reals
         | Texts
         | Pairs
         | When
@@ -226,6 +230,8 @@ def said(kind: str, state: Any) -> list[str]:
         lambda: Number(Level.HIGH),
         lambda: Number(True),
         lambda: Real(float("nan")),
+        lambda: Real(0),  # as people write it
+        lambda: Reals([0, 1.5, float("inf")]),
         lambda: Texts(["a", "b"]),
         lambda: Pairs({"a": [1], "b": []}),
         lambda: When(datetime.datetime(2026, 1, 2, 3, 4, 5, 6)),
