@@ -4666,7 +4666,15 @@ def _methods_restore(cls: type[_T], row: Mapping[str, Any]) -> _T:
 
 def check_state_class(cls: type) -> None:
     """Raise TypeError, which names the field, for a class of stream states that cannot travel (HTTP)."""
-    if _methods_travels_by_fields(cls):
+    import inspect
+
+    if not _methods_travels_by_fields(cls):
+        return
+    fields = getattr(cls, "__dataclass_fields__", {})
+    own = [name for name, hint in inspect.get_annotations(cls).items() if "ClassVar" not in str(hint)]
+    if lost := [name for name in own if name not in fields]:
+        raise TypeError(f"{cls.__name__}.{lost[0]} is no field: decorate {cls.__name__} with @dataclass")
+    if fields:
         _types_spec(cls)
 
 

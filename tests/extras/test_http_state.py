@@ -9,7 +9,7 @@ import enum
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import pyarrow as pa
 import pytest
@@ -303,3 +303,21 @@ def test_a_state_that_cannot_travel_is_refused_when_the_server_is_made() -> None
         pytest.raises(core.RpcError, match=r"Stuck\.bad"),
     ):
         list(proxy.go())
+
+
+class Undecorated(Text):
+    more: int = 0
+
+
+class Fieldless(core.ProducerState):
+    limit: ClassVar[int] = 3
+
+    def produce(self, out: Any, ctx: Any) -> None:
+        out.finish()
+
+
+def test_a_state_without_its_decorator() -> None:
+    with pytest.raises(TypeError, match=r"Undecorated\.more is no field: decorate"):
+        core.check_state_class(Undecorated)
+    core.check_state_class(Fieldless)
+    core.check_state_class(Text)

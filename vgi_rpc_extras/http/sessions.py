@@ -40,6 +40,7 @@ __all__ = ["FLY_MACHINE_ID", "DrainHandle", "auto_server_id", "drain_handle", "f
 
 _LOG = logging.getLogger("vgi_rpc.http")
 LOCK_SECONDS = 30.0  # how long a request waits for the one before it
+_HANDOVER_SECONDS = 0.1  # for the call that waited, and goes on, to make room for the next one
 _TICK_SECONDS = 1.0
 _SHUTDOWN_SECONDS = 1.0
 _MAX_TOKEN = 1024
@@ -264,7 +265,7 @@ class Sessions:
 
     def _wait(self, session: Session) -> None:
         """Take the lock of a session that another call uses; only one call may wait for it."""
-        if not session.waiting.acquire(blocking=False):
+        if not session.waiting.acquire(timeout=_HANDOVER_SECONDS):
             raise _busy("is in use by one call, and another one waits for it")
         try:
             if not session.lock.acquire(timeout=self.lock_seconds):
