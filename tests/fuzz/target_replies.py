@@ -1,4 +1,4 @@
-"""Answers of a hostile server: the caller gets what pyarrow reads there, or an RpcError; never another call's answer."""
+"""Answers of a hostile server: the caller gets what pyarrow reads there, or an RpcError; never another's answer."""
 
 from __future__ import annotations
 

@@ -1,0 +1,17 @@
+# Needs: nothing (pyarrow for names and coding). No seam: what the extras share.
+"""What several extras share. Nothing here imports an extra, so extras import downward only:
+
+tools   http        sentry  access_log  otel
+          |  \\                            |
+        storage auth                      |
+           \\    |                         |
+            \\   |                         |
+               common  --------------------
+                 |
+              the core
+
+names, coding    headers and paths of the HTTP transport; content codings
+texts, urls      base64url and printable texts; which URLs may be called, and how they are shown
+html             what a page for people is: its frame, a notice, a place for a key
+net, fetch       connecting within one budget of time; bounded requests to servers that are not ours
+"""
