@@ -5116,7 +5116,7 @@ def _methods_same(one: Any, other: Any) -> bool:
 def _methods_settle(state: Any) -> None:
     """Make members of enums and the like that a field of a plain type holds values of that type, on all transports."""
     for name, kind in _methods_plain_fields(type(state)):
-        value = getattr(state, name, None)
+        value: Any = getattr(state, name, None)
         if type(value) is not kind and isinstance(value, (kind, int) if kind is float else kind):
             object.__setattr__(state, name, kind(value.value if isinstance(value, enum.Enum) else value))
 

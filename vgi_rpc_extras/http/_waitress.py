@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from .server import HttpApp
 
 _LOG = logging.getLogger("vgi_rpc.http")
+# Any: the stubs know neither what these have nor that they are made to be extended.
+_HTTPRequestParser: Any = waitress.parser.HTTPRequestParser
+_HTTPChannel: Any = waitress.channel.HTTPChannel
+_WSGITask: Any = waitress.task.WSGITask
 _HANDSHAKE_SECONDS = 0.1  # for a connection that has begun to be made
 _UNASKED = 65_536  # bytes of a body that are kept of anybody
 _HEAD_SECONDS = 20.0
@@ -78,7 +82,7 @@ class _Nothing:
         """Nothing to close."""
 
 
-class _Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
+class _Parser(_HTTPRequestParser):  # type: ignore[misc]
     """A request as it comes in; it says when its caller has to be asked for."""
 
     def __init__(self, adj: Any, channel: _Channel) -> None:
@@ -134,7 +138,7 @@ class _Question:
         """The server ends."""
 
 
-class _Task(waitress.task.WSGITask):  # type: ignore[misc]
+class _Task(_WSGITask):  # type: ignore[misc]
     """A request; while draining, its answer ends the connection."""
 
     def build_response_header(self) -> bytes:
@@ -151,7 +155,7 @@ class _Task(waitress.task.WSGITask):  # type: ignore[misc]
         return environ
 
 
-class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
+class _Channel(_HTTPChannel):  # type: ignore[misc]
     task_class = _Task
     asking = False  # a thread asks who calls; until then nothing more is read
 
