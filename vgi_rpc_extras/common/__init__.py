@@ -1,14 +1,13 @@
-# Needs: nothing (pyarrow for names and coding). No seam: what the extras share.
-"""What several extras share. Nothing here imports an extra, so extras import downward only:
+# Needs: nothing (pyarrow for names and coding, httpx for fetch). No seam: what the extras share.
+"""What several extras share. It imports no extra, so extras import downward only (tests/extras/test_house_extras.py).
 
-tools   http        sentry  access_log  otel
-          |  \\                            |
-        storage auth                      |
-           \\    |                         |
-            \\   |                         |
-               common  --------------------
-                 |
-              the core
+http ---> auth, storage, otel, sentry
+            |      |      |      |
+tools       |      |      |      |      access_log
+  |         v      v      v      v          |
+  +-------->        common       <----------+
+                      |
+                   the core
 
 names, coding    headers and paths of the HTTP transport; content codings
 texts, urls      base64url and printable texts; which URLs may be called, and how they are shown

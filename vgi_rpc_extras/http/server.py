@@ -19,7 +19,6 @@ import contextlib
 import functools
 import json
 import logging
-import multiprocessing
 import os
 import re
 import sys
@@ -255,6 +254,8 @@ def make_wsgi_app(
 
 
 def _warn_of_own_key() -> None:
+    import multiprocessing  # 10 ms, for who has no key
+
     text = "no token_key: streams cannot be continued by another process, nor after a restart"
     _LOG.warning("%s", text)
     # Process managers start several of us, and show what is written to stderr; our loggers may have no handler there.
