@@ -1179,7 +1179,7 @@ class VgiJsonFormatter(logging.Formatter):
         for key, value in record.__dict__.items():
             if key not in _LOG_STANDARD and key not in found:
                 found[key] = value
-        if record.exc_info:
+        if record.exc_info and record.exc_info[0] is not None:
             found["exception"] = self.formatException(record.exc_info)
         if record.stack_info:
             found["stack_info"] = record.stack_info
@@ -1189,7 +1189,7 @@ class VgiJsonFormatter(logging.Formatter):
 _LOG_ACCESS_ALWAYS = re.split(
     r"\s+",
     "timestamp level logger message server_id protocol protocol_hash method method_type principal auth_domain"
-    " authenticated remote_addr duration_ms status error_type error_message error_code",
+    " authenticated remote_addr duration_ms status error_type error_message error_code dropped_records",
 )
 
 
@@ -1261,8 +1261,16 @@ def apply_claim_redaction(claims: Mapping[str, object]) -> dict[str, object]:
 _LOG_SIZES_ONLY = frozenset({STATE_KEY, CALL_STATE_KEY, LOCATION_KEY, LOCATION_SOURCE_KEY})
 
 
+def _log_line(text: str) -> str:
+    """A foreign text for a line of a log: what could begin another line, or steer a terminal, is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 def _log_schema(schema: pa.Schema) -> str:
-    return f"({', '.join(f'{field.name}: {field.type}' for field in schema)})" if len(schema) else "(empty)"
+    names = ", ".join(f"{field.name}: {field.type}" for field in schema)
+    return f"({_log_line(names)})" if len(schema) else "(empty)"
 
 
 def _log_metadata(metadata: Mapping[bytes, bytes] | None) -> str:
@@ -5083,6 +5091,109 @@ class StreamState(ArrowSerializableDataclass, abc.ABC):
         """The caller does not want more; release resources. May log, may not emit."""
 
 
+def _methods_travels_by_fields(cls: type) -> bool:
+    """Whether a class leaves its coding to us."""
+    own = ArrowSerializableDataclass
+    return (
+        getattr(cls, "serialize_to_bytes", None) is own.serialize_to_bytes
+        and getattr(getattr(cls, "deserialize_from_bytes", None), "__func__", None)
+        is own.deserialize_from_bytes.__func__  # type: ignore[attr-defined]
+    )
+
+
+def check_state_class(cls: type) -> None:
+    """Raise TypeError, which names the field, for a class of stream states that cannot travel (HTTP)."""
+    import inspect
+
+    if not _methods_travels_by_fields(cls):
+        return
+    own = [name for name, hint in inspect.get_annotations(cls).items() if "ClassVar" not in str(hint)]
+    if own or getattr(cls, "__dataclass_fields__", None):
+        _types_spec(cls)
+
+
+def seal_state(state: ArrowSerializableDataclass) -> bytes:
+    """A stream's state as bytes, from which the same state is made again; TypeError, with the field, when it is not.
+
+    Over HTTP a state travels so between its turns; what would come back as something else is refused the first time.
+    """
+    import dataclasses
+
+    packed = state.serialize_to_bytes()
+    cls = type(state)
+    if not _methods_travels_by_fields(cls):
+        return packed
+    twin = cls.deserialize_from_bytes(packed)
+    names = {field.name for field in dataclasses.fields(cast(Any, state))}
+    hooks = (StreamState.rehydrate, StreamState.bind_call_state)  # who has one of these sets more in every turn
+    extra = [
+        name
+        for name in getattr(state, "__dict__", ())
+        if name not in names and not isinstance(getattr(cls, name, None), functools.cached_property)
+    ]
+    if extra and (getattr(cls, "rehydrate", hooks[0]), getattr(cls, "bind_call_state", hooks[1])) == hooks:
+        raise TypeError(
+            f"{type(state).__name__}.{extra[0]} is no field, so it does not travel: declare it, or make it"
+            " Annotated[T, Transient()] with a default and set it in rehydrate()"
+        )
+    for name in _types_spec(cls).codecs:
+        value, back = getattr(state, name), getattr(twin, name, None)
+        if not _methods_same(value, back):
+            raise TypeError(
+                f"{type(state).__name__}.{name} is a {type(value).__name__} that comes back as a {type(back).__name__}"
+                f" ({_log_line(repr(back))[:80]}): give the field a value of its declared type"
+            )
+    return packed
+
+
+def _methods_same(one: Any, other: Any) -> bool:
+    """Whether two values are the same data, of the same types all the way down; a number may change its kind only."""
+    if type(one).__module__ == "numpy" and hasattr(one, "item") and not getattr(one, "ndim", 0):
+        one = one.item()
+    if type(one) in (int, float) and type(other) in (int, float):
+        return bool(one == other or (one != one and other != other))
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_methods_same, one, other))
+    if isinstance(one, dict):
+        return len(one) == len(other) and all(map(_methods_same, one.items(), other.items()))
+    if isinstance(one, set | frozenset):
+        return one == other and sorted(map(str, map(type, one))) == sorted(map(str, map(type, other)))
+    if isinstance(one, ArrowSerializableDataclass):
+        return all(_methods_same(getattr(one, n), getattr(other, n, None)) for n in _types_spec(type(one)).codecs)
+    if getattr(one, "tzinfo", None) is not None and one.utcoffset() != other.utcoffset():
+        return False
+    try:
+        return bool(one == other)
+    except ValueError:  # of an array: as good as can be said
+        return True
+
+
+def _methods_settle(state: Any) -> None:
+    """Make members of enums and the like that a field of a plain type holds values of that type, on all transports."""
+    for name, kind in _methods_plain_fields(type(state)):
+        value: Any = getattr(state, name, None)
+        if type(value) is not kind and isinstance(value, (kind, int) if kind is float else kind):
+            object.__setattr__(state, name, kind(value.value if isinstance(value, enum.Enum) else value))
+
+
+def _methods_plain_fields(cls: type) -> tuple[tuple[str, type], ...]:
+    """The fields of a state that are declared as str, int, float or bytes, or as one of these or None."""
+    known = cls.__dict__.get("_vgi_rpc_plain")
+    if known is None:
+        try:
+            hints = {name: _types_strip(hint)[0] for name, hint in typing.get_type_hints(cls).items()}
+        except (NameError, TypeError, AttributeError):  # of a local class: nothing is known
+            hints = {}
+        fields = getattr(cls, "__dataclass_fields__", {})
+        known = tuple(
+            (name, hint) for name, hint in hints.items() if hint in (str, int, float, bytes) and name in fields
+        )
+        cls._vgi_rpc_plain = known  # type: ignore[attr-defined]
+    return cast("tuple[tuple[str, type], ...]", known)
+
+
 class ProducerState(StreamState):
     """State of a producer: one batch per turn, until `out.finish()`."""
 
@@ -8281,7 +8392,7 @@ class _ServerConnection:
         server = self.server
         stream = plan is not None and plan.is_stream
         schema = plan.info.result_schema if plan is not None and not stream else EMPTY_SCHEMA
-        _LOG_RPC.info("Refused a request: %s: %s", type(exc).__name__, exception_str(exc))
+        _LOG_RPC.info("Refused a request: %s: %s", type(exc).__name__, _log_line(exception_str(exc)))
         metadata = _wire_error(exc, server.server_id, _ctx_request_id(), server.include_tracebacks)
         self._send_stream(empty_batch(schema), metadata)
         if stream:
@@ -8300,7 +8411,7 @@ class _ServerConnection:
     def _hang_up(self, exc: Exception) -> typing.NoReturn:
         """Tell the peer that its bytes make no sense (best effort), and end the connection."""
         server = self.server
-        _LOG_RPC.warning("Ending a connection: %s: %s", type(exc).__name__, exception_str(exc))
+        _LOG_RPC.warning("Ending a connection: %s: %s", type(exc).__name__, _log_line(exception_str(exc)))
         metadata = _wire_error(exc, server.server_id, _ctx_request_id(), server.include_tracebacks)
         with contextlib.suppress(OSError):
             self._send_stream(empty_batch(EMPTY_SCHEMA), metadata)
@@ -8647,6 +8758,15 @@ class _ServerBody(_IpcSource):
     write = send
 
 
+# Of a request that opens a stream, what is not for its first turn to see: tokens, and how the request itself came.
+_SERVER_OWN_KEYS = frozenset(
+    (
+        *(STATE_KEY, CALL_STATE_KEY, CANCEL_KEY, DEADLINE_KEY),
+        *(LOCATION_KEY, LOCATION_SHA256_KEY, LOCATION_FETCH_MS_KEY, LOCATION_SOURCE_KEY),
+    )
+)
+
+
 class ServerRequest(_ServerConnection):
     """One request of a peer that sends whole messages instead of a byte stream; HTTP is built on it. Sans I/O.
 
@@ -8829,8 +8949,7 @@ class ServerRequest(_ServerConnection):
                 failed.append(exc)
                 raise
 
-        hidden = (STATE_KEY, CALL_STATE_KEY, CANCEL_KEY, DEADLINE_KEY)
-        metadata = {key: item for key, item in self._metadata.items() if key not in hidden}
+        metadata = {key: item for key, item in self._metadata.items() if key not in _SERVER_OWN_KEYS}
         stream.answer(value, None if len(value.input_schema) else (empty_batch(EMPTY_SCHEMA), metadata), seal)
         if failed:  # a stream that cannot go on has not begun: no header either
             self.channel.reply[:] = [self.server.error_body(failed[0], self.request_id)]
@@ -8868,7 +8987,7 @@ class ServerRequest(_ServerConnection):
 def _server_result(call: _ServerCall, value: Any) -> tuple[pa.RecordBatch, pa.KeyValueMetadata | _IpcMetadata | None]:
     """The result batch, or the pointer that stands for it."""
     plan = call.plan
-    if plan.info.returns_ref and isinstance(value, ExternalRef):
+    if isinstance(value, ExternalRef):  # whatever the method declares: callers see the result that it stands for
         return value.pointer_batch(plan.info.result_schema)
     batch = _wire_result_batch(plan, value)
     return call.externalize(batch, [(batch, None)]) or (batch, None)
@@ -8883,6 +9002,7 @@ def _server_check_stream(plan: _WirePlan, value: Any) -> Stream[Any, Any]:
         schema = getattr(value, field)
         if not isinstance(schema, pa.Schema):
             raise TypeError(f"{name}() returned a Stream whose {field} is {type(schema).__name__}, not pa.Schema")
+    _methods_settle(value.state)
     declared = plan.info.header_type
     if declared is None:
         if value.header is not None:
@@ -8996,56 +9116,83 @@ def _server_log_failure(call: _ServerCall, exc: BaseException) -> None:
     if kind:
         extra["error_kind"] = kind
     where = f"{call.binding.name}.{call.plan.name}"
-    text = exception_str(exc)
+    text = _log_line(exception_str(exc))
     if not with_traceback:
         text = f"{code}{f' ({kind})' if kind else ''} {type(exc).__name__}: {text}"
     _LOG_RPC.log(level, "Error in %s: %s", where, text, exc_info=exc if with_traceback else None, extra=extra)
 
 
-def _server_access_record(call: _ServerCall) -> None:
-    """Write one record of a dispatched call: who, what, how long, how much; never a value (runtime.md section 6)."""
-    connection, plan, error, stats = call.connection, call.plan, call.error, call.stats
-    server, auth = connection.server, connection.auth
-    status = "ok" if error is None else "error"
-    extra: dict[str, Any] = {
+def access_fields(
+    server: RpcServer,
+    method: str,
+    *,
+    protocol: str,
+    protocol_hash: str,
+    method_type: str,
+    auth: AuthContext,
+    remote_addr: str,
+    began: float,
+    request_id: str,
+    error: BaseException | None,
+) -> dict[str, Any]:
+    """What every access record says: who, what, how long, how it ended; never a value (runtime.md section 6).
+
+    `began` is monotonic. For transports that answer calls of their own, and log them on `vgi_rpc.access`.
+    """
+    found: dict[str, Any] = {
         "server_id": server.server_id,
-        "protocol": call.binding.name,
-        "protocol_hash": call.binding.protocol_hash,
-        "method": plan.name,
-        "method_type": plan.info.method_type.value,
+        "protocol": protocol,
+        "protocol_hash": protocol_hash,
+        "method": method,
+        "method_type": method_type,
         "principal": auth.principal or "",
         "auth_domain": auth.domain or "",
         "authenticated": auth.authenticated,
-        "remote_addr": str(connection.transport_metadata.get("remote_addr", "")),
-        "duration_ms": round((time.monotonic() - call.started) * 1000, 2),
-        "status": status,
+        "remote_addr": remote_addr,
+        "duration_ms": round((time.monotonic() - began) * 1000, 2),
+        "status": "ok" if error is None else "error",
         "error_type": "" if error is None else type(error).__name__,
-        "request_id": call.request_id,
-        "input_batches": stats.input_batches,
-        "output_batches": stats.output_batches,
-        "input_rows": stats.input_rows,
-        "output_rows": stats.output_rows,
-        "input_bytes": stats.input_bytes,
-        "output_bytes": stats.output_bytes,
+        "request_id": request_id,
     }
+    if error is not None:
+        found["error_message"] = exception_str(error) or type(error).__name__
+        found["error_code"] = str(error_code_of(error))
+    if server.server_version:
+        found["server_version"] = server.server_version
+    if auth.authenticated and auth.claims:
+        found["claims"] = apply_claim_redaction(auth.claims)
+    return found
+
+
+def _server_access_record(call: _ServerCall) -> None:
+    """Write one record of a dispatched call, with how much of everything there was."""
+    connection, plan, stats = call.connection, call.plan, call.stats
+    extra = access_fields(
+        connection.server,
+        plan.name,
+        protocol=call.binding.name,
+        protocol_hash=call.binding.protocol_hash,
+        method_type=plan.info.method_type.value,
+        auth=connection.auth,
+        remote_addr=str(connection.transport_metadata.get("remote_addr", "")),
+        began=call.started,
+        request_id=call.request_id,
+        error=call.error,
+    )
+    extra["input_batches"], extra["output_batches"] = stats.input_batches, stats.output_batches
+    extra["input_rows"], extra["output_rows"] = stats.input_rows, stats.output_rows
+    extra["input_bytes"], extra["output_bytes"] = stats.input_bytes, stats.output_bytes
     if call.request is not None and not call.is_turn:
         extra["request_fields"] = [{"name": field.name, "type": str(field.type)} for field in call.request.schema]
         extra["request_rows"] = call.request.rows if len(call.request.schema) else 0
-    if error is not None:
-        extra["error_message"] = exception_str(error) or type(error).__name__
-        extra["error_code"] = str(error_code_of(error))
     if call.cancelled:
         extra["cancelled"] = True
-    if server.server_version:
-        extra["server_version"] = server.server_version
     if call.stream_id:
         extra["stream_id"] = call.stream_id
     if call.externalized_bytes:
         extra["externalized_bytes"] = call.externalized_bytes
-    if auth.authenticated and auth.claims:
-        extra["claims"] = apply_claim_redaction(auth.claims)
     extra.update(call.notes)
-    _LOG_ACCESS.info("%s.%s %s", call.binding.name, plan.name, status, extra=extra)
+    _LOG_ACCESS.info("%s.%s %s", call.binding.name, plan.name, extra["status"], extra=extra)
 
 
 # ==== 13. CLIENT ======================================================================================================
@@ -11091,17 +11238,79 @@ def serve_pipe(
     ipc_validation: IpcValidation | None = None,
     timeout: float | None = None,
     external_location: BatchStore | None = None,
+    seal_state: bool = False,
 ) -> Iterator[_P]:
     """Serve `implementation` from a thread of this process, over pipes, and yield the proxy.
 
-    The bytes are those of a subprocess, so what passes here passes there.
+    The bytes are those of a subprocess, so what passes here passes there. With `seal_state` the states of streams are
+    packed and made again between their turns, as over HTTP: what passes here then passes there, too.
 
     >>> with serve_pipe(Calc, CalcImpl()) as calc:
     ...     calc.add(1.0, 2.0)
     3.0
     """
     options = _ClientOptions(on_log, timeout=timeout, store=external_location)
-    yield from _door_in_process(protocol, implementation, make_pipe_pair(), options, ipc_validation)
+    served = _DoorSealed(implementation) if seal_state else implementation
+    yield from _door_in_process(protocol, served, make_pipe_pair(), options, ipc_validation)
+
+
+class _DoorSealed:
+    """An implementation whose streams keep nothing between their turns but what their states are packed into."""
+
+    def __init__(self, implementation: object) -> None:
+        self._implementation = implementation
+
+    def __getattr__(self, name: str) -> Any:
+        import inspect
+
+        found = getattr(self._implementation, name)
+        if not inspect.isroutine(found) or inspect.iscoroutinefunction(found):
+            return found
+
+        @functools.wraps(found)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            value = found(*args, **kwargs)
+            return _DoorState(self._implementation, value).stream if isinstance(value, Stream) else value
+
+        return call
+
+
+class _DoorState(StreamState):
+    """A state in packed form; of an exchange it travels before the first turn, of a producer after it (http.md 7)."""
+
+    def __init__(self, implementation: object, stream: Stream[Any, Any]) -> None:
+        state, call_state = stream.state, stream.call_state
+        check_state_class(type(state))
+        _methods_settle(state)
+        self._implementation = implementation
+        self._class: type[StreamState] = type(state)
+        self._call_class: Any = type(call_state)
+        self._call = None if call_state is None else seal_state(call_state)
+        self._packed = seal_state(state) if len(stream.input_schema) else b""
+        self._first: StreamState | None = None if self._packed else state
+        self.stream: Stream[Any, Any] = Stream(
+            stream.output_schema, self, stream.input_schema, stream.header, call_state
+        )
+
+    def bind_call_state(self, call_state: Any) -> None:
+        if self._first is not None:
+            self._first.bind_call_state(call_state)
+
+    def process(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+        state, first = self._restored(), self._first is not None
+        state.process(input, out, ctx)
+        self._packed, self._first = (seal_state(state) if first else state.serialize_to_bytes()), None
+
+    def on_cancel(self, ctx: CallContext) -> None:
+        self._restored().on_cancel(ctx)
+
+    def _restored(self) -> StreamState:
+        if self._first is not None:
+            return self._first
+        found = self._class.deserialize_from_bytes(self._packed)
+        found.rehydrate(self._implementation)
+        found.bind_call_state(None if self._call is None else self._call_class.deserialize_from_bytes(self._call))
+        return found
 
 
 @_client_door
@@ -11714,7 +11923,7 @@ def _cli_error(exc: RpcError, options: Any) -> str:
         text += f"\n{exc.remote_traceback}" if options.verbose else "\n(--verbose shows the traceback of the server)"
     if exc.error_code == Code.UNAUTHENTICATED:
         text += "\n(credentials for --url: VGI_RPC_TOKEN in the environment, or --header 'NAME: VALUE')"
-    return "\n".join(_cli_printable(line) for line in text.splitlines())
+    return "\n".join(_log_line(line) for line in text.splitlines())
 
 
 def _cli_error_json(exc: RpcError) -> str:
@@ -11943,7 +12152,7 @@ def _cli_credentials(options: Any) -> dict[str, str]:
 
 def _cli_client_options(options: Any) -> _ClientOptions:
     def show(message: Message) -> None:
-        print(f"[{message.level.value}] {_cli_printable(message.message)}", file=sys.stderr)
+        print(f"[{message.level.value}] {_log_line(message.message)}", file=sys.stderr)
 
     return _ClientOptions(show if options.verbose else None, timeout=options.timeout, store=_CliStore())
 
@@ -12180,7 +12389,7 @@ def _cli_arguments(options: Any, schema: pa.Schema) -> list[Any]:
             value = convert(given[field.name], field.type) if field.name in given else None
             _types_cell(value, _types_raw(field.type))
         except (ValueError, TypeError, ArithmeticError, AttributeError, pa.ArrowException) as exc:
-            shown = _cli_printable(str(given[field.name]))[:80]
+            shown = _log_line(str(given[field.name]))[:80]
             raise _CliError(f"parameter '{field.name}': {shown!r} is not a valid {field.type}: {exc}", 2) from exc
         values.append(value)
     return values
@@ -12439,12 +12648,7 @@ def _cli_table_line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _cli_cell(value: Any) -> str:
-    return _cli_printable(value if isinstance(value, str) else _cli_json(value))
-
-
-def _cli_printable(text: str) -> str:
-    """Text of a peer that cannot move the cursor or break a table's lines."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    return _log_line(value if isinstance(value, str) else _cli_json(value))
 
 
 def _cli_json(value: Any) -> str:
@@ -12599,7 +12803,7 @@ def _cli_stub(options: Any) -> int:
     try:
         text = tool.generate_stub(found)
     except ValueError as exc:
-        raise _CliError(f"the service cannot be written as a Protocol: {_cli_printable(str(exc))}") from exc
+        raise _CliError(f"the service cannot be written as a Protocol: {_log_line(str(exc))}") from exc
     with _cli_output(options) as out:
         out.write(text)
     return 0
@@ -12701,19 +12905,20 @@ __all__ = [  # noqa: RUF022 (plain order of the characters)
     "TRACESTATE_KEY", "TRANSIENT_ERROR_CODES", "TRANSPORT_OPTIONS_METHOD_NAME", "TRANSPORT_SHM_KEY",
     "TYPE_TOKEN_VERSION", "TcpTransport", "Transient", "TransportKind", "UnixTransport", "UnsupportedArrowTypeError",
     "ValidatedReader", "VersionError", "VgiAccessLogFormatter", "VgiJsonFormatter", "WireServiceDescription",
-    "WorkerDiedError", "WorkerPool", "WrongProcessError", "apply_claim_redaction", "batch_from_json", "batch_to_json",
-    "canonical_json", "compute_protocol_hash", "connect", "current_auth", "decode_error_details", "describe_protocol",
-    "describe_rpc", "deserialize_record_batch", "empty_batch", "encode_error_details", "encode_metadata",
-    "error_code_of", "error_details_of", "error_kind_of", "exception_str", "externalize", "field_token", "introspect",
-    "is_external_location_batch", "is_retryable", "is_shm_pointer_batch", "list_protocols", "main",
-    "make_external_location_batch", "make_pipe_pair", "make_shm_pointer_batch", "make_tcp_pair", "make_unix_pair",
-    "map_calls", "maybe_write_to_shm", "merge_metadata", "new_ipc_stream", "no_redaction", "parse_error_detail",
-    "parse_version", "ping", "protocol_description", "read_reply", "read_single_record_batch", "redact_claims",
-    "resolve_external_location", "resolve_shm_batch", "rpc_methods", "run_server", "schema_tokens",
-    "serialize_record_batch", "serialize_record_batch_bytes", "serve_pipe", "serve_stdio", "serve_tcp",
-    "serve_tcp_pipe", "serve_unix", "serve_unix_pipe", "set_claim_redactor", "shm_available", "strip_keys", "submit",
-    "tcp_connect", "type_token", "unix_connect", "validate_batch", "validate_protocol_name", "with_options",
-    "with_transport", "worker_transport_metadata",
+    "WorkerDiedError", "WorkerPool", "WrongProcessError", "access_fields", "apply_claim_redaction", "batch_from_json",
+    "batch_to_json", "canonical_json", "check_state_class", "compute_protocol_hash", "connect", "current_auth",
+    "decode_error_details", "describe_protocol", "describe_rpc", "deserialize_record_batch", "empty_batch",
+    "encode_error_details", "encode_metadata", "error_code_of", "error_details_of", "error_kind_of", "exception_str",
+    "externalize", "field_token", "introspect", "is_external_location_batch", "is_retryable", "is_shm_pointer_batch",
+    "list_protocols", "main", "make_external_location_batch", "make_pipe_pair", "make_shm_pointer_batch",
+    "make_tcp_pair", "make_unix_pair", "map_calls", "maybe_write_to_shm", "merge_metadata", "new_ipc_stream",
+    "no_redaction", "parse_error_detail", "parse_version", "ping", "protocol_description", "read_reply",
+    "read_single_record_batch", "redact_claims", "resolve_external_location", "resolve_shm_batch",
+    "rpc_methods", "run_server", "schema_tokens", "seal_state", "serialize_record_batch",
+    "serialize_record_batch_bytes", "serve_pipe", "serve_stdio", "serve_tcp", "serve_tcp_pipe", "serve_unix",
+    "serve_unix_pipe", "set_claim_redactor", "shm_available", "strip_keys", "submit", "tcp_connect", "type_token",
+    "unix_connect", "validate_batch", "validate_protocol_name", "with_options", "with_transport",
+    "worker_transport_metadata",
 ]
 # fmt: on
 

@@ -58,7 +58,8 @@ def load(package: str, module: str, name: str, extra: str) -> Any:
     ImportError says which third-party package is missing, and which pip extra brings it.
     """
     try:
-        return getattr(importlib.import_module(f"{package}.{module}"), name)
+        found = importlib.import_module(module if module.startswith(".") else f".{module}", package)
+        return getattr(found, name)
     except ModuleNotFoundError as exc:
         if not exc.name or exc.name.startswith(__name__):
             raise  # a fault of the extra itself

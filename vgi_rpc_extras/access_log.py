@@ -19,6 +19,7 @@ import os
 import queue
 import re
 import sys
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -143,12 +144,30 @@ def configure_access_log(
 
 
 class _Counting(logging.FileHandler):
-    """Counts the records that cannot be written (a full disk, say) and says so once: calls and stderr go on."""
+    """Counts the records that cannot be written (a full disk, say): calls and stderr go on.
+
+    It says so once, and at the end; the next record that is written carries `dropped_records`.
+    """
 
     lost = 0
+    _unreported = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        unreported = self._unreported
+        if unreported:
+            record = copy.copy(record)
+            record.dropped_records = unreported + getattr(record, "dropped_records", 0)
+        super().emit(record)
+        if self._unreported == unreported:  # written
+            self._unreported = 0
 
     def handleError(self, record: logging.LogRecord) -> None:
         self.lost += 1
+        self._unreported += 1
+        stream: Any = self.stream
+        self.stream = None  # else what could not be written would come later, counted as lost
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.buffer.raw.close()
         if self.lost == 1 and sys.stderr is not None:
             reason = sys.exc_info()[1]
             with contextlib.suppress(OSError, ValueError):
@@ -200,17 +219,44 @@ def _queued(writer: logging.Handler, queue_size: int) -> tuple[logging.Handler, 
     return handler, stop
 
 
+class _Attached:
+    """The files that are open; the level of the logger is ours from the first to the last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._handlers: list[logging.Handler] = []
+        self._before = logging.NOTSET
+
+    def add(self, handler: logging.Handler) -> None:
+        with self._lock:
+            if not self._handlers:
+                self._before = _LOGGER.level
+            self._handlers.append(handler)
+            _LOGGER.disabled = False  # logging.config silences what existed before it (disable_existing_loggers)
+            _LOGGER.addHandler(handler)
+            if not _LOGGER.isEnabledFor(logging.INFO):
+                _LOGGER.setLevel(logging.INFO)
+
+    def remove(self, handler: logging.Handler) -> bool:
+        with self._lock:
+            if handler not in self._handlers:
+                return False
+            self._handlers.remove(handler)
+            _LOGGER.removeHandler(handler)
+            if not self._handlers:
+                _LOGGER.setLevel(self._before)
+            return True
+
+
+_attached = _Attached()
+
+
 def _attach(handler: logging.Handler, stop: Callable[[], None]) -> Callable[[], None]:
-    level = _LOGGER.level
-    _LOGGER.addHandler(handler)
-    if not _LOGGER.isEnabledFor(logging.INFO):
-        _LOGGER.setLevel(logging.INFO)
+    _attached.add(handler)
 
     def close() -> None:
-        if handler not in _LOGGER.handlers:
+        if not _attached.remove(handler):
             return
-        _LOGGER.removeHandler(handler)
-        _LOGGER.setLevel(level)
         with contextlib.suppress(OSError):
             stop()
 

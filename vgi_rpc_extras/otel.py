@@ -25,7 +25,7 @@ from opentelemetry import context, metrics, trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from . import core as _bound_core
-from .storage.policy import redact_url
+from .common.urls import redact_url
 
 if TYPE_CHECKING:
     import falcon

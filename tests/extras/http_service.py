@@ -192,7 +192,8 @@ class SecondImpl:
 def extra(name: str) -> Any:
     """A module of the extras that belong to the core under test."""
     app: Any = getattr(core, "make_wsgi_app")  # noqa: B009 (a lazy name)
-    return importlib.import_module(f"{app.__module__.rpartition('.')[0]}.{name}")
+    package = app.__module__.rpartition(".")[0]
+    return importlib.import_module(name if name.startswith(".") else f".{name}", package)
 
 
 def make_server(**options: Any) -> Any:

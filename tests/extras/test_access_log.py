@@ -7,6 +7,8 @@ import logging
 import logging.handlers
 import os
 import queue
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -202,6 +204,65 @@ def test_a_full_disk_breaks_no_call(
     assert shown.count("No space left on device") == 1
     assert "5 record(s) lost" in shown
     assert "Traceback" not in shown
+
+
+FULL = """
+import json, logging, resource, sys
+from tests.core import core
+log = logging.getLogger("vgi_rpc.access")
+close = core.configure_access_log(sys.argv[1])
+record = lambda i: log.info("x", extra={"request_id": str(i), "status": "ok"})
+record(0)
+for _ in range(2):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    for i in range(3): record(i)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    record(4); record(5)
+close()
+"""
+
+
+def test_the_next_record_says_how_many_could_not_be_written(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    subprocess.run([sys.executable, "-c", FULL, str(path)], check=True, timeout=30, stderr=subprocess.DEVNULL)
+    found = [(line["request_id"], line.get("dropped_records")) for line in lines(path)]
+    assert found == [("0", None), ("4", 3), ("5", None), ("4", 3), ("5", None)]
+
+
+def test_a_cut_record_still_says_how_many_are_lost() -> None:
+    lost = record(dropped_records=7, request_id="x" * 5000)
+    found = json.loads(core.VgiAccessLogFormatter(max_record_bytes=1000).format(lost))
+    assert (found["dropped_records"], found["truncated"]) == (7, "record_too_large")
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_each_log_ends_by_itself(configure: Configure, tmp_path: Path, first: int) -> None:
+    before = LOGGER.level
+    closes = [configure(tmp_path / str(number)) for number in range(2)]
+    calls(1)
+    closes[first]()
+    calls(2)
+    closes[first]()  # again: nothing
+    closes[1 - first]()
+    calls(3)
+    assert [len(lines(tmp_path / str(number))) for number in (first, 1 - first)] == [1, 3]
+    assert LOGGER.level == before
+
+
+def test_logging_config_does_not_silence_it(configure: Configure, tmp_path: Path) -> None:
+    LOGGER.disabled = True  # as dictConfig leaves what existed before it
+    close = configure(tmp_path / "log")
+    calls(2)
+    close()
+    assert len(lines(tmp_path / "log")) == 2
+
+
+@pytest.mark.parametrize("exc_info", [(None, None, None), None])
+def test_no_exception_is_none(exc_info: Any) -> None:
+    made = record()
+    made.exc_info = exc_info
+    for formatter in (core.VgiJsonFormatter(), core.VgiAccessLogFormatter()):
+        assert "exception" not in json.loads(formatter.format(made))
 
 
 @pytest.mark.parametrize(

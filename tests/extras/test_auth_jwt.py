@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hmac
 import json
 import logging
 import math
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -27,9 +29,10 @@ from joserfc.jwk import ECKey, OctKey, RSAKey
 from tests.core import core
 from tests.extras.auth_app import bearer, client, refused, request
 from tests.extras.auth_provider import Provider, running
-from vgi_rpc_extras.auth import bearer_authenticate_static, chain_authenticate, fetch, jwt_authenticate
+from vgi_rpc_extras.auth import bearer_authenticate_static, chain_authenticate, jwt_authenticate
 from vgi_rpc_extras.auth import jwt as jwt_module
-from vgi_rpc_extras.auth.fetch import FetchError
+from vgi_rpc_extras.auth import provider as asked
+from vgi_rpc_extras.auth.provider import FetchError
 
 
 @pytest.fixture(scope="module")
@@ -379,7 +382,7 @@ class Dripping(httpx.SyncByteStream):
 def test_answers_are_bounded_while_they_come(
     provider: Provider, monkeypatch: pytest.MonkeyPatch, piece: bytes, pause: float, most: int
 ) -> None:
-    monkeypatch.setattr(fetch, "SECONDS", 0.1)
+    monkeypatch.setattr(asked, "SECONDS", 0.1)
     stream = Dripping(piece, pause)
     with pytest.raises(core.AuthUnavailableError):
         answering(status_code=200, stream=stream)(request(bearer(provider.sign())))
@@ -477,3 +480,51 @@ def test_no_token_in_logs_or_errors(shared: Provider, accept: Any, caplog: pytes
     with pytest.raises(ValueError) as caught:
         accept(request(bearer(token)))
     assert token not in repr(caught.value) and caught.value.__cause__ is None
+
+
+def test_a_dripped_header_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asked, "SECONDS", 0.3)
+    over = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip() -> None:
+            with contextlib.suppress(OSError):
+                link = listener.accept()[0]
+                with link:
+                    link.sendall(b"HTTP/1.1 200 OK\r\n")
+                    while not over.wait(0.02):
+                        link.sendall(b"X: y\r\n")
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        began = time.monotonic()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with asked.bounded_client() as client, pytest.raises(FetchError, match="could not be reached"):
+            asked.get_json(client, f"{url}/jwks")
+        took = time.monotonic() - began
+        over.set()
+        thread.join(5)
+    assert took < 1.0
+
+
+def test_an_issuer_signs_with_its_own_keys_only() -> None:
+    with running("EC") as one, running("EC") as two:
+        accept = jwt_authenticate(issuer=(one.url, two.url), audience="calc")
+        for provider in (one, two):
+            assert accept(request(bearer(provider.sign()))).claims["iss"] == provider.url
+        for forged in (one.sign(iss=two.url), two.sign(iss=one.url), one.sign(iss="https://third.example")):
+            with pytest.raises(ValueError):
+                accept(request(bearer(forged)))
+        places = {one.url: f"{one.url}/jwks", two.url: f"{two.url}/jwks"}
+        placed = jwt_authenticate(issuer=(one.url, two.url), audience="calc", jwks_uri=places)
+        assert placed(request(bearer(two.sign()))).claims["iss"] == two.url
+        with pytest.raises(ValueError):
+            placed(request(bearer(one.sign(iss=two.url))))
+
+
+def test_one_key_set_is_of_one_issuer() -> None:
+    issuers = ("https://a.example", "https://b.example")
+    with pytest.raises(ValueError, match="each could sign for the others"):
+        jwt_authenticate(issuer=issuers, audience="calc", jwks_uri="https://a.example/jwks")
+    with pytest.raises(ValueError, match="none of the issuers"):
+        jwt_authenticate(issuer=issuers, audience="calc", jwks_uri={"https://c.example": "https://c.example/jwks"})

@@ -329,7 +329,13 @@ def test_loopback_return_when_enabled() -> None:
 
 
 def test_provider_errors_are_escaped(site: Any) -> None:
-    answer = site.http.get("/vgi/_oauth/callback?error=x&error_description=%3Cscript%3Ealert(1)%3C/script%3E")
+    said = "error=x&error_description=%3Cscript%3Ealert(1)%3C/script%3E"
+    for made_up in ("", "&state=x", "&state="):  # a link that somebody sent
+        site.http.get("/vgi/page", headers=HTML)
+        answer = site.http.get(f"/vgi/_oauth/callback?{said}{made_up}")
+        assert answer.status_code == 400 and "alert" not in answer.text
+    state = parse_qs(urlsplit(site.http.get("/vgi/page", headers=HTML).headers["Location"]).query)["state"][0]
+    answer = site.http.get(f"/vgi/_oauth/callback?{said}&state={state}")
     assert answer.status_code == 400
     assert "<script>" not in answer.text and "&lt;script&gt;" in answer.text
     assert "default-src 'none'" in answer.headers["Content-Security-Policy"]

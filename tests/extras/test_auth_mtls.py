@@ -93,7 +93,8 @@ def header(certificate: x509.Certificate) -> dict[str, str]:
     return {HEADER: quote(pem(certificate), safe="+/=")}
 
 
-subject: Any = mtls_authenticate_subject()
+ALL: Any = {"trusted_proxies": None}
+subject: Any = mtls_authenticate_subject(**ALL)
 
 
 # PEM in a header
@@ -132,7 +133,7 @@ def test_missing_header_is_the_proxys_fault() -> None:
         with refused("proxy_required"):
             subject(request(value))
     assert proxy_headers_of(subject) == (HEADER,)
-    assert proxy_headers_of(mtls_authenticate_xfcc()) == ("x-forwarded-client-cert",)
+    assert proxy_headers_of(mtls_authenticate_xfcc(trusted_proxies=None)) == ("x-forwarded-client-cert",)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +179,7 @@ def test_validity_is_checked_by_default() -> None:
     for certificate in (old, early):
         with refused("expired_credential"):
             subject(request(header(certificate)))
-        assert mtls_authenticate_subject(check_expiry=False)(request(header(certificate))).principal
+        assert mtls_authenticate_subject(**ALL, check_expiry=False)(request(header(certificate))).principal
 
 
 @pytest.mark.filterwarnings("ignore:Attribute's length")
@@ -191,15 +192,20 @@ def test_one_common_name_is_required(names: list[str]) -> None:
 
 def test_allowed_subjects() -> None:
     with refused("insufficient_scope"):
-        mtls_authenticate_subject(allowed_subjects=frozenset({"bob"}))(request(header(ALICE)))
-    assert mtls_authenticate_subject(allowed_subjects=frozenset({"alice"}))(request(header(ALICE))).principal == "alice"
+        mtls_authenticate_subject(trusted_proxies=None, allowed_subjects=frozenset({"bob"}))(request(header(ALICE)))
+    assert (
+        mtls_authenticate_subject(trusted_proxies=None, allowed_subjects=frozenset({"alice"}))(
+            request(header(ALICE))
+        ).principal
+        == "alice"
+    )
 
 
 @pytest.mark.parametrize("algorithm", ["sha256", "sha384", "sha512"])
 def test_fingerprints(algorithm: str) -> None:
     digest = ALICE.fingerprint(getattr(hashes, algorithm.upper())())
     known = {digest.hex(":").upper(): core.AuthContext(None, True, "alice")}
-    accept = mtls_authenticate_fingerprint(fingerprints=known, algorithm=algorithm)
+    accept = mtls_authenticate_fingerprint(trusted_proxies=None, fingerprints=known, algorithm=algorithm)
     auth = accept(request(header(ALICE)))
     assert (auth.domain, auth.principal) == ("mtls", "alice")
     with refused("invalid_credential"):
@@ -209,10 +215,10 @@ def test_fingerprints(algorithm: str) -> None:
 def test_bad_fingerprint_settings() -> None:
     for algorithm in ("sha1", "md5", "SHA256"):
         with pytest.raises(ValueError, match="algorithm"):
-            mtls_authenticate_fingerprint(fingerprints={}, algorithm=algorithm)
+            mtls_authenticate_fingerprint(trusted_proxies=None, fingerprints={}, algorithm=algorithm)
     for text in ("", "zz", "ab" * 20):
         with pytest.raises(ValueError, match="fingerprint"):
-            mtls_authenticate_fingerprint(fingerprints={text: core.AuthContext(None, True, "x")})
+            mtls_authenticate_fingerprint(trusted_proxies=None, fingerprints={text: core.AuthContext(None, True, "x")})
 
 
 def test_own_validation_and_header() -> None:
@@ -220,7 +226,7 @@ def test_own_validation_and_header() -> None:
         assert certificate == ALICE
         return core.AuthContext("own", True, "me")
 
-    accept = mtls_authenticate(validate=validate, header="X-Cert")
+    accept = mtls_authenticate(trusted_proxies=None, validate=validate, header="X-Cert")
     assert accept(request({"X-Cert": header(ALICE)[HEADER]})).principal == "me"
     assert proxy_headers_of(accept) == ("X-Cert",)
 
@@ -237,6 +243,13 @@ def test_only_trusted_peers_are_believed() -> None:
             accept(request({**header(ALICE), "X-Forwarded-For": "10.0.0.9", "Forwarded": "for=10.0.0.9"}, peer=peer))
 
 
+def test_who_is_trusted_has_to_be_said() -> None:
+    makers: tuple[Any, ...] = (mtls_authenticate_subject, mtls_authenticate_xfcc, mtls_authenticate)
+    for make in makers:
+        with pytest.raises(TypeError, match="trusted_proxies"):
+            make()
+
+
 def test_bad_trusted_proxies() -> None:
     for bad in ([], ["10.0.0.0/99"], ["proxy.example"], "10.0.0.1", ["10.0.0.1/8"]):
         with pytest.raises(ValueError):
@@ -245,7 +258,7 @@ def test_bad_trusted_proxies() -> None:
 
 # Envoy's header
 
-xfcc: Any = mtls_authenticate_xfcc()
+xfcc: Any = mtls_authenticate_xfcc(trusted_proxies=None)
 
 
 def envoy(value: str) -> dict[str, str]:
@@ -362,18 +375,22 @@ def test_several_elements_need_trusted_proxies() -> None:
         xfcc(request(envoy(value)))
     trusted: dict[str, Any] = {"trusted_proxies": ["10.0.0.0/8"]}
     assert mtls_authenticate_xfcc(select_element="last", **trusted)(request(envoy(value))).principal == "real"
-    assert mtls_authenticate_xfcc(**trusted)(request(envoy(value))).principal == "forged"
+    assert mtls_authenticate_xfcc(select_element="first", **trusted)(request(envoy(value))).principal == "forged"
+    with pytest.raises(AuthFailure, match="select_element"):
+        mtls_authenticate_xfcc(**trusted)(request(envoy(value)))
     with refused("proxy_required"):
         mtls_authenticate_xfcc(**trusted)(request(envoy(value), peer="192.0.2.1"))
     with pytest.raises(ValueError):
-        mtls_authenticate_xfcc(select_element="middle")  # type: ignore[arg-type]
+        mtls_authenticate_xfcc(**ALL, select_element="middle")  # type: ignore[arg-type]
 
 
 def test_xfcc_context() -> None:
     auth = xfcc(request(envoy('Hash=1;Subject="CN=alice";URI=spiffe://x;DNS=a;DNS=b')))
     assert (auth.domain, auth.principal) == ("mtls", "alice")
     assert auth.claims == {"hash": "1", "subject": "CN=alice", "uri": "spiffe://x", "dns": ["a", "b"]}
-    own = mtls_authenticate_xfcc(validate=lambda element: core.AuthContext("s", True, element.uri))
+    own = mtls_authenticate_xfcc(
+        trusted_proxies=None, validate=lambda element: core.AuthContext("s", True, element.uri)
+    )
     assert own(request(envoy("URI=spiffe://x"))).principal == "spiffe://x"
 
 
@@ -507,7 +524,9 @@ def test_around_the_proxy() -> None:
 def test_no_certificate_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG")
     value = header(ALICE)[HEADER]
-    answer = client(mtls_authenticate_subject(allowed_subjects=frozenset())).simulate_get("/x", headers={HEADER: value})
+    answer = client(mtls_authenticate_subject(trusted_proxies=None, allowed_subjects=frozenset())).simulate_get(
+        "/x", headers={HEADER: value}
+    )
     assert answer.status_code == 401
     for part in (value, "alice", value[100:140]):
         assert part not in caplog.text and part not in answer.text

@@ -35,7 +35,9 @@ else:
 
 httpx = pytest.importorskip("httpx", reason="the http extra: pip install 'vgi-rpc-onefile[http]'")
 client = core._extras_load("http.client", "http_connect", "http")
-coding = core._extras_load("http.coding", "http_connect", "http")
+coding = core._extras_load("common.coding", "http_connect", "http")
+refusals = core._extras_load("http.refusals", "http_connect", "http")
+capabilities = core._extras_load("http.capabilities", "http_connect", "http")
 http_connect = client.http_connect
 
 CORE_FILE = str(core.__file__)
@@ -489,6 +491,19 @@ BAD_ANSWERS: dict[str, tuple[Answer, Any, str]] = {
         core.RpcError,
         "redirects to another server",
     ),
+    "moved for good": (
+        reply(
+            b"", "301 Moved Permanently", "text/html", {"Location": "https://right.example/rpc?secret"}, capable=False
+        ),
+        core.RpcError,
+        r"HTTP 301 redirects to another server, https://right\.example/rpc; connect",
+    ),
+    "web page": (reply(b"<html>hi</html>", kind="text/html", capable=False), core.RpcError, "web page, not a service"),
+    "stacked": (
+        reply(b"x", kind=ARROW, headers={"Content-Encoding": "gzip, zstd, gzip"}),
+        core.ConnectionLostError,
+        "3 codings; at most 2",
+    ),
     "unconfirmed": (lambda asked: served(asked).replace(b"-Support: true", b"-Support: 1"), core.RpcError, "confirm"),
     "confirmed twice": (
         lambda asked: served(asked).replace(b"\r\n", b"\r\nVGI-Accept-Max-Response-Bytes-Support: true\r\n", 1),
@@ -699,9 +714,9 @@ def test_the_pauses_between_attempts() -> None:
         with pytest.raises(ValueError, match=next(iter(bad))):
             client.HttpRetryConfig(**bad)
     later = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 100))
-    assert 95 < client._retry_after({"retry-after": later}) < 101
-    assert client._retry_after({"retry-after": "Sun, 06 Nov 1994 08:49:37 GMT"}) == 0
-    assert [client._retry_after({"retry-after": x}) for x in ("soon", "-1", "1.5", "")] == [None] * 4
+    assert 95 < refusals.retry_after({"retry-after": later}) < 101
+    assert refusals.retry_after({"retry-after": "Sun, 06 Nov 1994 08:49:37 GMT"}) == 0
+    assert [refusals.retry_after({"retry-after": x}) for x in ("soon", "-1", "1.5", "")] == [None] * 4
 
 
 def test_a_redirect_on_the_same_server_keeps_the_request() -> None:
@@ -790,7 +805,7 @@ def test_capabilities() -> None:
     assert found.supported_encodings == (coding.Encoding.ZSTD, coding.Encoding.GZIP)
     assert 290 < found.cache_expires_at - time.monotonic() <= 300
     codings = {None: ("zstd",), "": (), "br": ("zstd",), "gzip, br": ("gzip",)}
-    assert {value: client._supported(value) for value in codings} == codings
+    assert {value: capabilities._supported(value) for value in codings} == codings
 
 
 def test_ping_asks_for_the_health() -> None:
@@ -1174,3 +1189,123 @@ def test_metadata_that_a_caller_may_not_send_and_answers_that_make_no_sense() ->
         with pytest.raises(core.RpcError, match="UTF8"):
             proxy.echo().exchange(core.AnnotatedBatch(GARBLED))
         assert proxy.echo().exchange(item("y")).batch.num_rows == 1
+
+
+# ---- what headers= and a timeout may say
+
+
+@pytest.mark.parametrize(
+    "name", ["Transfer-Encoding", "content-length", "HOST", "Connection", "TE", "Expect", "Upgrade"]
+)
+def test_headers_do_not_frame_a_request(name: str) -> None:
+    with pytest.raises(ValueError, match="framed"):
+        http_connect(Calc, "http://127.0.0.1:1", headers={name: "1"})
+
+
+def test_each_header_is_sent_once() -> None:
+    given = {"content-type": "text/plain", "USER-AGENT": "x", "authorization": "Bearer k", "X-Own": "1", "x-own": "2"}
+    with Scripted(served) as server:
+        url = server.url.replace("http://", "http://user:word@")
+        with http_connect(Calc, url, headers=given) as calc:
+            assert calc.add(1.0, 2.0) == 3.0
+        (asked,) = (one for one in server.asked if one.verb == "POST")
+        sent = client.HttpTransport(url, headers=given)
+    lines = sent._sender._head + "".join(f"{name}: x\r\n" for name in sent._headers)
+    found = [line.partition(":")[0].lower() for line in lines.splitlines()]
+    assert sorted(set(found)) == sorted(found)
+    assert (asked.headers["content-type"], asked.headers["authorization"]) == (ARROW, "Bearer k")
+    assert asked.headers["x-own"] == "2"
+
+
+def test_without_a_bound_of_its_own_the_client_names_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coding, "MAX_DECODED_BYTES", 1000)
+    with (
+        Scripted(reply(bytes(2000))) as server,
+        http_connect(Calc, server.url, accepted_max_response_bytes=None) as calc,
+        pytest.raises(core.RpcError, match="larger than 1000 bytes, the most that is read"),
+    ):
+        calc.add(1.0, 2.0)
+
+
+def test_what_does_not_get_smaller_is_not_joined() -> None:
+    transport = client.HttpTransport("http://127.0.0.1:1")
+    noise = os.urandom(300_000)
+    pieces = [noise[:100], memoryview(noise)[100:], b"end"]
+    packed, encoding = transport._pack(pieces, None)
+    assert (packed is pieces, encoding) == (True, None)
+    assert client._part(pieces, 50, 150) == noise[50:150]
+    assert client._part(pieces, 299_999, 400_000) == noise[-1:] + b"end"
+    packed, encoding = transport._pack([bytes(1000), memoryview(bytes(300_000))], None)
+    assert (encoding, len(packed[0]) < 1000) == (coding.Encoding.ZSTD, True)
+
+
+def full(address: str, port: int, hold: list[socket.socket]) -> int:
+    """A port whose backlog is full: who connects waits."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((address, port))
+    listener.listen(0)
+    hold.append(listener)
+    for _ in range(3):
+        waiting = socket.socket()
+        waiting.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            waiting.connect(listener.getsockname())
+        hold.append(waiting)
+    return int(listener.getsockname()[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 and so on")
+def test_a_timeout_is_for_all_addresses_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    hold: list[socket.socket] = []
+    try:
+        port = full("127.0.0.2", 0, hold)
+        for last in (3, 4):
+            full(f"127.0.0.{last}", port, hold)
+        addresses = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"127.0.0.{n}", port)) for n in (2, 3, 4)]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: addresses)
+        with http_connect(Calc, f"http://many.test:{port}", timeout=0.6) as calc:
+            call = calc.add
+            began = time.monotonic()
+            with pytest.raises(core.DeadlineExceededError) as caught:
+                call(1.0, 2.0)
+            assert 0.5 < time.monotonic() - began < 1.7  # three times 0.6 would be more
+        assert caught.value.sent == "no"
+        with Scripted(served) as server:  # an address that does not answer leaves time for the next one
+            good = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", server.port))
+            addresses[:] = [addresses[0], good]
+            with http_connect(Calc, f"http://many.test:{port}", timeout=2.0) as calc:
+                assert calc.add(1.0, 2.0) == 3.0
+    finally:
+        for sock in hold:
+            sock.close()
+
+
+def test_a_resolver_that_hangs_costs_no_more_than_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: ended.wait(30) and [])
+    try:
+        with http_connect(Calc, "http://slow.test:1", timeout=0.3) as calc:
+            call = calc.add
+            began = time.monotonic()
+            with pytest.raises(core.DeadlineExceededError, match="not resolved in time"):
+                call(1.0, 2.0)
+            assert time.monotonic() - began < 5
+    finally:
+        ended.set()
+
+
+def test_a_tls_handshake_that_hangs_costs_no_more_than_the_timeout() -> None:
+    with contextlib.ExitStack() as stack:
+        silent = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        port = silent.getsockname()[1]
+        call = stack.enter_context(http_connect(Calc, f"https://127.0.0.1:{port}", timeout=0.3)).add
+        began = time.monotonic()
+        with pytest.raises(core.DeadlineExceededError):
+            call(1.0, 2.0)
+        assert time.monotonic() - began < 5
+
+
+def test_authorities_are_read_once() -> None:
+    transports = [client.HttpTransport("https://127.0.0.1:1") for _ in range(2)]
+    assert transports[0]._sender._context is transports[1]._sender._context

@@ -263,8 +263,57 @@ def test_what_is_no_call(client: Any) -> None:
     for body in (b"[1]", b"null", b"{", b"\xff", b"[" * 100_000):
         answer = client.post("/__call__/Weather/sum", content=body, headers={"Content-Type": "application/json"})
         assert (answer.status_code, json.loads(answer.content)["error"]["code"]) == (400, "INVALID_ARGUMENT")
+    for body in (b'\xef\xbb\xbf{"values": [1]}', '{"values": [1]}'.encode("utf-16")):  # RFC 8259 section 8.1
+        answer = client.post("/__call__/Weather/sum", content=body, headers={"Content-Type": "application/json"})
+        assert (answer.status_code, json.loads(answer.content)["error"]["code"]) == (400, "INVALID_ARGUMENT")
     kind = {"Content-Type": "Application/JSON; charset=utf-8"}
     assert client.post("/__call__/Weather/odd", content=b"", headers=kind).status_code == 200
+
+
+HALF = "\ud800"
+CALL = {"protocol": "Weather", "method": "maybe", "args": {"place": {"name": "x"}}}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {**CALL, "protocol": HALF},
+        {**CALL, "method": f"may{HALF}be"},
+        {**CALL, "args": {"\udfff": 1}},
+        {**CALL, "args": {"place": {"name": f"x{HALF}"}}},
+        {**CALL, "args": {"place": {HALF: 1}}},
+        {**CALL, "args": {"place": {"name": "\udc00\ud800"}}},
+        {**CALL, "method": "readings", "args": {"end": 1}, "rows": HALF},
+        {**CALL, "method": "scale", "args": {"by": 1}, "input": [{HALF: 1}]},
+        {**CALL, HALF: 1},
+    ],
+)
+@pytest.mark.parametrize("in_bytes", [False, True])
+def test_half_of_a_surrogate_pair_is_no_text(client: Any, asked: dict[str, Any], in_bytes: bool) -> None:
+    body = json.dumps(asked, ensure_ascii=not in_bytes).encode("utf-8", "surrogatepass")
+    answer = client.post("/__call__", content=body, headers={"Content-Type": "application/json"})
+    error = json.loads(answer.content)["error"]
+    assert (answer.status_code, error["code"]) == (400, "INVALID_ARGUMENT")
+    assert error["message"].isprintable()
+    assert ("not JSON" if in_bytes else "half of a surrogate pair") in error["message"]
+    if not in_bytes:  # nor where the path names the method
+        body = json.dumps(asked["args"] if asked == {**CALL, "args": asked["args"]} else {"x": HALF}).encode()
+        answer = client.post("/__call__/Weather/maybe", content=body, headers={"Content-Type": "application/json"})
+        assert "half of a surrogate pair" in json.loads(answer.content)["error"]["message"]
+
+
+def test_pairs_and_what_only_looks_like_a_half_are_texts(client: Any) -> None:
+    for name in ("\U0001f600", "\\ud800", "\ud7ff\ue000"):
+        found = ask(client, "maybe", place={"name": name}).found
+        assert found["result"]["name"] == name
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mred", "a\nb", "\u202eright", "\x00"])
+def test_refusals_are_printable(client: Any, name: str) -> None:
+    for asked in ({**CALL, "protocol": name}, {**CALL, "method": name}, {**CALL, "args": {name: 1}}, {"rows": name}):
+        body = json.dumps(asked).encode()
+        answer = client.post("/__call__", content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code in (400, 404) and json.loads(answer.content)["error"]["message"].isprintable()
 
 
 def key_of_header(req: Any) -> Any:

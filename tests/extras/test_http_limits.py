@@ -82,7 +82,7 @@ def test_json_calls_set_cookies() -> None:
 
 @pytest.mark.parametrize("size", [1, 255, 256, 257, 65_791, 65_792, 1 << 20, (1 << 20) + 1])
 def test_every_form_of_a_declared_size(size: int) -> None:
-    coding = extra("coding")
+    coding = extra("..common.coding")
     raw = os.urandom(size // 2 + 1) * 2
     raw = raw[:size]
     packed = coding.compress(coding.Encoding.ZSTD, raw)
@@ -97,7 +97,7 @@ def test_every_form_of_a_declared_size(size: int) -> None:
 
 
 def test_a_false_size_is_noticed() -> None:
-    coding = extra("coding")
+    coding = extra("..common.coding")
     packed = bytearray(coding.compress(coding.Encoding.ZSTD, bytes(range(256)) * 40))
     assert coding._declared_size(bytes(packed)) == 10_240
     for at in range(4, 9):

@@ -273,7 +273,7 @@ def test_flags_that_do_not_fit(argv: list[str], text: str, monkeypatch: pytest.M
 @pytest.mark.parametrize("threads", ["0", "x", "-1", "\u0664"])
 def test_threads_from_the_environment(threads: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VGI_HTTP_THREADS", threads)
-    with pytest.raises(SystemExit, match="VGI_HTTP_THREADS"):
+    with pytest.raises(ValueError, match="VGI_HTTP_THREADS"):
         core.serve_http(make_server())
 
 

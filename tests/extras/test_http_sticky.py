@@ -410,16 +410,16 @@ def test_calls_of_one_session_queue_and_those_of_two_do_not() -> None:
     client = make_client()
     one, two = opened(client, 1), opened(client, 2)
     began = time.monotonic()
-    calls = [in_thread(lambda: post(client, "hold", one, seconds=0.2)) for _ in range(3)]
-    assert [call().result for call in calls] == [1, 1, 1]
-    assert time.monotonic() - began > 0.59
+    calls = [in_thread(lambda: post(client, "hold", one, seconds=0.2)) for _ in range(2)]
+    assert [call().result for call in calls] == [1, 1]
+    assert time.monotonic() - began > 0.39
     held = in_thread(lambda: post(client, "hold", one, seconds=0.8))
     until_used()
     assert post(client, "add", two, n=1).result == 3
     assert Tally.made[0]._using.locked()  # the other one goes on all the while
     assert held().result == 1
-    adds = [in_thread(lambda: [post(client, "add", one, n=1).error for _ in range(20)]) for _ in range(4)]
-    assert all(add() == [""] * 20 for add in adds)
+    adds = [in_thread(lambda: [post(client, "add", one, n=1).error for _ in range(40)]) for _ in range(2)]
+    assert all(add() == [""] * 40 for add in adds)
     assert Tally.made[0].total == 81
 
 
@@ -428,13 +428,33 @@ def test_what_waits_for_a_session_that_is_closed_does_not_run() -> None:
     token = opened(client)
     closing = in_thread(lambda: post(client, "hold_and_close", token, seconds=0.8))
     until_used()
-    waiting = [in_thread(lambda: post(client, "add", token, n=1)) for _ in range(3)]
+    waiting = in_thread(lambda: post(client, "add", token, n=1))
     assert closing().result == 10
-    for call in waiting:
-        found = call()
-        lost(found)
-        assert "while this call waited" in found.error
+    found = waiting()
+    lost(found)
+    assert "while this call waited" in found.error
     assert Tally.made[0].total == 10
+
+
+def test_one_call_waits_for_a_session_and_no_more() -> None:
+    client = make_client()
+    token, other = opened(client, 1), opened(client, 2)
+    running = in_thread(lambda: post(client, "hold", token, seconds=1.5))
+    until_used()
+    session = next(one for one in sessions_of(client)._all() if one.lock.locked())
+    waiting = in_thread(lambda: post(client, "add", token, n=1))
+    deadline = time.monotonic() + 5
+    while not session.waiting.locked() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    began = time.monotonic()
+    for _ in range(5):
+        found = post(client, "add", token, n=1)
+        assert (found.failed, found.error_code) == (True, "UNAVAILABLE")
+        assert "another one waits for it" in found.error
+    assert post(client, "add", other, n=1).result == 3
+    assert time.monotonic() - began < 1
+    assert (running().result, waiting().result) == (1, 2)
+    assert post(client, "add", token, n=1).result == 3
 
 
 def test_waiting_has_an_end() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
+import sys
 import time
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from tests.core import core
@@ -29,6 +32,11 @@ from tests.extras.http_service import (
 
 CUR, CALL = core.STATE_KEY, core.CALL_STATE_KEY
 TOKENS = {"a": core.AuthContext("bearer", True, "alice"), "b": core.AuthContext("bearer", True, "bob")}
+
+
+@dataclasses.dataclass
+class Text(core.ArrowSerializableDataclass):
+    text: str
 
 
 def make_client(**options: Any) -> Any:
@@ -184,3 +192,71 @@ def test_states_of_another_release() -> None:
     changed = tokens.scope(TOKENS["a"], "P", "m", StateTypes((CountState,), ()))._replace(types=StateTypes((), ()))
     with pytest.raises(RuntimeError, match="does not fit"):
         tokens.open(changed, sealed((CountState,)))
+
+
+# ---- what one process keeps of the streams of others
+
+
+def test_the_cache_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = extra("tokens")
+    monkeypatch.setattr(module, "_CACHE_BYTES", 10_000)
+    monkeypatch.setattr(module, "_CACHE_ENTRY_BYTES", 4_000)
+    cache = module._Cache(4096)
+    call_of = [module.StreamCall(bytes([n]), "", pa.schema([]), pa.schema([]), None, None) for n in range(9)]
+    for n, cost in enumerate((3_000, 3_000, 3_000, 5_000, 3_000, 3_000)):
+        cache.put((bytes([n]), b""), call_of[n], cost, 10.0)
+        assert cache._bytes <= 10_000
+    assert [n for n in range(6) if cache.get((bytes([n]), b""))] == [2, 4, 5]  # the oldest gone, the large one never in
+    cache.put((bytes([2]), b""), call_of[2], 1_000, 10.0)
+    assert cache._bytes == 7_000
+    cache.put((bytes([2]), b""), call_of[2], 1_000, -1.0)
+    assert cache.get((bytes([2]), b"")) is None
+    assert cache._bytes == 6_000
+
+
+def test_a_large_call_state_is_opened_every_time() -> None:
+    tokens = extra("tokens").StreamTokens(KEY, 0, 4096, 1 << 26)
+    types = extra("tokens").StateTypes((SumState,), (Text,))
+    scope = tokens.scope(core.AuthContext("a", True, "b"), "P", "m", types)
+    for number, size in ((0, 2 << 20), (1, 2 << 10)):
+        stream = core.Stream(pa.schema([]), SumState(), call_state=Text("x" * size))
+        known = tokens.begin(scope, stream, "00" * 16, None)
+        sealed = {**tokens.seal_call(scope, known), **tokens.seal_state(scope, known, stream.state)[0]}
+        assert len(tokens._cache._entries) == number
+        assert tokens.open(scope, sealed)[0].call_state == stream.call_state
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("open_to_all", [True, False])
+def test_a_token_of_another_process_says_which_option_is_missing(
+    own: bool, open_to_all: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    other: dict[str, Any] = {} if open_to_all else {"authenticate": core.bearer_authenticate_static(tokens=TOKENS)}
+    app = core.make_wsgi_app(make_server(), token_key=None if own else b"another key of 16+", **other)
+    client = extra("testing").TestClient(app)
+    tokens = init(make_client(**({"authenticate": None} if open_to_all else {})))
+    caplog.clear()
+    for _ in range(3):
+        found = exchange(client, tokens)
+        refused(found, "State token verification failed")
+        assert ("token_key=" in found.error) is open_to_all
+    said = [record.getMessage() for record in caplog.records if "token_key=" in record.getMessage()]
+    assert len(said) == 1
+    assert ("a key of its own" in said[0]) is own
+
+
+def test_process_managers_show_that_the_key_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gunicorn.arbiter", sys)
+    with pytest.warns(RuntimeWarning, match="token_key="):
+        core.make_wsgi_app(make_server())
+    core.make_wsgi_app(make_server(), token_key=KEY)
+
+
+def test_a_process_with_its_own_key_says_so_to_who_asks() -> None:
+    with_key = make_client(authenticate=None)
+    ids = set()
+    for _ in range(2):
+        client = extra("testing").TestClient(core.make_wsgi_app(make_server()))
+        ids.add(core.http_capabilities(client=client).own_token_key)
+    assert len(ids) == 2
+    assert core.http_capabilities(client=with_key).own_token_key is None

@@ -483,3 +483,46 @@ def test_names_of_the_module() -> None:
     module = importlib.import_module(tool.__name__)
     assert sorted(module.__all__) == list(module.__all__)
     assert all(hasattr(module, name) for name in module.__all__)
+
+
+OTHER = """
+import os, socket, sys
+listener = socket.socket(socket.AF_UNIX)
+owner = os.geteuid()
+if sys.argv[2] == "file":
+    os.setuid(65534)
+listener.bind(sys.argv[1])
+if sys.argv[2] == "listener":
+    os.setuid(65534)
+listener.listen(5)  # the kernel notes who listens now
+print("up", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
+@pytest.mark.parametrize("whose", ["file", "listener"])
+def test_a_listener_of_another_user_is_none_of_ours(whose: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o1777)
+        path = f"{folder}/calc.sock"
+        other = subprocess.Popen(
+            [sys.executable, "-c", OTHER, path, whose], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert other.stdin is not None and other.stdout is not None
+        try:
+            assert other.stdout.readline() == b"up\n"
+            with pytest.raises(RuntimeError, match="is that of user 65534, not of 0"):
+                tool._alive(path, ())
+        finally:
+            other.communicate()
+
+
+def test_a_socket_that_is_not_ours_by_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{folder}/s")
+        listener.listen()
+        assert tool._alive(f"{folder}/s", ())
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+        with pytest.raises(RuntimeError, match="folder of your own"):
+            tool._alive(f"{folder}/s", ())

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -130,6 +131,26 @@ def test_signatures_are_v4_and_regional(region: str) -> None:
     assert query["X-Amz-Algorithm"] == ["AWS4-HMAC-SHA256"] and f"/{region}/s3/" in query["X-Amz-Credential"][0]
 
 
+def test_a_fork_has_a_client_of_its_own(storage: S3Storage, endpoint: str) -> None:
+    first = storage._client()
+    told, tell = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            url = storage.upload(b"from the child", pa.schema([]))
+            other = b"other" if storage._client() is not first else b"same"
+            os.write(tell, other + url.encode())
+        finally:
+            os._exit(0)
+    os.close(tell)
+    with open(told, "rb") as answer:
+        said = answer.read()
+    os.waitpid(child, 0)
+    assert said.startswith(b"otherhttp")
+    assert storage._client() is first
+    assert storage.upload(b"from the parent", pa.schema([]))
+
+
 def test_one_client_for_all_threads(storage: S3Storage) -> None:
     urls: list[str] = []
     threads = [threading.Thread(target=lambda: urls.append(storage.upload(b"x", SCHEMA))) for _ in range(8)]
@@ -164,7 +185,7 @@ def gcs(signer: Any, endpoint: str | None = None) -> Any:
 
     storage = GCSStorage("bkt", project="p")
     options = {"api_endpoint": endpoint} if endpoint else None
-    storage._clients["gcs"] = google.cloud.storage.Client("p", credentials=signer, client_options=options)
+    storage._clients[os.getpid()] = google.cloud.storage.Client("p", credentials=signer, client_options=options)
     return storage
 
 

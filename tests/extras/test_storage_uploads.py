@@ -23,16 +23,16 @@ import waitress.server
 import waitress.wasyncore
 
 from vgi_rpc_extras import storage
+from vgi_rpc_extras.common import names
 from vgi_rpc_extras.http import (
     http_capabilities,
     http_connect,
     http_introspect,
     make_sync_client,
     make_wsgi_app,
-    names,
     request_upload_urls,
 )
-from vgi_rpc_extras.http.uploads import vend_upload_urls
+from vgi_rpc_extras.storage.store import vend_upload_urls
 
 if TYPE_CHECKING:
     import vgi_rpc as core

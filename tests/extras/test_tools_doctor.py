@@ -372,6 +372,31 @@ def test_a_service_that_wants_credentials(service: Any) -> None:
     assert "wants credentials: VGI_RPC_TOKEN" in found.advice
 
 
+@pytest.mark.parametrize(
+    ("keys", "status", "text"),
+    [
+        ((None,), "note", "no other one continues its streams"),
+        ((None, None), "fail", "several processes, each with a key of its own"),
+        ((b"k" * 32, b"k" * 32), "", ""),
+    ],
+)
+def test_processes_without_a_common_key(service: Any, keys: tuple[Any, ...], status: str, text: str) -> None:
+    pytest.importorskip("falcon")
+    load = getattr(core, "_extras_load")  # noqa: B009
+    transport = load("http.client", "--url").HttpTransport
+    server = core.RpcServer(service.Calc, service.CalcImpl(), enable_describe=True)
+    apps = [load("http.testing", "").TestClient(core.make_wsgi_app(server, token_key=key)) for key in keys]
+    turn = iter(range(1000))
+    report = examined("url", lambda: transport(client=apps[next(turn) % len(apps)]))  # as a balancer would
+    if not status:
+        assert "token key" not in [one.name for one in report.checks]
+        return
+    found = check(report, "token key")
+    assert (found.status, report.healthy) == (status, status == "note")
+    assert text in found.text
+    assert "VGI_RPC_TOKEN_KEY" in found.advice
+
+
 # ---- misuse
 
 

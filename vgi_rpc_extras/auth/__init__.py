@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .bearer import *
     from .client_login import *
     from .device_login import *
+    from .guard import *
     from .jwt import *
     from .login import *
     from .mtls import *
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
 _EXTRA = {"mtls": "mtls"}  # the others need [oauth]
 _NAMES = {
-    "unauthorized": "AuthFailure AuthGuard AuthReason AuthenticationError"
+    "guard": "AuthGuard",
+    "unauthorized": "AuthFailure AuthReason AuthenticationError"
     " build_proxy_hint classify_auth_failure declare_key_headers declare_proxy_headers key_headers_of"
     " merge_proxy_headers proxy_headers_of"
     " read_unauthorized",

@@ -20,8 +20,8 @@ from urllib.parse import urlsplit
 import httpx
 
 from .. import core as _bound_core
+from ..common.urls import check_url, origin_of, same_origin
 from .device_login import device_context, perform_device_code_flow
-from .fetch import bounded_client, check_url, origin_of, same_origin
 from .oauth import (
     OAuthResourceMetadataResponse,
     OAuthServerMetadata,
@@ -38,6 +38,7 @@ from .oauth_tokens import (
     parse_oauth_challenge,
 )
 from .pkce_login import OAuthPrompt, is_colab_environment, is_headless_environment, perform_pkce_flow, pkce_context
+from .provider import bounded_client
 
 if TYPE_CHECKING:
     import vgi_rpc as core

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from .fetch import check_url
+from ..common.urls import check_url
 from .oauth import OAuthResourceMetadataResponse, OAuthServerMetadata
 from .oauth_tokens import (
     OAuthChallenge,

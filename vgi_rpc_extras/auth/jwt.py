@@ -10,7 +10,6 @@ be reached means 503: a fleet must not be logged out by an outage.
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import re
@@ -26,8 +25,10 @@ from joserfc.jwk import ECKey, JWKRegistry, Key, OctKey, OKPKey, RSAKey
 from joserfc.jwt import JWTClaimsRegistry
 
 from .. import core as _bound_core
+from ..common.texts import from_base64url
+from ..common.urls import check_url
 from .bearer import Authenticate, bearer_authenticate
-from .fetch import FetchError, bounded_client, check_url, get_json
+from .provider import FetchError, bounded_client, get_json, read_provider
 from .unauthorized import AuthFailure, AuthReason
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def jwt_authenticate(
     *,
     issuer: str | tuple[str, ...],
     audience: str | tuple[str, ...],
-    jwks_uri: str | None = None,
+    jwks_uri: str | Mapping[str, str] | None = None,
     claims_options: Mapping[str, Any] | None = None,
     principal_claim: str = "sub",
     domain: str = "jwt",
@@ -69,7 +70,8 @@ def jwt_authenticate(
 
     Args:
         issuer, audience: one or several; a token must name one of each.
-        jwks_uri: where the keys are; found through the first issuer's openid-configuration when absent.
+        jwks_uri: where the keys are, of several issuers as {issuer: URL}; found through the issuer's
+            openid-configuration when absent. Every issuer signs with its own keys only.
         claims_options: further demands, as joserfc's JWTClaimsRegistry takes them: {"scope": {"essential": True}}.
         principal_claim: the claim that names the caller; a token without it is refused.
         domain: of the contexts.
@@ -109,7 +111,7 @@ class JwtVerifier:
         *,
         issuer: str | tuple[str, ...],
         audience: str | tuple[str, ...],
-        jwks_uri: str | None = None,
+        jwks_uri: str | Mapping[str, str] | None = None,
         claims_options: Mapping[str, Any] | None = None,
         algorithms: Sequence[str] = DEFAULT_ALGORITHMS,
         leeway: int = 60,
@@ -128,12 +130,13 @@ class JwtVerifier:
         }
         self._claims = JWTClaimsRegistry(leeway=leeway, **options)
         self._max_bytes = max_token_bytes
-        self._keys = _KeyStore(issuers[0], jwks_uri, transport)
+        places = _key_sets(issuers, jwks_uri)
+        self._keys = {one: _KeyStore(one, places.get(one), transport) for one in issuers}
 
     def verify(self, token: str) -> dict[str, Any]:
         """Return the claims of a good token; AuthFailure for another one, AuthUnavailableError without keys."""
         header = self._header(token)
-        key = self._keys.find(header.get("kid"), header["alg"])
+        key = self._store(token).find(header.get("kid"), header["alg"])
         if key is None:
             raise AuthFailure(AuthReason.INVALID_CREDENTIAL, "no key of the provider fits the token")
         try:
@@ -151,12 +154,22 @@ class JwtVerifier:
             raise AuthFailure(AuthReason.INVALID_CREDENTIAL, type(exc).__name__) from None
         return claims
 
+    def _store(self, token: str) -> _KeyStore:
+        """The keys of the issuer that the token names: those of another one must not sign for it."""
+        if len(self._keys) == 1:
+            return next(iter(self._keys.values()))
+        try:
+            found = json.loads(from_base64url(token.split(".")[1]))
+            return self._keys[found["iss"]]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise AuthFailure(AuthReason.INVALID_CREDENTIAL, "another issuer") from None
+
     def _header(self, token: str) -> dict[str, Any]:
         """The parsed header: whatever is wrong with it must not make us ask the provider."""
         if len(token) > self._max_bytes or not _SEGMENTS.fullmatch(token):
             raise AuthFailure(AuthReason.INVALID_CREDENTIAL, "not a signed token")
         try:
-            header = json.loads(_decode(token.partition(".")[0]))
+            header = json.loads(from_base64url(token.partition(".")[0]))
         except (ValueError, RecursionError):
             raise AuthFailure(AuthReason.INVALID_CREDENTIAL, "the header is not JSON") from None
         if not isinstance(header, dict) or "crit" in header:
@@ -183,8 +196,19 @@ def _several(name: str, value: str | tuple[str, ...]) -> list[str]:
     return values
 
 
-def _decode(segment: str) -> bytes:
-    return base64.urlsafe_b64decode(segment + "=" * (-len(segment) % 4))
+def _key_sets(issuers: list[str], jwks_uri: str | Mapping[str, str] | None) -> Mapping[str, str]:
+    """Where the keys of each issuer are, as far as that is configured."""
+    if jwks_uri is None:
+        return {}
+    if isinstance(jwks_uri, str):
+        if len(issuers) > 1:
+            raise ValueError(
+                "several issuers, and one jwks_uri: each could sign for the others; give {issuer: jwks_uri}"
+            )
+        return {issuers[0]: jwks_uri}
+    if strangers := set(jwks_uri).difference(issuers):
+        raise ValueError(f"jwks_uri names {min(strangers)!r}, which is none of the issuers")
+    return jwks_uri
 
 
 class _Algorithms(jws.JWSRegistry):
@@ -268,10 +292,7 @@ class _KeyStore:
     def _discover(self, client: httpx.Client) -> str:
         if self._jwks_uri is not None:
             return self._jwks_uri
-        found = get_json(client, f"{self._issuer.rstrip('/')}/.well-known/openid-configuration")
-        if found.get("issuer") != self._issuer:  # OpenID Connect Discovery 1.0 section 4.3
-            raise FetchError("the discovered issuer is not the configured one")
-        return check_url(found.get("jwks_uri"), configured=self._issuer)
+        return str(read_provider(client, self._issuer, "jwks_uri")["jwks_uri"])
 
 
 def _usable_keys(document: Mapping[str, Any]) -> list[Key]:

@@ -17,7 +17,6 @@ The bearer cookie is HttpOnly and SameSite=Lax. What comes back from the provide
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import hmac
 import json
@@ -37,11 +36,13 @@ from authlib.common.errors import AuthlibBaseError
 from authlib.oauth2.client import OAuth2Client
 
 from .. import core as _bound_core
-from ..http import page_frame
+from ..common import html
+from ..common.texts import base64url, escaped, from_base64url, printable
+from ..common.urls import is_loopback_url, origin_of
 from .bearer import Authenticate, make_cookie_authenticate
-from .fetch import FetchError, bounded_client, is_loopback_url, json_object, origin_of
 from .jwt import JwtVerifier
-from .oauth import OAuthResourceMetadata, read_openid_configuration
+from .oauth import OAuthResourceMetadata
+from .provider import FetchError, bounded_client, json_object, read_provider
 from .proxy_proof import NonceCache
 from .unauthorized import declare_proxy_headers, merge_proxy_headers
 
@@ -63,6 +64,7 @@ _SESSION_VERSION = 5  # that of auth.md section 8 is 4, and has no nonce
 _DISCOVERY_PAUSE = 30.0
 _MAX_URL = 2048
 _MAX_FORM = 16384
+_MAX_SESSION = 12_000  # characters of the session cookie that are looked at
 _MAX_COOKIE = 3800  # browsers drop cookies above 4096 bytes, name and attributes included
 _IDENTITY = ("sub", "email", "preferred_username", "name", "picture")
 _FORWARDED = frozenset({"code", "code_verifier", "redirect_uri", "refresh_token", "scope"})
@@ -81,7 +83,7 @@ class _Session:
 
 
 class _Refused(Exception):
-    """A page for the person: status and a text that holds nothing from outside."""
+    """A page for the person: status and a text, which holds nothing from outside but what the provider says."""
 
     def __init__(self, status: str, text: str) -> None:
         super().__init__(text)
@@ -167,7 +169,7 @@ class BrowserLogin:
         try:
             provider = self._provider.configuration()
         except FetchError as exc:
-            _LOG.warning("browser login: %s", exc)
+            _LOG.warning("browser login: %s", escaped(str(exc)))
             return False
         return_to = self._return_to(req)
         tokens = [secrets.token_urlsafe(32) for _ in range(3)]
@@ -225,22 +227,21 @@ class BrowserLogin:
         except _Refused as exc:
             self._page(resp, exc.status, exc.text)
         except FetchError as exc:
-            _LOG.warning("browser login: %s", exc)
+            _LOG.warning("browser login: %s", escaped(str(exc)))
             self._page(resp, "502 Bad Gateway", "The login service could not complete the login. Try again.")
 
     def _callback(self, req: falcon.Request, resp: falcon.Response) -> None:
-        error = req.get_param("error")
-        if error is not None:
-            detail = (req.get_param("error_description") or error)[:200]
-            raise _Refused("400 Bad Request", f"The login service refused: {detail}")
-        code, state = req.get_param("code"), req.get_param("state")
-        if not code or not state:
+        error, code, state = req.get_param("error"), req.get_param("code"), req.get_param("state")
+        if not state or not (code or error):
             raise _Refused("400 Bad Request", "The answer of the login service is incomplete.")
         session = self._open((req.get_cookie_values(_SESSION_COOKIE) or [""])[0])
         if session is None or not hmac.compare_digest(state.encode(), session.state.encode()):
             raise _Refused("400 Bad Request", "This login has expired or was started elsewhere. Start again.")
         if not self._used.check_and_add(session.state):
             raise _Refused("400 Bad Request", "This login was used already. Start again.")
+        if error is not None or code is None:  # words of the provider now, not of whoever made up a link
+            detail = printable(req.get_param("error_description") or error, 200)
+            raise _Refused("400 Bad Request", f"The login service refused: {detail}")
         provider = self._provider.configuration()
         self._check_issuer(req.get_param("iss"), provider)
         token, claims = self._provider.exchange(provider, code, session)
@@ -262,7 +263,7 @@ class BrowserLogin:
         page = self.prefix or "/"
         self._set_cookie(resp, _AUTH_COOKIE, bearer, seconds, path=page, readable=self._javascript_cookie)
         identity = {name: claims[name] for name in _IDENTITY if isinstance(claims.get(name), str)}
-        shown = _encode(json.dumps(identity).encode())
+        shown = base64url(json.dumps(identity).encode())
         if identity and len(shown) <= _MAX_COOKIE:
             self._set_cookie(resp, _IDENTITY_COOKIE, shown, seconds, path=page, readable=True)
         self._clear(resp, _SESSION_COOKIE, f"{self.prefix}/_oauth/")
@@ -308,7 +309,7 @@ class BrowserLogin:
             resp.status = exc.status
             resp.data = json.dumps({"error": exc.text}).encode()
         except FetchError as exc:
-            _LOG.warning("token endpoint: %s", exc)
+            _LOG.warning("token endpoint: %s", escaped(str(exc)))
             resp.status, resp.data = "502 Bad Gateway", b'{"error": "temporarily_unavailable"}'
 
     def _proxy_token(self, req: falcon.Request) -> tuple[str, bytes]:
@@ -351,20 +352,18 @@ class BrowserLogin:
     def _page(self, resp: falcon.Response, status: str, text: str) -> None:
         self._clear(resp, _SESSION_COOKIE, f"{self.prefix}/_oauth/")
         resp.status = status
-        page_frame.send(resp, page_frame.notice("Login failed", text, link=(self.prefix or "/", "Start again")))
+        html.send(resp, html.notice("Login failed", text, link=(self.prefix or "/", "Start again")))
 
     def _seal(self, session: _Session) -> str:
         raw = struct.pack("<BQ", _SESSION_VERSION, int(time.time()))
         for text in (session.verifier, session.state, session.original, session.return_to, session.nonce):
             raw += struct.pack("<H", len(text.encode())) + text.encode()
-        return _encode(raw + hmac.digest(self._key, raw, hashlib.sha256))
+        return base64url(raw + hmac.digest(self._key, raw, hashlib.sha256))
 
     def _open(self, cookie: str) -> _Session | None:
         """The session of a cookie that this service made not too long ago; None for any other."""
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,12000}", cookie):
-            return None
         try:
-            sealed = base64.urlsafe_b64decode(cookie + "=" * (-len(cookie) % 4))
+            sealed = from_base64url(cookie[:_MAX_SESSION])
         except ValueError:
             return None
         raw, mac = sealed[:-32], sealed[-32:]
@@ -379,10 +378,6 @@ class BrowserLogin:
             texts.append(raw[position + 2 : position + 2 + size].decode())
             position += 2 + size
         return _Session(*texts)
-
-
-def _encode(raw: bytes) -> str:
-    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
 
 
 def _redirect(resp: falcon.Response, url: str) -> None:
@@ -435,7 +430,9 @@ class _Provider:
                     raise FetchError("the provider could not be reached a moment ago")
                 self._not_before = time.monotonic() + _DISCOVERY_PAUSE
                 with bounded_client(self._transport) as client:
-                    self._found = read_openid_configuration(client, self._issuer)
+                    self._found = read_provider(
+                        client, self._issuer, "authorization_endpoint", "token_endpoint", "jwks_uri"
+                    )
             return self._found
 
     def authorization_url(self, provider: Mapping[str, Any], session: _Session) -> str:

@@ -23,8 +23,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import NameOID
 
 from .. import core as _bound_core
-from ._proxies import ProxyHeader, TrustedProxies
 from .bearer import Authenticate
+from .proxies import ProxyHeader, TrustedProxies
 from .unauthorized import AuthFailure, AuthReason, declare_proxy_headers
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def mtls_authenticate(
     validate: Callable[[x509.Certificate], core.AuthContext],
     header: str = "X-SSL-Client-Cert",
     check_expiry: bool = True,
-    trusted_proxies: TrustedProxies = None,
+    trusted_proxies: TrustedProxies,
 ) -> Authenticate:
     """Return an authenticator that gives the caller's certificate to `validate`.
 
@@ -58,7 +58,8 @@ def mtls_authenticate(
         validate: returns the context, or raises ValueError or PermissionError.
         header: holds the PEM, percent-encoded or with its line ends replaced by blanks; of a bundle the first counts.
         check_expiry: refuse a certificate outside its validity.
-        trusted_proxies: addresses and networks of the proxy; requests of other peers are refused. None believes all.
+        trusted_proxies: addresses and networks of the proxy; requests of other peers are refused. None, which has to
+            be written down, believes everybody who can reach the service.
 
     Raises ValueError for an empty or ill-formed list of proxies.
     """
@@ -105,7 +106,7 @@ def mtls_authenticate_fingerprint(
     algorithm: str = "sha256",
     domain: str = "mtls",
     check_expiry: bool = True,
-    trusted_proxies: TrustedProxies = None,
+    trusted_proxies: TrustedProxies,
 ) -> Authenticate:
     """Return an authenticator for known certificates.
 
@@ -153,7 +154,7 @@ def mtls_authenticate_subject(
     domain: str = "mtls",
     allowed_subjects: frozenset[str] | None = None,
     check_expiry: bool = True,
-    trusted_proxies: TrustedProxies = None,
+    trusted_proxies: TrustedProxies,
 ) -> Authenticate:
     """Return an authenticator whose principal is the certificate's common name.
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from .. import core as _bound_core
-from .fetch import FetchError, bounded_client, check_url, get, get_json, origin_of
+from ..common.urls import check_url, origin_of
+from .provider import FetchError, bounded_client, get, read_provider
 
 if TYPE_CHECKING:
     import falcon
@@ -257,9 +258,12 @@ def _get(client: Any, url: str) -> tuple[int, Mapping[str, Any]]:
         with bounded_client() as own:
             return get(own, check_url(url))
     except FetchError as exc:
-        if "could not be reached" in str(exc):
-            raise core.ConnectionLostError(f"OAuth metadata: {exc}") from None
-        raise ValueError(f"OAuth metadata: {exc}") from None
+        raise _unusable(exc) from None
+
+
+def _unusable(exc: FetchError) -> Exception:
+    unreached = "could not be reached" in str(exc)
+    return (core.ConnectionLostError if unreached else ValueError)(f"OAuth metadata: {exc}")
 
 
 def _place(url: str) -> str:
@@ -291,29 +295,19 @@ def _texts(value: object, name: str, url: str) -> tuple[str, ...]:
 
 def fetch_auth_server_metadata(issuer_url: str, *, client: Any = None) -> OAuthServerMetadata:
     """Return the endpoints of an OpenID provider. ValueError for a document that lacks them or is another issuer's."""
-    url = f"{issuer_url.removesuffix('/')}/.well-known/openid-configuration"
-    status, found = _get(client, url)
-    if status != 200:
-        raise ValueError(f"{_place(url)} answered {status}")
-    if str(found.get("issuer", issuer_url)).rstrip("/") != issuer_url.rstrip("/"):
-        raise ValueError(f"{_place(url)} describes another issuer")
-    names = ("authorization_endpoint", "token_endpoint", "device_authorization_endpoint")
-    ends = {name: check_url(found[name], configured=issuer_url) for name in names if found.get(name)}
-    if "token_endpoint" not in ends or len(ends) < 2:
-        raise ValueError(f"{_place(url)} lacks token_endpoint, or both of the other endpoints")
-    return OAuthServerMetadata(
-        **ends, grant_types_supported=_texts(found.get("grant_types_supported", []), "grant_types_supported", url)
-    )
-
-
-def read_openid_configuration(client: Any, issuer: str) -> Mapping[str, Any]:
-    """Return the provider's document for the browser login. FetchError, also when it is another issuer's."""
-    found = get_json(client, f"{issuer.removesuffix('/')}/.well-known/openid-configuration")
-    if found.get("issuer") != issuer:
-        raise FetchError("the discovered issuer is not the configured one")
+    place = _place(issuer_url)
     try:
-        for name in ("authorization_endpoint", "token_endpoint", "jwks_uri"):
-            check_url(found.get(name), configured=issuer)
-    except ValueError:
-        raise FetchError(f"{origin_of(issuer)} lacks an endpoint, or names one that may not be called") from None
-    return found
+        if client is not None:
+            found = read_provider(client, issuer_url, "token_endpoint")
+        else:
+            with bounded_client() as own:
+                found = read_provider(own, check_url(issuer_url), "token_endpoint")
+    except FetchError as exc:
+        raise _unusable(exc) from None
+    names = ("authorization_endpoint", "token_endpoint", "device_authorization_endpoint")
+    ends = {name: str(found[name]) for name in names if found.get(name)}
+    if len(ends) < 2:
+        raise ValueError(f"{place} has neither an authorization_endpoint nor a device_authorization_endpoint")
+    return OAuthServerMetadata(
+        **ends, grant_types_supported=_texts(found.get("grant_types_supported", []), "grant_types_supported", place)
+    )

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import sys
 import time
@@ -14,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from .. import core as _bound_core
-from .fetch import FetchError, check_url, json_object, origin_of
+from ..common.texts import from_base64url, printable
+from ..common.urls import check_url, origin_of
 from .oauth import OAuthResourceMetadataResponse, parse_www_authenticate_params
+from .provider import FetchError, json_object
 
 if TYPE_CHECKING:
     import vgi_rpc as core
@@ -156,10 +157,7 @@ def post_form(client: httpx.Client, url: str, form: Mapping[str, str]) -> tuple[
 
 def refusal(what: str, status: int, answer: Mapping[str, Any]) -> OAuthTokenError:
     """Return an error with OAuth's word and its description, without anything that could steer a terminal."""
-    code, description = (
-        "".join(char for char in str(answer.get(name, ""))[:200] if char.isprintable())
-        for name in ("error", "error_description")
-    )
+    code, description = (printable(str(answer.get(name, "")), 200) for name in ("error", "error_description"))
     shown = ": ".join(part for part in (code, description) if part) or f"status {status}"
     return OAuthTokenError(f"{what}: {shown}", error_code=code, error_description=description)
 
@@ -194,7 +192,7 @@ def _identity(id_token: str) -> OAuthIdentity:
     """Who the id token names. It came from the provider over TLS (OpenID Connect Core section 3.1.3.7, 6)."""
     segment = f"{id_token}..".split(".")[1]
     try:
-        claims = json.loads(base64.urlsafe_b64decode(segment + "=" * (-len(segment) % 4)))
+        claims = json.loads(from_base64url(segment))
     except (ValueError, RecursionError):
         return OAuthIdentity()
     if not isinstance(claims, dict):

@@ -8,7 +8,6 @@ wait, and its code is of use only with the verifier (RFC 7636), which has not le
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import hashlib
 import hmac
@@ -25,7 +24,8 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import httpx
 
-from .fetch import same_origin
+from ..common.texts import base64url
+from ..common.urls import same_origin
 from .oauth import OAuthResourceMetadataResponse, OAuthServerMetadata
 from .oauth_tokens import (
     OAuthChallenge,
@@ -140,7 +140,7 @@ def _question(
         "response_type": "code",
         "client_id": context.client_id,
         "redirect_uri": redirect_uri,
-        "code_challenge": base64.urlsafe_b64encode(digest).rstrip(b"=").decode(),
+        "code_challenge": base64url(digest),
         "code_challenge_method": "S256",
         "state": state,
         "scope": context.scope,

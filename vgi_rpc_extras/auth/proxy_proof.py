@@ -11,7 +11,6 @@ nor to body. A proof can be used once per process: with N worker processes, up t
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import hmac
 import re
@@ -23,7 +22,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..http.names import PROOF_HEADER
+from ..common.names import PROOF_HEADER
+from ..common.texts import base64url
 from .bearer import PreconditionGate
 from .unauthorized import AuthReason
 
@@ -203,11 +203,7 @@ def canonical_string(kid: str, ts: str, nonce: str, origin_id: str) -> bytes:
 
 
 def _mac(secret: bytes, kid: str, ts: str, nonce: str, origin_id: str) -> str:
-    return _encode(hmac.digest(secret, canonical_string(kid, ts, nonce, origin_id), hashlib.sha256))
-
-
-def _encode(raw: bytes) -> str:
-    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
+    return base64url(hmac.digest(secret, canonical_string(kid, ts, nonce, origin_id), hashlib.sha256))
 
 
 def mint_proof(secret: bytes, kid: str, origin_id: str, *, now: int | None = None, nonce: str | None = None) -> str:
@@ -216,7 +212,7 @@ def mint_proof(secret: bytes, kid: str, origin_id: str, *, now: int | None = Non
     _check_kid(kid)
     _check_origin(origin_id)
     ts = str(int(time.time()) if now is None else now)
-    nonce = _encode(_secrets.token_bytes(16)) if nonce is None else nonce
+    nonce = base64url(_secrets.token_bytes(16)) if nonce is None else nonce
     if not _NONCE.fullmatch(nonce) or not _TS.fullmatch(ts):
         raise ValueError("nonce is 22 characters of base64url, now an unsigned number of seconds")
     return f"v1.{kid}.{ts}.{nonce}.{_mac(secret, kid, ts, nonce, origin_id)}"

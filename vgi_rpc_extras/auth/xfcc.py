@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import unquote
 
 from .. import core as _bound_core
-from ._proxies import ProxyHeader, TrustedProxies
 from .bearer import Authenticate
+from .proxies import ProxyHeader, TrustedProxies
 from .unauthorized import AuthFailure, AuthReason, declare_proxy_headers
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ def mtls_authenticate_xfcc(
     *,
     validate: Callable[[XfccElement], core.AuthContext] | None = None,
     domain: str = "mtls",
-    select_element: Literal["first", "last"] = "first",
-    trusted_proxies: TrustedProxies = None,
+    select_element: Literal["first", "last"] | None = None,
+    trusted_proxies: TrustedProxies,
 ) -> Authenticate:
     """Return an authenticator for Envoy's header.
 
@@ -72,20 +72,21 @@ def mtls_authenticate_xfcc(
         validate: makes the context; by default the principal is the one common name of the Subject, and the claims
             are hash, subject, uri, dns and by, as far as present.
         domain: of the default context.
-        select_element: "first" is the original caller only when the proxy sanitises the header: with Envoy's
-            APPEND_FORWARD the caller writes it. "last" is the caller of the nearest proxy.
+        select_element: which of several counts; None refuses them. "last" is the caller of the nearest proxy. "first"
+            is the original caller only when the proxy sanitises the header: with Envoy's APPEND_FORWARD the caller
+            writes it.
         trusted_proxies: see `mtls_authenticate`. Without them a header of several elements is refused.
 
     Raises ValueError for another `select_element`, and for an empty or ill-formed list of proxies.
     """
-    if select_element not in ("first", "last"):
+    if select_element not in ("first", "last", None):
         raise ValueError(f"select_element must be first or last, got {select_element!r}")
     source = ProxyHeader(_HEADER, trusted_proxies)
 
     def authenticate(req: falcon.Request) -> core.AuthContext:
         elements = parse_xfcc(source.read(req))
-        if len(elements) > 1 and not source.restricted:
-            raise AuthFailure(AuthReason.INVALID_CREDENTIAL, "several elements, and no trusted_proxies")
+        if len(elements) > 1 and not (source.restricted and select_element):
+            raise AuthFailure(AuthReason.INVALID_CREDENTIAL, "several elements: set trusted_proxies and select_element")
         element = elements[0 if select_element == "first" else -1]
         return validate(element) if validate else _default_context(element, domain)
 

@@ -12,9 +12,9 @@ from .. import auth, load
 
 if TYPE_CHECKING:
     from ..auth import *  # noqa: F403
+    from ..common.coding import *  # noqa: F403
+    from ..common.names import *  # noqa: F403
     from .client import *  # noqa: F403
-    from .coding import *  # noqa: F403
-    from .names import *  # noqa: F403
     from .serve import *  # noqa: F403
     from .server import *  # noqa: F403
     from .sessions import *  # noqa: F403
@@ -28,11 +28,11 @@ _WHERE = {
             "http_connect http_introspect http_capabilities HttpRetryConfig HttpServerCapabilities"
             " HttpStreamSession HttpTransientError HttpTransport RequestUploader SessionView with_session_token"
         ),
-        "coding": (
+        "..common.coding": (
             "DecompressionError DecompressionLimitExceeded Encoding available_encodings compress"
             " decode_content_encoding decompress parse_encoding_list"
         ),
-        "names": (
+        "..common.names": (
             "ACCEPT_MAX_RESPONSE_BYTES_HEADER ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER ARROW_CONTENT_TYPE"
             " AUTH_PROXY_REQUIRED_HEADER AUTH_REASON_HEADER ECHO_HEADER_PREFIX EXTERNALIZATION_ENABLED_HEADER"
             " MAX_EXTERNALIZED_RESPONSE_BYTES_HEADER MAX_REQUEST_BYTES_HEADER MAX_RESPONSE_BYTES_HEADER"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import math
 import re
 import select
 import socket
@@ -26,7 +27,8 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 
 from .. import core as _bound_core
-from .names import TOKEN
+from ..common import net
+from ..common.names import TOKEN
 
 if TYPE_CHECKING:
     import vgi_rpc as core
@@ -36,7 +38,6 @@ else:
 Piece: TypeAlias = "bytes | pa.Buffer"
 Sent = Literal["no", "maybe", "answered"]
 
-CONNECT_TIMEOUT = 10.0  # seconds for name, connection and TLS; a call without a timeout has no other bound than life
 _MAX_HEAD = 65_536  # bytes of status line and headers
 _MAX_INTERIM = 8  # 1xx responses before the real one
 _MAX_CHUNK_LINE = 256
@@ -156,7 +157,7 @@ class PooledSender:
 
     def __init__(self, origin: Origin) -> None:
         self.origin = origin
-        self._context = ssl.create_default_context() if origin.tls else None
+        self._context = net.tls_context() if origin.tls else None
         self._lock = threading.Lock()
         self._idle: list[_Connection] = []
         self._live: set[_Connection] = set()
@@ -164,6 +165,10 @@ class PooledSender:
         self._head = f"Host: {origin.authority}\r\n"
         if origin.authorization:
             self._head += f"Authorization: {origin.authorization}\r\n"
+
+    def leave_authorization(self) -> None:
+        """Send no credentials of the URL: the requests have others."""
+        self._head = f"Host: {self.origin.authority}\r\n"
 
     def send(self, request: Request) -> Response:
         """Send on an idle connection or a new one. What never left is sent again, once; nothing else is."""
@@ -254,16 +259,11 @@ class _Connection:
     """One socket, used by one request at a time."""
 
     def __init__(self, origin: Origin, context: ssl.SSLContext | None, deadline: float | None) -> None:
-        left = CONNECT_TIMEOUT if deadline is None else min(CONNECT_TIMEOUT, deadline - time.monotonic())
-        if left <= 0:
-            raise TimeoutError("no time is left to connect")
-        sock = socket.create_connection((origin.host, origin.port), timeout=left)
-        try:
-            _tune(sock)
-            self._sock = sock if context is None else context.wrap_socket(sock, server_hostname=origin.host)
-        except BaseException:
-            sock.close()
-            raise
+        # A call without a timeout has no other bound than life, once it is connected.
+        until = min(time.monotonic() + net.CONNECT_SECONDS, math.inf if deadline is None else deadline)
+        sock = net.connect(origin.host, origin.port, until)
+        _tune(sock)
+        self._sock = sock if context is None else net.start_tls(sock, context, origin.host, until)
         self._buf = b""
         self._deadline: float | None = None
         self._poll = select.poll()

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from .. import core as _bound_core
-from . import json_values, page_frame
-from .page_frame import escaped
+from ..common import html
+from ..common.html import escaped
+from . import json_values
 
 if TYPE_CHECKING:
     import vgi_rpc as core
@@ -22,13 +23,13 @@ _SHOWN_ROWS = 20
 _NO_NAMES: Mapping[str, Any] = {}
 
 
-def describe(server: core.RpcServer, prefix: str, calls: bool, key_headers: Sequence[str] | None) -> page_frame.Page:
+def describe(server: core.RpcServer, prefix: str, calls: bool, key_headers: Sequence[str] | None) -> html.Page:
     """What the service offers, and, with `calls`, a way to try its methods."""
     shown = [b for name, b in server.bindings.items() if not name.startswith(core.RESERVED_PROTOCOL_PREFIX)]
     content = f'<h1>{escaped(server.protocol_name)}</h1><p class="dim">Server {escaped(server.server_id)}</p>'
     if calls:
         content += f'<p class="dim">OpenAPI: <code>GET {escaped(prefix)}/openapi.json</code></p>'
-        content += page_frame.key_form(key_headers)
+        content += html.key_form(key_headers)
     for binding in shown:
         version = f" {binding.version}" if binding.version else ""
         content += f"<h2>{escaped(binding.name + version)}</h2>"
@@ -36,7 +37,7 @@ def describe(server: core.RpcServer, prefix: str, calls: bool, key_headers: Sequ
             content += f'<p class="doc">{escaped(doc)}</p>'
         content += f'<p class="dim">Contract <code>{escaped(binding.protocol_hash[:16])}</code></p>'
         content += "".join(_method(binding.name, info, prefix, calls) for _, info in sorted(binding.methods.items()))
-    return page_frame.page_of(f"{server.protocol_name}: methods", content, with_script=calls)
+    return html.page_of(f"{server.protocol_name}: methods", content, with_script=calls)
 
 
 def kind_of(info: core.RpcMethodInfo) -> str:

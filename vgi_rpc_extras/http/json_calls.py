@@ -13,6 +13,7 @@ POST {prefix}/__call__                          {"protocol", "method", "args", "
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +22,7 @@ import falcon
 import pyarrow as pa
 
 from .. import core as _bound_core
+from ..common.texts import escaped
 from . import json_values
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ else:
 
 MAX_ROWS = 1000
 DEFAULT_ROWS = 100
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # of a pair, it may be; JSON can say one half alone, and UTF-8 cannot
 _STREAM_SECONDS = 10.0  # after which no further turn of a producer begins: this thread serves others, too
 # What gateways of gRPC and Connect answer for a code; CANCELLED is nginx's 499.
 STATUS_OF_CODE: Mapping[core.Code, int] = {
@@ -88,7 +91,8 @@ class JsonCalls:
         code = core.error_code_of(exc)
         code = core.Code.INVALID_ARGUMENT if code is core.Code.UNKNOWN else code
         resp.status = status
-        resp.data = _dumps({"error": {"code": code, "message": f"{type(exc).__name__}: {core.exception_str(exc)}"}})
+        message = escaped(f"{type(exc).__name__}: {core.exception_str(exc)}")
+        resp.data = _dumps({"error": {"code": code, "message": message}})
 
 
 class _Asked(NamedTuple):
@@ -121,9 +125,14 @@ def _asked_by_body(body: bytes) -> _Asked:
 
 def _object(body: bytes, shape: str) -> dict[str, Any]:
     try:
-        found = json.loads(body)
+        text = body.decode()  # json.loads would let pass what is not UTF-8 (RFC 8259 section 8.1)
+        found = json.loads(text)
     except (ValueError, RecursionError) as exc:
         raise ValueError(f"the body is not JSON; expected {shape}") from exc
+    if _HALF.search(text) and re.search("[\ud800-\udfff]", json.dumps(found, ensure_ascii=False)):
+        raise ValueError(
+            "a text in the body holds half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+        )
     if not isinstance(found, dict):
         raise ValueError(f"expected {shape}, got a JSON {type(found).__name__}")
     return found

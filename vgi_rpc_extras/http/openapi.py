@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import falcon
 
 from .. import core as _bound_core
-from . import json_calls, json_values, page_frame
+from ..common import names
+from . import json_calls, json_values
 from .describe_page import kind_of
 
 if TYPE_CHECKING:
@@ -75,9 +76,9 @@ def document(server: core.RpcServer, prefix: str, key_headers: Sequence[str] | N
         },
         "tags": [{"name": binding.name} for binding in shown],
         "paths": {
-            f"/{page_frame.CALL_NAME}": {"post": _any_operation()},
+            f"/{names.CALL_NAME}": {"post": _any_operation()},
             **{
-                f"/{page_frame.CALL_NAME}/{binding.name}/{info.name}": {"post": _operation(binding.name, info, schemas)}
+                f"/{names.CALL_NAME}/{binding.name}/{info.name}": {"post": _operation(binding.name, info, schemas)}
                 for binding in shown
                 for _, info in sorted(binding.methods.items())
             },
@@ -135,7 +136,7 @@ def _any_operation() -> dict[str, Any]:
     }
     asked = {"type": "object", "properties": properties, "required": ["protocol", "method"]}
     return {
-        "operationId": page_frame.CALL_NAME,
+        "operationId": names.CALL_NAME,
         "summary": "Call any method; an exchange with its input.",
         "requestBody": {"required": True, "content": {"application/json": {"schema": asked}}},
         "responses": _responses({"type": "object"}),

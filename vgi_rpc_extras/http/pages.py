@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .page_frame import Page, escaped, notice, page_of
+from ..common.html import Page, escaped, notice, page_of
 
 if TYPE_CHECKING:
     import vgi_rpc as core

@@ -7,7 +7,7 @@
 Nothing is unpacked for a caller who has not been let in, and nothing without a bound. Whatever can be known when the
 application is made is made then: headers, pages, what a stream's state may be.
 
-    _Door          middleware: the first two steps; while draining, 503; what every response carries
+    door.py        middleware: the first two steps; while draining, 503; what every response carries
     RpcResource    the routes of methods: all other steps; a session (sessions.py) is held until the answer is made
     tokens.py      streams between their requests; nothing of them stays here
     uploads.py, json_calls.py, openapi.py, describe_page.py    the server's own paths
@@ -21,17 +21,19 @@ import json
 import logging
 import os
 import re
+import sys
 import types
 import urllib.parse
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import falcon
 
 from .. import core as _bound_core
-from ..auth.unauthorized import AuthGuard
-from . import describe_page, names, page_frame, pages
-from .coding import (
+from ..auth.guard import AuthGuard
+from ..common import html, names
+from ..common.coding import (
     DecompressionError,
     DecompressionLimitExceeded,
     Encoding,
@@ -40,8 +42,11 @@ from .coding import (
     decompress,
     negotiate,
 )
+from ..common.names import ARROW_CONTENT_TYPE
+from ..common.texts import escaped
+from . import describe_page, pages
+from .door import OPEN_NAMES, Cors, Door, too_large
 from .json_calls import JsonCalls
-from .names import ARROW_CONTENT_TYPE
 from .openapi import OpenApi
 from .sessions import SessionContext, SessionResource, Sessions, Visit, lost_body
 from .tokens import StreamCall, StreamTokens, TokenScope, declared_states
@@ -64,11 +69,8 @@ __all__ = ["ResponseTooLargeError", "make_wsgi_app"]
 _LOG = logging.getLogger("vgi_rpc.http")
 _LOG_ACCESS = logging.getLogger("vgi_rpc.access")
 MAX_REQUEST_BYTES = 256 << 20  # where max_request_bytes is not set; applied, never advertised (DESIGN.md section 7)
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}\Z")
+_ENCODED_ASCII = re.compile(r"%(?![89A-F][0-9A-F])")
 _BUDGET = re.compile(r"[1-9][0-9]{0,15}\Z", re.ASCII)
-_HEADER_NAMES = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~, -]{1,4096}\Z")
-# Below these paths nobody is asked who they are, so that no protocol can be there.
-_OPEN_NAMES = frozenset({"health", "_oauth"})
 _TOKEN_KEYS = (core.STATE_KEY, core.CALL_STATE_KEY)
 _NO_NOTES: Mapping[str, Any] = types.MappingProxyType({})
 _NO_VISIT: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -83,7 +85,7 @@ class ResponseTooLargeError(RuntimeError):
 class HttpApp(falcon.App[Any, Any]):
     """The application, and what whoever serves it needs of it."""
 
-    door: _Door
+    door: Door
     sessions: Sessions | None = None
 
     def drain(self) -> None:
@@ -97,40 +99,48 @@ def make_wsgi_app(
     server: core.RpcServer,
     *,
     prefix: str = "",
+    # streams between their requests
     token_key: bytes | None = None,
+    token_ttl: int = 3600,
+    call_state_cache_entries: int = 4096,
+    # limits
+    max_request_bytes: int | None = None,
+    hosting_max_request_bytes: int | None = None,
     max_response_bytes: int | None = None,
     hosting_max_response_bytes: int | None = None,
     preferred_response_bytes: int | None = None,
-    max_request_bytes: int | None = None,
-    hosting_max_request_bytes: int | None = None,
+    compression_level: int | None = 1,
+    # who calls
     authenticate: Authenticate | None = None,
     proxy_proof_required: bool = False,
     proxy_auth_headers: Sequence[str] | None = None,
+    oauth_resource_metadata: OAuthResourceMetadata | None = None,
+    browser_login: BrowserLogin | None = None,
+    # other sites
     cors_origins: str | Iterable[str] | None = None,
     cors_max_age: int | None = 7200,
     cors_resource_policy: str | None = "cross-origin",
-    token_ttl: int = 3600,
-    compression_level: int | None = 1,
+    # pages
     enable_not_found_page: bool = True,
     enable_landing_page: bool = True,
     enable_describe_page: bool = True,
     enable_describe_calls: bool = True,
     enable_health_endpoint: bool = True,
     repo_url: str | None = None,
-    oauth_resource_metadata: OAuthResourceMetadata | None = None,
-    browser_login: BrowserLogin | None = None,
-    call_state_cache_entries: int = 4096,
-    otel_config: OtelConfig | None = None,
-    sentry_config: SentryConfig | None = None,
+    # storage
     max_externalized_response_bytes: int | None = None,
     upload_url_provider: UploadUrlProvider | None = None,
     max_upload_bytes: int | None = None,
+    # sticky sessions
     enable_sticky: bool = False,
     sticky_default_ttl: float = 300.0,
     sticky_echo_headers: Mapping[str, str] | None = None,
     sticky_max_ttl: float = 86_400.0,
     sticky_max_sessions: int = 10_000,
     sticky_max_per_principal: int = 1_000,
+    # observers
+    otel_config: OtelConfig | None = None,
+    sentry_config: SentryConfig | None = None,
 ) -> HttpApp:
     """Make the WSGI application of `server`, for any WSGI server, behind any proxy (API.md section 3.2).
 
@@ -138,24 +148,22 @@ def make_wsgi_app(
         prefix: path below which everything is.
         token_key: seals the state of streams; every process that serves the same service needs the same one.
             None: a random one, so that only this process continues its streams.
-        max_response_bytes, hosting_max_response_bytes: decoded bytes of a response, 65536 to 2**53-1; the least wins.
-        preferred_response_bytes: what methods are told to aim at.
+        token_ttl: seconds that the state of a stream is good for; 0: for ever.
+        call_state_cache_entries: calls whose unchanging half is kept in memory, 64 MiB of them at most; 0: none.
         max_request_bytes, hosting_max_request_bytes: bytes of a request, encoded and decoded; the least wins. When
             neither is set, 256 MiB are accepted, and no number is advertised.
+        max_response_bytes, hosting_max_response_bytes: decoded bytes of a response, 65536 to 2**53-1; the least wins.
+        preferred_response_bytes: what methods are told to aim at.
+        compression_level: of zstd responses; None: responses are not compressed, requests are decoded all the same.
         authenticate: says who calls (auth/bearer.py); ValueError or PermissionError: 401, AuthUnavailableError: 503,
             else 500.
         proxy_proof_required, proxy_auth_headers: tell callers that a proxy must add headers.
-        cors_origins: "*", an origin, or several; None: no CORS. `cors_max_age` in seconds.
-        token_ttl: seconds that the state of a stream is good for; 0: for ever.
-        compression_level: of zstd responses; None: responses are not compressed, requests are decoded all the same.
-        enable_describe_calls: what describes itself may be called with JSON, by its page and by others
-            (json_calls.py), and has `/openapi.json`.
         oauth_resource_metadata: published (RFC 9728), and announced in every 401. With a client_id and `authenticate`,
             people without a credential are sent to log in.
         browser_login: that login, when it needs other settings than the defaults; of the same prefix and metadata.
-        call_state_cache_entries: calls whose unchanging half is kept in memory; 0: none.
-        otel_config: instruments the server, and counts callers that are not let in.
-        sentry_config: reports the server's failures to Sentry.
+        cors_origins: "*", an origin, or several; None: no CORS. `cors_max_age` in seconds.
+        enable_describe_calls: what describes itself may be called with JSON, by its page and by others
+            (json_calls.py), and has `/openapi.json`.
         max_externalized_response_bytes: bytes that one response may keep in the server's `external_location`.
         upload_url_provider: gives clients places to upload requests to that are too large; S3Storage, say.
         max_upload_bytes: what clients are told about those; advice only.
@@ -166,13 +174,17 @@ def make_wsgi_app(
         sticky_echo_headers: sent by clients with all later requests of a session, for whatever routes them.
         sticky_max_sessions, sticky_max_per_principal: sessions that may be open in this process, in all and of one
             caller; all anonymous callers are one.
+        otel_config: instruments the server, and counts callers that are not let in.
+        sentry_config: reports the server's failures to Sentry.
 
     Raises:
         TypeError: a config, or `oauth_resource_metadata`, that is not one.
         ValueError: a number out of range, a malformed prefix, a key that is too short.
     """
+    key_id = None
     if token_key is None:
-        _LOG.warning("no token_key: streams cannot be continued by another process, nor after a restart")
+        key_id = os.urandom(4).hex()
+        _warn_of_own_key()
         token_key = os.urandom(32)
     prefix = _check_prefix(prefix, server)
     limits = _Limits(
@@ -207,9 +219,17 @@ def make_wsgi_app(
         )
         capabilities += sessions.capabilities()
     exposed = [name for name, _ in capabilities] + ([] if sessions is None else sessions.response_headers())
-    cors = None if cors_origins is None else _Cors(cors_origins, cors_max_age, cors_resource_policy, exposed)
-    door = _Door(server, prefix, capabilities, limits.request or MAX_REQUEST_BYTES, guard, cors, enable_sticky)
-    tokens = StreamTokens(token_key, token_ttl, call_state_cache_entries, server.limits.max_metadata_entry_bytes)
+    cors = None if cors_origins is None else Cors(cors_origins, cors_max_age, cors_resource_policy, exposed)
+    door = Door(server, prefix, capabilities, limits.request or MAX_REQUEST_BYTES, guard, cors, enable_sticky)
+    door.key_id = key_id
+    tokens = StreamTokens(
+        token_key,
+        token_ttl,
+        call_state_cache_entries,
+        server.limits.max_metadata_entry_bytes,
+        own_key=key_id is not None,
+        open_to_all=authenticate is None,
+    )
     rpc = RpcResource(server, door, tokens, limits, produced, compression_level, sessions)
     app = HttpApp(middleware=[*_instrument(server, otel_config, sentry_config), door])
     app.door = door
@@ -233,6 +253,16 @@ def make_wsgi_app(
     return app
 
 
+def _warn_of_own_key() -> None:
+    import multiprocessing  # 10 ms, for who has no key
+
+    text = "no token_key: streams cannot be continued by another process, nor after a restart"
+    _LOG.warning("%s", text)
+    # Process managers start several of us, and show what is written to stderr; our loggers may have no handler there.
+    if "gunicorn.arbiter" in sys.modules or "uwsgi" in sys.modules or multiprocessing.parent_process() is not None:
+        warnings.warn(f"{text}: give all processes the same token_key=", RuntimeWarning, stacklevel=3)
+
+
 class _Limits(NamedTuple):
     """How many bytes one call may have; None: not limited here."""
 
@@ -252,7 +282,7 @@ def _check_prefix(prefix: str, server: core.RpcServer) -> str:
     prefix = prefix.rstrip("/")
     if prefix and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", prefix):
         raise ValueError(f"prefix must be empty or like '/api/v1', got {prefix!r}")
-    if taken := _OPEN_NAMES & server.bindings.keys():
+    if taken := OPEN_NAMES & server.bindings.keys():
         raise ValueError(f"a protocol cannot be named {min(taken)!r} over HTTP: that path is the server's own")
     return prefix
 
@@ -303,8 +333,8 @@ def _add_describe_page(app: HttpApp, rpc: RpcResource, server: core.RpcServer, c
     app.add_route(f"{prefix}/describe/", page)
     if calls:
         json_calls = JsonCalls(rpc, guard.challenge)
-        app.add_route(f"{prefix}/{page_frame.CALL_NAME}", json_calls)
-        app.add_route(f"{prefix}/{page_frame.CALL_NAME}/{{protocol}}/{{method}}", json_calls)
+        app.add_route(f"{prefix}/{names.CALL_NAME}", json_calls)
+        app.add_route(f"{prefix}/{names.CALL_NAME}/{{protocol}}/{{method}}", json_calls)
         app.add_route(f"{prefix}/openapi.json", OpenApi(server, prefix, guard.key_headers))
 
 
@@ -362,125 +392,8 @@ class _OAuth:
             self.login.add_routes(app)
 
 
-# ---- before and after every request
-
-
-class _Door:
-    """Middleware: request id, size, who calls; on the way out, what every response carries."""
-
-    def __init__(
-        self,
-        server: core.RpcServer,
-        prefix: str,
-        capabilities: list[tuple[str, str]],
-        max_request: int,
-        guard: AuthGuard,
-        cors: _Cors | None,
-        sticky: bool,
-    ) -> None:
-        self.prefix = prefix
-        self.health = f"{prefix}/health"
-        self.max_request = max_request
-        self._guard = guard
-        self._headers = capabilities
-        self._hosted = server.bindings
-        self._cors = cors
-        self._sticky = sticky
-        self.draining = False
-
-    def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
-        env, context = req.env, req.context
-        wanted = env.get("HTTP_X_REQUEST_ID")
-        context.request_id = wanted if wanted and _REQUEST_ID.match(wanted) else os.urandom(8).hex()
-        if self.draining and not self._may_go_on(req):
-            raise falcon.HTTPServiceUnavailable(
-                description="this server is shutting down", headers={"Retry-After": "1"}
-            )
-        length = req.content_length
-        if length is not None and length > self.max_request and not self._guard.is_exempt(req.method, req.path):
-            raise too_large(self.max_request)
-        self._guard.process_request(req, resp)
-
-    def _may_go_on(self, req: falcon.Request) -> bool:
-        """What is answered while draining, too: health tells of it itself, and open sessions go on."""
-        if req.path == self.health and req.method != "OPTIONS":
-            return True
-        return self._sticky and ("HTTP_VGI_SESSION" in req.env or "HTTP_VGI_SESSION_ACCEPT" in req.env)
-
-    def process_resource(
-        self, req: falcon.Request, resp: falcon.Response, resource: object, params: dict[str, Any]
-    ) -> None:
-        if "protocol" not in params:
-            return
-        if params["protocol"] in _OPEN_NAMES:
-            raise falcon.HTTPNotFound
-        if req.method not in ("POST", "OPTIONS"):
-            if params["protocol"] in self._hosted:
-                raise falcon.HTTPMethodNotAllowed(["POST"])
-            raise falcon.HTTPNotFound
-
-    def process_response(
-        self, req: falcon.Request, resp: falcon.Response, resource: object, req_succeeded: bool
-    ) -> None:
-        resp.set_headers(self._headers)
-        resp.set_header(names.REQUEST_ID_HEADER, getattr(req.context, "request_id", ""))
-        if req.method == "OPTIONS":
-            resp.set_header("Cache-Control", "public, max-age=300")
-        if self._cors is not None:
-            self._cors.apply(req, resp)
-
-
-class _Cors:
-    """Cross-origin headers (http.md section 11)."""
-
-    def __init__(
-        self,
-        origins: str | Iterable[str],
-        max_age: int | None,
-        resource_policy: str | None,
-        exposed: Sequence[str],
-    ) -> None:
-        self._origins = frozenset([origins] if isinstance(origins, str) else origins)
-        self._any = "*" in self._origins
-        self._max_age = None if max_age is None else str(max_age)
-        self._policy = resource_policy
-        always = ("WWW-Authenticate", names.REQUEST_ID_HEADER, names.CUSTOM_CONTENT_ENCODING_HEADER)
-        errors = (names.RPC_ERROR_HEADER, names.AUTH_REASON_HEADER, names.AUTH_PROXY_REQUIRED_HEADER)
-        self._exposed = ", ".join([*always, *errors, *exposed])
-
-    def apply(self, req: falcon.Request, resp: falcon.Response) -> None:
-        if self._policy is not None:
-            resp.set_header("Cross-Origin-Resource-Policy", self._policy)
-        if not self._any:
-            resp.append_header("Vary", "Origin")
-        origin = req.get_header("Origin")
-        if origin is None or not (self._any or origin in self._origins):
-            return
-        resp.set_header("Access-Control-Allow-Origin", "*" if self._any else origin)
-        resp.set_header("Access-Control-Expose-Headers", self._exposed)
-        if req.method != "OPTIONS":
-            return
-        if self._max_age is not None:
-            resp.set_header("Access-Control-Max-Age", self._max_age)
-        if req.get_header("Access-Control-Request-Method"):
-            methods = [m for m in (resp.get_header("Allow") or "").split(", ") if m and m != "OPTIONS"]
-            resp.set_header("Access-Control-Allow-Methods", ", ".join(methods))
-            wanted = req.get_header("Access-Control-Request-Headers")
-            if wanted and _HEADER_NAMES.match(wanted):
-                resp.set_header("Access-Control-Allow-Headers", wanted)
-
-
-def too_large(limit: int, coding: str = "") -> falcon.HTTPError:
-    """413, as JSON."""
-    how = f"Decompressed {coding} request body" if coding else "Request body"
-    return falcon.HTTPContentTooLarge(
-        title="Request body exceeds max_request_bytes" + (" after decompression" if coding else ""),
-        description=f"{how} exceeds the server's max_request_bytes={limit}.",
-    )
-
-
 def _unexpected(req: falcon.Request, resp: falcon.Response, exc: Exception, params: dict[str, Any]) -> NoReturn:
-    _LOG.error("%s %s failed", req.method, req.path, exc_info=exc)
+    _LOG.error("%s %s failed", req.method, escaped(req.path), exc_info=exc)
     raise falcon.HTTPInternalServerError
 
 
@@ -530,7 +443,7 @@ class RpcResource:
     def __init__(
         self,
         server: core.RpcServer,
-        door: _Door,
+        door: Door,
         tokens: StreamTokens,
         limits: _Limits,
         produced: tuple[Encoding, ...],
@@ -623,7 +536,7 @@ class RpcResource:
         try:
             visiting = self._visit(req, resp)
         except core.SessionLostError as exc:
-            _LOG.info("no session: %s", core.exception_str(exc))
+            _LOG.info("no session: %s", escaped(core.exception_str(exc)))
             resp.set_header(names.RPC_ERROR_HEADER, "true")
             return self._send(req, resp, lost_body(exc, req.context.request_id))
         with visiting as visit:
@@ -725,9 +638,14 @@ class RpcResource:
         self._send(req, resp, reply)
 
     def _has_percent(self, env: Mapping[str, Any], protocol: str) -> bool:
-        """Whether the path as it came holds a `%` after the prefix; servers that hide it leave the decoded one."""
+        """Whether the path as it came spells a name in more than one way, by a `%` after the prefix.
+
+        Letters beyond ASCII travel in no other form, so these may be encoded (RFC 3986 section 2.5), and only as
+        encoders write them. Servers that hide the path as it came leave the decoded one.
+        """
         raw = env.get("REQUEST_URI") or env.get("RAW_URI") or ""
-        return "%" in protocol or "%" in urllib.parse.urlsplit(raw).path.removeprefix(self._prefix)
+        path = urllib.parse.urlsplit(raw).path.removeprefix(self._prefix)
+        return "%" in protocol or ("%" in path and _ENCODED_ASCII.search(path) is not None)
 
     # ---- what a request asks for
 
@@ -741,7 +659,7 @@ class RpcResource:
 
         def seal(stream: core.Stream[Any, Any]) -> dict[bytes, bytes]:
             known = self._tokens.begin(scope, stream, call.stream_id, call.response_limit_bytes)
-            sealed = self._seal(scope, known, stream, turn)
+            sealed = self._seal(scope, known, stream, turn, first=True)
             return {**sealed, **self._tokens.seal_call(scope, known)}
 
         return call.init(body, seal)
@@ -767,9 +685,9 @@ class RpcResource:
         return self._tokens.scope(call.auth, protocol, method, self._states[protocol, method])
 
     def _seal(
-        self, scope: TokenScope, known: StreamCall, stream: core.Stream[Any, Any], turn: _Turn
+        self, scope: TokenScope, known: StreamCall, stream: core.Stream[Any, Any], turn: _Turn, *, first: bool = False
     ) -> dict[bytes, bytes]:
-        sealed, turn.state_bytes_out = self._tokens.seal_state(scope, known, stream.state)
+        sealed, turn.state_bytes_out = self._tokens.seal_state(scope, known, stream.state, first=first)
         return sealed
 
     # ---- bodies
@@ -794,7 +712,8 @@ class RpcResource:
 
     def _refuse(self, req: falcon.Request, resp: falcon.Response, refused: _Refused) -> None:
         resp.status = refused.status
-        _LOG.info("refused %s: %s: %s", refused.status, type(refused.exc).__name__, core.exception_str(refused.exc))
+        text = escaped(core.exception_str(refused.exc))
+        _LOG.info("refused %s: %s: %s", refused.status, type(refused.exc).__name__, text)
         self._send(req, resp, self._server.error_body(refused.exc, req.context.request_id))
 
     def _send(self, req: falcon.Request, resp: falcon.Response, body: bytes) -> None:
@@ -874,7 +793,11 @@ def _read_up_to(stream: Any, size: int) -> bytes:
     """At most `size` bytes, in steps: a length is a claim until the bytes are there."""
     chunks: list[bytes] = []
     while size > 0:
-        chunk = stream.read(min(size, 1 << 22))
+        try:
+            chunk = stream.read(min(size, 1 << 22))
+        except Exception as exc:  # each server has its own for a chunk that is none, or a caller that hung up
+            text = f"the body cannot be read: {type(exc).__name__}"
+            raise falcon.HTTPBadRequest(title="Malformed Request Body", description=text) from exc
         if not chunk:
             break
         chunks.append(chunk)
@@ -929,7 +852,7 @@ class _Health:
     200 `"status":"ok"`, and from the signal to the end 503 `"status":"draining"`: no more requests, please.
     """
 
-    def __init__(self, server: core.RpcServer, door: _Door) -> None:
+    def __init__(self, server: core.RpcServer, door: Door) -> None:
         found = {"status": "ok", "server_id": server.server_id, "protocol": server.protocol_name}
         self._body = json.dumps(found, separators=(",", ":")).encode()
         self._draining = json.dumps({**found, "status": "draining"}, separators=(",", ":")).encode()
@@ -948,17 +871,15 @@ class _Health:
 
 
 class _Page:
-    def __init__(self, page: page_frame.Page) -> None:
+    def __init__(self, page: html.Page) -> None:
         self._page = page
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        page_frame.send(resp, self._page)
+        html.send(resp, self._page)
         resp.set_header("Cache-Control", "no-cache, no-store, must-revalidate, max-age=0")
 
 
-def _unmatched(
-    rpc: RpcResource, page: page_frame.Page | None, req: falcon.Request, resp: falcon.Response, **_: str
-) -> None:
+def _unmatched(rpc: RpcResource, page: html.Page | None, req: falcon.Request, resp: falcon.Response, **_: str) -> None:
     """What no route takes (the table of http.md section 2)."""
     name = rpc.single_segment(req.path)
     if req.method == "DELETE" and name == names.SESSION_NAME:  # sticky sessions are off
@@ -970,4 +891,4 @@ def _unmatched(
     if name or page is None:
         raise falcon.HTTPNotFound
     resp.status = falcon.HTTP_404
-    page_frame.send(resp, page)
+    html.send(resp, page)

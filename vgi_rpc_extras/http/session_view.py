@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from .. import core as _bound_core
-from . import names
+from ..common import names
 
 if TYPE_CHECKING:
     import vgi_rpc as core

@@ -11,13 +11,10 @@ the call in which its time ran out, else a thread that looks every second for as
 
 from __future__ import annotations
 
-import base64
-import binascii
 import collections
 import logging
 import math
 import os
-import re
 import struct
 import threading
 import time
@@ -28,7 +25,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow as pa
 
 from .. import core as _bound_core
-from . import names
+from ..common import names
+from ..common.texts import base64url, from_base64url
 from .tokens import TokenCipher, bound_parts, caller_parts
 
 if TYPE_CHECKING:
@@ -42,9 +40,10 @@ __all__ = ["FLY_MACHINE_ID", "DrainHandle", "auto_server_id", "drain_handle", "f
 
 _LOG = logging.getLogger("vgi_rpc.http")
 LOCK_SECONDS = 30.0  # how long a request waits for the one before it
+_HANDOVER_SECONDS = 0.1  # for the call that waited, and goes on, to make room for the next one
 _TICK_SECONDS = 1.0
 _SHUTDOWN_SECONDS = 1.0
-_TOKEN = re.compile(r"[A-Za-z0-9_-]{1,1024}\Z")
+_MAX_TOKEN = 1024
 _PLAIN = struct.Struct("<d12s")  # when it ends (Unix time), session id; then the server id
 
 FLY_MACHINE_ID = os.environ.get("FLY_MACHINE_ID")
@@ -53,13 +52,14 @@ FLY_MACHINE_ID = os.environ.get("FLY_MACHINE_ID")
 class Session:
     """What is kept of a session. The lock is no RLock: a method's own threads may open and close sessions."""
 
-    __slots__ = ("ends", "id", "lock", "owner", "state")
+    __slots__ = ("ends", "id", "lock", "owner", "state", "waiting")
 
     def __init__(self, state: object, owner: bytes, ttl: float) -> None:
         self.id = os.urandom(12)
         self.state: object | None = state
         self.owner = owner
         self.ends = time.monotonic() + ttl
+        self.waiting = threading.Lock()  # held by the one call that waits: each that does takes a thread of the server
         self.lock = threading.Lock()
 
 
@@ -228,7 +228,7 @@ class Sessions:
         """The token of a session."""
         ends = time.time() + session.ends - time.monotonic()
         plain = _PLAIN.pack(ends, session.id) + self._server_id
-        return _encode(self._cipher.seal(plain, session.owner))
+        return base64url(self._cipher.seal(plain, session.owner))
 
     def _owner(self, auth: core.AuthContext) -> bytes:
         """Whom a session belongs to; what its token is bound to. "session" keeps it apart from streams' tokens."""
@@ -236,7 +236,10 @@ class Sessions:
 
     def _find(self, token: str, auth: core.AuthContext) -> Session:
         owner = self._owner(auth)
-        plain = self._cipher.open(_decode(token), owner)
+        try:
+            plain = self._cipher.open(from_base64url(token[: _MAX_TOKEN + 1]), owner)
+        except ValueError:
+            plain = None
         if plain is None:  # one text for what is malformed, forged, another key's or another caller's
             raise core.SessionLostError("the session token is not valid here; begin a new session")
         ends, session_id = _PLAIN.unpack_from(plain)
@@ -253,17 +256,22 @@ class Sessions:
     def _enter(self, token: str, auth: core.AuthContext) -> Session:
         """Find a session and take its lock. What has waited looks again: the one before may have closed it."""
         session = self._find(token, auth)
-        if not session.lock.acquire(timeout=self.lock_seconds):
-            busy = core.SessionLostError(
-                f"the session has been in use by another call for {self.lock_seconds:g} s; calls of one session run"
-                " one at a time, and a method cannot call its own session"
-            )
-            busy.error_code = core.Code.UNAVAILABLE
-            raise busy
+        if not session.lock.acquire(blocking=False):
+            self._wait(session)
         if self._sessions.get(session.id) is session and not self._is_over(session):
             return session
         self.leave(session)
         raise core.SessionLostError("the session was closed while this call waited for it; begin a new one")
+
+    def _wait(self, session: Session) -> None:
+        """Take the lock of a session that another call uses; only one call may wait for it."""
+        if not session.waiting.acquire(timeout=_HANDOVER_SECONDS):
+            raise _busy("is in use by one call, and another one waits for it")
+        try:
+            if not session.lock.acquire(timeout=self.lock_seconds):
+                raise _busy(f"has been in use by another call for {self.lock_seconds:g} s")
+        finally:
+            session.waiting.release()
 
     # ---- ends
 
@@ -305,26 +313,19 @@ def _check_ttl(name: str, ttl: float, most: float) -> float:
     return float(ttl)
 
 
+def _busy(how: str) -> core.SessionLostError:
+    busy = core.SessionLostError(
+        f"the session {how}; calls of one session run one at a time, and a method cannot call its own session"
+    )
+    busy.error_code = core.Code.UNAVAILABLE
+    return busy
+
+
 def _too_many(who: str, limit: int, name: str) -> core.StatusError:
     return core.StatusError(
         f"{who} {limit} open sessions, which is the limit ({name}); close some, or wait until they expire",
         code=core.Code.RESOURCE_EXHAUSTED,
     )
-
-
-def _encode(sealed: bytes) -> str:
-    return base64.urlsafe_b64encode(sealed).rstrip(b"=").decode()
-
-
-def _decode(token: str) -> bytes:
-    """What `_encode` was given; nothing for a text that it would not make."""
-    if _TOKEN.match(token) is None:
-        return b""
-    try:
-        sealed = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4))
-    except binascii.Error:
-        return b""
-    return sealed if _encode(sealed) == token else b""
 
 
 def lost_body(exc: core.SessionLostError, request_id: str) -> bytes:

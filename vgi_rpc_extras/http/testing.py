@@ -14,7 +14,7 @@ import urllib.parse
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .coding import decode_content_encoding
+from ..common.coding import decode_content_encoding
 from .server import make_wsgi_app
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ import collections
 import hashlib
 import hmac
 import inspect
+import logging
 import os
 import struct
 import threading
@@ -34,13 +35,14 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCMSIV
 
 from .. import core as _bound_core
-from .coding import DecompressionError, Encoding, compress, decompress
+from ..common.coding import DecompressionError, Encoding, compress, decompress
 
 if TYPE_CHECKING:
     import vgi_rpc as core
 else:
     core = _bound_core()
 
+_LOG = logging.getLogger("vgi_rpc.http")
 _VERSION = b"\x01"
 _NONCE = 12
 _RAW, _ZSTD = b"\x00", b"\x01"
@@ -50,7 +52,15 @@ _CALL = struct.Struct("<d16s16sQB")
 _CUR = struct.Struct("<d16sB")
 _SIZE = struct.Struct("<I")
 _NO_KIND = 255
+_UNVERIFIED = "State token verification failed"
+_OWN_KEY = (
+    ": this process made a key of its own, so it continues only streams that it began itself; give all processes of the"
+    " service the same token_key= (worker --http: VGI_RPC_TOKEN_KEY)"
+)
+_OTHER_KEY = ": do all processes of the service have the same token_key= (worker --http: VGI_RPC_TOKEN_KEY)?"
 _CACHE_SECONDS = 3600.0
+_CACHE_BYTES = 64 << 20  # of all calls that are remembered
+_CACHE_ENTRY_BYTES = 1 << 20  # of one; the token of a larger one is opened every time
 _HAS_ZSTD = pa.Codec.is_available("zstd")
 
 
@@ -81,13 +91,22 @@ class TokenScope(NamedTuple):
 
 
 def declared_states(implementation: object, info: core.RpcMethodInfo) -> StateTypes:
-    """Read the state classes from the implementation's annotation, else from the Protocol's; unions included."""
+    """Read the state classes from the implementation's annotation, else from the Protocol's; unions included.
+
+    TypeError, with the field, for a class that cannot travel.
+    """
     try:
         hint = typing.get_type_hints(getattr(implementation, info.name)).get("return")
     except (NameError, TypeError, AttributeError):  # a hint of a local class, say
         hint = None
     states = _concrete(hint) or _concrete(info.result_type)
-    return StateTypes(states, tuple(s.CALL_STATE_TYPE for s in states if s.CALL_STATE_TYPE is not None))
+    found = StateTypes(states, tuple(s.CALL_STATE_TYPE for s in states if s.CALL_STATE_TYPE is not None))
+    for kind in (*found.states, *found.call_states):
+        try:
+            core.check_state_class(kind)
+        except TypeError as exc:
+            raise TypeError(f"the state of {info.name}() cannot travel over HTTP: {exc}") from exc
+    return found
 
 
 def _concrete(hint: Any) -> tuple[type[core.StreamState], ...]:
@@ -148,9 +167,23 @@ class StreamTokens:
         ttl: seconds a token is good for; 0: for ever.
         cache_entries: how many calls are remembered, so that their CALL need not be opened; 0: none.
         max_bytes: the longest token value that this server would read back.
+        own_key: the key was made by this process.
+        open_to_all: whoever calls may know how the service is set up; else only its log says so.
     """
 
-    def __init__(self, key: bytes, ttl: int, cache_entries: int, max_bytes: int) -> None:
+    def __init__(
+        self,
+        key: bytes,
+        ttl: int,
+        cache_entries: int,
+        max_bytes: int,
+        *,
+        own_key: bool = False,
+        open_to_all: bool = False,
+    ) -> None:
+        self._unverified = _UNVERIFIED + (_OWN_KEY if own_key else _OTHER_KEY)
+        self._open_to_all = open_to_all
+        self._said = False
         self._cipher = TokenCipher(key)
         if ttl < 0:
             raise ValueError(f"token_ttl must be 0 (no expiry) or more seconds, got {ttl}")
@@ -165,28 +198,31 @@ class StreamTokens:
 
     def begin(self, scope: TokenScope, stream: core.Stream[Any, Any], stream_id: str, limit: int | None) -> StreamCall:
         """Give a new stream its call id."""
-        call = StreamCall(
+        return StreamCall(
             os.urandom(16), stream_id, stream.output_schema, stream.input_schema, stream.call_state, limit
         )
-        self._cache.put((call.call_id, scope.binding), call, self._ttl or _CACHE_SECONDS)
-        return call
 
     def seal_call(self, scope: TokenScope, call: StreamCall) -> dict[bytes, bytes]:
         """The CALL entry of the metadata."""
         kind, state = _NO_KIND, b""
         if call.call_state is not None:
-            kind, state = _kind(scope, call.call_state, scope.types.call_states, "call_state"), _pack(call.call_state)
+            kind = _kind(scope, call.call_state, scope.types.call_states, "call_state")
+            state = core.seal_state(call.call_state)
         limit = call.response_limit or 0
         head = _CALL.pack(time.time(), call.call_id, bytes.fromhex(call.stream_id), limit, kind)
         schemas = (call.output_schema.serialize().to_pybytes(), call.input_schema.serialize().to_pybytes())
-        sealed = self._seal(b"call", scope, head + b"".join(map(_sized, (*schemas, state))))
+        payload = head + b"".join(map(_sized, (*schemas, state)))
+        sealed = self._seal(b"call", scope, payload)
+        cost = len(payload) + len(sealed)
+        self._cache.put((call.call_id, scope.binding), call, cost, self._ttl or _CACHE_SECONDS)
         return {core.CALL_STATE_KEY: sealed}
 
     def seal_state(
-        self, scope: TokenScope, call: StreamCall, state: core.StreamState
+        self, scope: TokenScope, call: StreamCall, state: core.StreamState, *, first: bool = False
     ) -> tuple[dict[bytes, bytes], int]:
-        """The CUR entry of the metadata, and the plain size of the state in it."""
-        packed = _pack(state)
+        """The CUR entry of the metadata, and the plain size of the state in it; the first time, TypeError for a state
+        that would come back as another one."""
+        packed = core.seal_state(state) if first else state.serialize_to_bytes()
         kind = _kind(scope, state, scope.types.states, "state")
         sealed = self._seal(b"cur", scope, _CUR.pack(time.time(), call.call_id, kind) + packed)
         return {core.STATE_KEY: sealed}, len(packed)
@@ -203,16 +239,16 @@ class StreamTokens:
         self._check_age(created)
         call = self._cache.get((call_id, scope.binding))
         if call is None:
-            call, age = self._open_call(scope, metadata, call_id)
+            call, age, cost = self._open_call(scope, metadata, call_id)
             # No longer than its token is good for: a replica that has it may not go on where others refuse.
-            self._cache.put((call_id, scope.binding), call, self._ttl - age if self._ttl else _CACHE_SECONDS)
+            self._cache.put((call_id, scope.binding), call, cost, self._ttl - age if self._ttl else _CACHE_SECONDS)
         packed = payload[_CUR.size :]
         return call, _unpack(scope.types.states, kind, packed), len(packed)
 
     def _open_call(
         self, scope: TokenScope, metadata: Mapping[bytes, bytes], call_id: bytes
-    ) -> tuple[StreamCall, float]:
-        """The call, and the seconds since its token was made."""
+    ) -> tuple[StreamCall, float, int]:
+        """The call, the seconds since its token was made, and the bytes that the cache counts for it."""
         token = metadata.get(core.CALL_STATE_KEY)
         if token is None:
             raise RuntimeError("Missing call token: send back the 'vgi_rpc.call_state#b64' of the init response")
@@ -227,13 +263,21 @@ class StreamTokens:
         if not hmac.compare_digest(own_id, call_id):
             raise RuntimeError("State token and call token do not belong together")
         call_state = None if kind == _NO_KIND else _unpack(scope.types.call_states, kind, state)
-        return StreamCall(call_id, stream_id.hex(), schemas[0], schemas[1], call_state, limit or None), age
+        call = StreamCall(call_id, stream_id.hex(), schemas[0], schemas[1], call_state, limit or None)
+        return call, age, len(payload) + len(token)
 
     def _check_age(self, created: float) -> float:
         age = max(time.time() - created, 0.0)
         if self._ttl and age > self._ttl:
             raise RuntimeError(f"State token expired: it is good for {self._ttl} seconds (token_ttl)")
         return age
+
+    def _not_verified(self) -> str:
+        """The text of a token that does not verify; what is likely to be missing goes to the log, once."""
+        if not self._said:
+            self._said = True
+            _LOG.warning("%s", self._unverified)
+        return self._unverified if self._open_to_all else _UNVERIFIED
 
     def _seal(self, kind: bytes, scope: TokenScope, payload: bytes) -> bytes:
         plain = _RAW + payload
@@ -258,7 +302,7 @@ class StreamTokens:
             raise RuntimeError("Malformed state token")
         plain = self._cipher.open(sealed, _sized(kind) + scope.binding)
         if plain is None:
-            raise RuntimeError("State token verification failed")
+            raise RuntimeError(self._not_verified())
         if plain[:1] == _RAW:
             return plain[1:]
         try:
@@ -270,14 +314,19 @@ class StreamTokens:
 
 
 class _Cache:
-    """Least recently used first out; an entry has a time to live of its own."""
+    """Least recently used first out; an entry has a time to live of its own. Nothing depends on what is in it.
+
+    Bounded in bytes, too: a caller sends a few kilobytes, and what they unfold into stays for as long as its token is
+    good for.
+    """
 
     def __init__(self, size: int) -> None:
         if size < 0:
             raise ValueError(f"call_state_cache_entries must be 0 (off) or more, got {size}")
         self._size = size
         self._lock = threading.Lock()
-        self._entries: collections.OrderedDict[tuple[bytes, bytes], tuple[float, StreamCall]] = (
+        self._bytes = 0
+        self._entries: collections.OrderedDict[tuple[bytes, bytes], tuple[float, StreamCall, int]] = (
             collections.OrderedDict()
         )
 
@@ -287,17 +336,25 @@ class _Cache:
             if found is None:
                 return None
             if found[0] < time.monotonic():
-                del self._entries[key]
+                self._forget(key)
                 return None
             self._entries.move_to_end(key)
             return found[1]
 
-    def put(self, key: tuple[bytes, bytes], call: StreamCall, seconds: float) -> None:
+    def put(self, key: tuple[bytes, bytes], call: StreamCall, cost: int, seconds: float) -> None:
+        """Keep a call that is not too large; `cost` is what it takes, in bytes, sealed and plain."""
+        if cost > _CACHE_ENTRY_BYTES:
+            return
         with self._lock:
-            self._entries[key] = (time.monotonic() + seconds, call)
-            self._entries.move_to_end(key)
-            while len(self._entries) > self._size:
-                self._entries.popitem(last=False)
+            if key in self._entries:
+                self._forget(key)
+            self._entries[key] = (time.monotonic() + seconds, call, cost)
+            self._bytes += cost
+            while len(self._entries) > self._size or self._bytes > _CACHE_BYTES:
+                self._forget(next(iter(self._entries)))
+
+    def _forget(self, key: tuple[bytes, bytes]) -> None:
+        self._bytes -= self._entries.pop(key)[2]
 
 
 def _kind(scope: TokenScope, value: object, declared: Sequence[type], what: str) -> int:
@@ -312,15 +369,9 @@ def _kind(scope: TokenScope, value: object, declared: Sequence[type], what: str)
     return declared.index(type(value))
 
 
-def _pack(value: Any) -> bytes:
-    packed: bytes = value.serialize_to_bytes()
-    return packed
-
-
-def _unpack(declared: Sequence[type], kind: int, packed: bytes) -> Any:
+def _unpack(declared: Sequence[type[core.ArrowSerializableDataclass]], kind: int, packed: bytes) -> Any:
     try:
-        found: Any = declared[kind]
-        return found.deserialize_from_bytes(packed)
+        return declared[kind].deserialize_from_bytes(packed)
     except Exception as exc:  # whatever a class raises: another release of the service wrote it
         raise RuntimeError("The state in the token does not fit this server's class of it") from exc
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from .. import core as _bound_core
-from . import names
+from ..common import names
 
 if TYPE_CHECKING:
     import falcon
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import vgi_rpc as core
 
     from ..storage.store import UploadUrl, UploadUrlProvider
-    from .client import HttpRetryConfig, HttpTransport
+    from .client import HttpRetryConfig
 else:
     core = _bound_core()
 
@@ -30,7 +30,6 @@ __all__ = ["request_upload_urls"]
 _LOG = logging.getLogger("vgi_rpc.http")
 _LOG_ACCESS = logging.getLogger("vgi_rpc.access")
 _MAX_CONTROL_BYTES = 65_536  # a request for URLs is one integer
-_NOT_SUPPORTED = ("protocol_not_supported", "method_not_implemented")
 
 
 # ---- the client's half
@@ -51,7 +50,8 @@ def request_upload_urls(
 
     Raises RpcError with the error type NotSupported when the server has none to give.
     """
-    from .client import HttpTransport  # here, so that a server need not load the client
+    from ..storage.store import vend_upload_urls  # here, so that a server need not load the client's half
+    from .client import HttpTransport
 
     transport = HttpTransport(
         base_url,
@@ -63,39 +63,6 @@ def request_upload_urls(
     )
     with contextlib.closing(transport):
         return vend_upload_urls(transport, count, timeout)
-
-
-def vend_upload_urls(transport: HttpTransport, count: int, timeout: float | None = 30.0) -> list[UploadUrl]:
-    """`request_upload_urls` over an existing connection."""
-    from ..storage.store import UploadUrl
-
-    request = pa.RecordBatch.from_pydict({"count": [count]}, schema=names.UPLOAD_URL_PARAMS_SCHEMA)
-    metadata = pa.KeyValueMetadata(
-        {core.RPC_METHOD_KEY: names.UPLOAD_URL_METHOD.encode(), core.REQUEST_VERSION_KEY: core.REQUEST_VERSION}
-    )
-    body = core.serialize_record_batch_bytes(request, metadata)
-    doing = "request for upload URLs"
-    try:
-        reply = core.read_reply(transport.builtin(names.UPLOAD_URL_METHOD, body, timeout=timeout, doing=doing))
-    except core.RpcError as exc:
-        if exc.error_kind not in _NOT_SUPPORTED:
-            raise
-        raise core.RpcError(
-            "NotSupported",
-            "this server vends no upload URLs (make_wsgi_app needs upload_url_provider=)",
-            error_code=core.Code.UNIMPLEMENTED,
-        ) from None
-    if not reply.schema.equals(names.UPLOAD_URL_RESPONSE_SCHEMA) or not reply.num_rows:
-        raise core.RpcError("ProtocolError", f"{doing}: the answer holds no upload URLs")
-    if reply.num_rows > names.MAX_UPLOAD_URL_COUNT:
-        raise core.RpcError("ProtocolError", f"{doing}: the answer holds {reply.num_rows} upload URLs")
-    if any(column.null_count for column in reply.columns):
-        raise core.RpcError("ProtocolError", f"{doing}: the answer has a null where a URL or a time should be")
-    try:
-        columns: list[list[Any]] = [column.to_pylist() for column in reply.columns]
-    except (ValueError, OverflowError):  # a time that datetime does not have
-        raise core.RpcError("ProtocolError", f"{doing}: the answer has an expires_at that is no time") from None
-    return [UploadUrl(*row) for row in zip(*columns, strict=True)]
 
 
 # ---- the server's half
@@ -165,29 +132,22 @@ class UploadUrls:
 
     def _record(self, req: falcon.Request, began: float, error: BaseException | None, size: int) -> None:
         """The access record (http.md section 12): a unary method of the primary protocol."""
-        server, auth = self._server, req.context.auth
-        status = "ok" if error is None else "error"
-        extra: dict[str, Any] = {
-            "server_id": server.server_id,
-            "protocol": server.protocol_name,
-            "protocol_hash": server.protocol_hash,
-            "method": names.UPLOAD_URL_METHOD,
-            "method_type": "unary",
-            "principal": auth.principal or "",
-            "auth_domain": auth.domain or "",
-            "authenticated": auth.authenticated,
-            "remote_addr": req.env.get("REMOTE_ADDR", ""),
-            "duration_ms": round((time.monotonic() - began) * 1000, 2),
-            "status": status,
-            "error_type": "" if error is None else type(error).__name__,
-            "request_id": req.context.request_id,
-            "http_status": 200 if error is None else 500,
-            "request_bytes": req.content_length or 0,
-            "response_bytes": size,
-        }
-        if error is not None:
-            extra["error_message"] = str(error)
-        _LOG_ACCESS.info("%s.%s %s", server.protocol_name, names.UPLOAD_URL_METHOD, status, extra=extra)
+        server = self._server
+        extra = core.access_fields(
+            server,
+            names.UPLOAD_URL_METHOD,
+            protocol=server.protocol_name,
+            protocol_hash=server.protocol_hash,
+            method_type="unary",
+            auth=req.context.auth,
+            remote_addr=req.env.get("REMOTE_ADDR", ""),
+            began=began,
+            request_id=req.context.request_id,
+            error=error,
+        )
+        extra["http_status"] = 200 if error is None else 500
+        extra["request_bytes"], extra["response_bytes"] = req.content_length or 0, size
+        _LOG_ACCESS.info("%s.%s %s", server.protocol_name, names.UPLOAD_URL_METHOD, extra["status"], extra=extra)
 
 
 def _count(body: bytes) -> int:

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from .. import load
 
 if TYPE_CHECKING:
+    from ..common.urls import *
     from .fetch import *
     from .gcs import *
-    from .policy import *
     from .s3 import *
     from .store import *
 
@@ -27,7 +27,7 @@ _NAMES = {
     "store": "ClientExternalConfig Compression ExternalLocationConfig ExternalStorage FetchConfig ServerExternalConfig"
     " UploadUrl UploadUrlProvider maybe_externalize_batch maybe_externalize_collector"
     " predict_externalize_bytes_for_batch predict_externalize_bytes_for_collector publish_external",
-    "policy": "https_only_validator is_public_address redact_url",
+    "..common.urls": "https_only_validator is_public_address redact_url",
     "fetch": "fetch_url",
     "s3": "S3Storage",
     "gcs": "GCSStorage",

@@ -6,8 +6,7 @@
     every hop      parsed once; refused with user information; passed to the validator; then its addresses are checked
     every read     bounded by the deadline of the whole job, and ended when the job is over
 
-httpcore, not an httpx.Client: no cookies, default headers, environment proxies or redirects have to be kept out, and
-a network backend of our own sees the address that is connected to.
+common/fetch.py has the connections.
 """
 
 from __future__ import annotations
@@ -15,12 +14,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
-import copy
-import functools
-import socket
-import ssl
 import statistics
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,7 +23,9 @@ import httpcore
 import httpx
 
 from .. import core as _bound_core
-from .policy import UrlValidator, is_public_address, redact_url
+from ..common import fetch
+from ..common.coding import DecompressionError, DecompressionLimitExceeded, Encoding, decompress
+from ..common.urls import UrlValidator, is_public_address, redact_url
 
 if TYPE_CHECKING:
     import vgi_rpc as core
@@ -43,10 +39,7 @@ __all__ = ["fetch_url"]
 _REDIRECTS = (301, 302, 303, 307, 308)
 _PROBE_UNKNOWN = (403, 405, 501)  # the probe is not allowed, which says nothing about the object
 _RETRYABLE = (408, 425, 429)
-_STEP = 0.2  # seconds after which a thread that waits for bytes looks whether it still has to
-_CONNECT = 10.0  # seconds for one address
 _CHUNK = 1 << 20
-_READ = 1 << 20  # httpcore asks for 64 KiB; measured: that costs a quarter of the speed
 _STEP_BYTES = 4096
 _SIGNATURES = (
     {"x-amz-signature", "x-amz-credential"},
@@ -93,8 +86,6 @@ def failed(text: str, *, code: core.Code = core.Code.DATA_LOSS) -> core.External
 
 def decode(data: bytes, coding: str, config: FetchConfig) -> bytes:
     """Undo a Content-Encoding, never to more than the decoded cap."""
-    from ..http.coding import DecompressionError, DecompressionLimitExceeded, Encoding, decompress
-
     limit = config.decoded_cap
     encoding = {"zstd": Encoding.ZSTD, "gzip": Encoding.GZIP}.get(coding, Encoding.IDENTITY)
     try:
@@ -106,109 +97,25 @@ def decode(data: bytes, coding: str, config: FetchConfig) -> bytes:
         raise failed(f"the object cannot be decoded: {exc}") from None
 
 
-# ---- one job, and the connections that know of it
+# ---- one job
 
 
-class Job:
-    """What is under way: until when, and whether anyone still wants it."""
+class Job(fetch.Job):
+    """A fetch or an upload: as long as its config allows, or as the caller has patience, if that is less."""
 
     def __init__(self, config_seconds: float, timeout: float | None) -> None:
-        own = timeout is not None and timeout < config_seconds
-        self._seconds = timeout if timeout is not None and own else config_seconds
-        self._own = own  # it is the caller's own patience that ends first
-        self.deadline = time.monotonic() + self._seconds
-        self.over = threading.Event()
+        self._own = timeout is not None and timeout < config_seconds  # the caller's own patience ends first
+        super().__init__(timeout if timeout is not None and self._own else config_seconds)
 
-    def left(self) -> float:
-        """Seconds left; raises when there are none, or when the job is over."""
-        left = self.deadline - time.monotonic()
-        if self.over.is_set():
-            raise TransientError("no longer wanted")
-        if left > 0:
-            return left
+    def expired(self) -> Exception:
         if self._own:
-            raise core.DeadlineExceededError(f"the transfer did not end within {self._seconds:g} s", sent="answered")
-        text = f"the transfer did not end within timeout_seconds={self._seconds:g}"
-        raise failed(text, code=core.Code.DEADLINE_EXCEEDED)
+            text = f"the transfer did not end within {self.seconds:g} s"
+            return core.DeadlineExceededError(text, sent="answered")
+        text = f"the transfer did not end within timeout_seconds={self.seconds:g}"
+        return failed(text, code=core.Code.DEADLINE_EXCEEDED)
 
-    def child(self) -> Job:
-        """A part of this job, which can be over before it."""
-        found = copy.copy(self)
-        found.over = threading.Event()
-        return found
-
-    @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
-        """Make it the job of this thread, which the connections in use will obey."""
-        before = getattr(_thread, "job", None)
-        _thread.job = self
-        try:
-            yield
-        finally:
-            _thread.job = before
-
-
-_thread = threading.local()
-
-
-class _Stream(httpcore.NetworkStream):
-    """A connection whose waiting ends with the job of the thread that waits."""
-
-    def __init__(self, inner: httpcore.NetworkStream) -> None:
-        self._inner = inner
-
-    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        while True:
-            with contextlib.suppress(httpcore.ReadTimeout):
-                return self._inner.read(max(max_bytes, _READ), min(_thread.job.left(), _STEP))
-
-    def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._inner.write(buffer, _thread.job.left())
-
-    def close(self) -> None:
-        self._inner.close()
-
-    def start_tls(
-        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
-    ) -> httpcore.NetworkStream:
-        left = min(_thread.job.left(), _CONNECT)
-        return _Stream(self._inner.start_tls(ssl_context, server_hostname, left))
-
-    def get_extra_info(self, info: str) -> Any:
-        return self._inner.get_extra_info(info)
-
-
-class _Backend(httpcore.NetworkBackend):
-    """Resolves a name once, and connects to what it has checked: no second lookup can bring another address."""
-
-    def __init__(self, private_addresses: bool) -> None:
-        self._private = private_addresses
-        self._inner = httpcore.SyncBackend()
-
-    def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore.NetworkStream:
-        try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as exc:
-            raise httpcore.ConnectError("the host name does not resolve") from exc
-        addresses = list(dict.fromkeys(str(item[4][0]) for item in found))
-        allowed = [ip for ip in addresses if self._private or is_public_address(ip)]
-        if not allowed:
-            raise rejected("its host has no public address; private_addresses=True allows others")
-        failure: Exception = httpcore.ConnectError("no address")
-        for address in allowed:
-            try:
-                left = min(_thread.job.left(), _CONNECT)
-                return _Stream(self._inner.connect_tcp(address, port, left, local_address, socket_options))
-            except (httpcore.ConnectError, httpcore.ConnectTimeout) as exc:
-                failure = exc
-        raise failure
+    def abandoned(self) -> Exception:
+        return TransientError("no longer wanted")
 
 
 def rejected(why: str) -> core.ExternalLocationError:
@@ -266,22 +173,15 @@ class Response(NamedTuple):
     body: Iterable[bytes]
 
 
-@functools.cache
-def _trust() -> ssl.SSLContext:
-    return ssl.create_default_context()  # reads the system's certificates, which takes 20 ms
-
-
 class Fetcher:
     """The connections of one FetchConfig. Safe to share between threads."""
 
     def __init__(self, config: FetchConfig, private_addresses: bool) -> None:
         self._config = config
-        self.pool = httpcore.ConnectionPool(
-            ssl_context=_trust(),
-            max_connections=None,
-            max_keepalive_connections=config.max_parallel_requests + 2,
-            keepalive_expiry=15.0,
-            network_backend=_Backend(private_addresses),
+        self.pool = fetch.pool(
+            config.max_parallel_requests + 2,
+            allows=None if private_addresses else is_public_address,
+            refused=lambda: rejected("its host has no public address; private_addresses=True allows others"),
         )
 
     def fetch(self, url: str, validator: UrlValidator | None, job: Job) -> tuple[bytes, str]:
@@ -426,7 +326,7 @@ class _Ranges:
                     while waiting and len(self._running) < self._config.max_parallel_requests:
                         self._start(pool, waiting.popleft())
                     done, _ = concurrent.futures.wait(
-                        self._running, min(self._job.left(), _STEP), concurrent.futures.FIRST_COMPLETED
+                        self._running, min(self._job.left(), fetch.STEP_SECONDS), concurrent.futures.FIRST_COMPLETED
                     )
                     for future in done:
                         self._take(future)
@@ -461,7 +361,9 @@ class _Ranges:
         config = self._config
         if len(self._took) < 2 or not config.speculative_retry_multiplier:
             return
-        late = time.monotonic() - max(config.speculative_retry_multiplier * statistics.median(self._took), _STEP)
+        late = time.monotonic() - max(
+            config.speculative_retry_multiplier * statistics.median(self._took), fetch.STEP_SECONDS
+        )
         counts = collections.Counter(index for index, _, _ in self._running.values())
         for index, began, _ in list(self._running.values()):
             if config.max_speculative_hedges and self._hedges >= config.max_speculative_hedges:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import threading
 import uuid
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -13,12 +12,12 @@ from typing import Any
 import google.cloud.storage
 import pyarrow as pa
 
+from ._clients import client_of_this_process
 from .store import UploadUrl
 
 __all__ = ["GCSStorage"]
 
 _LOG = logging.getLogger("vgi_rpc.gcs")
-_LOCK = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +35,7 @@ class GCSStorage:
     prefix: str = "vgi-rpc/"
     presign_expiry_seconds: int = 3600
     project: str | None = None
-    _clients: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+    _clients: dict[int, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def upload(self, data: bytes, schema: pa.Schema, *, content_encoding: str | None = None) -> str:
         """Put an object and return a signed URL to GET it."""
@@ -65,8 +64,4 @@ class GCSStorage:
         return url
 
     def _client(self) -> Any:
-        with _LOCK:
-            client = self._clients.get("gcs")
-            if client is None:
-                client = self._clients["gcs"] = google.cloud.storage.Client(project=self.project)
-            return client
+        return client_of_this_process(self._clients, lambda: google.cloud.storage.Client(project=self.project))

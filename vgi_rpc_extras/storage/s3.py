@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import threading
 import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
@@ -15,12 +14,12 @@ import boto3
 import botocore.config
 import pyarrow as pa
 
+from ._clients import client_of_this_process
 from .store import UploadUrl
 
 __all__ = ["S3Storage"]
 
 _LOG = logging.getLogger("vgi_rpc.s3")
-_LOCK = threading.Lock()  # boto3's default session is not safe to make clients from two threads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +40,7 @@ class S3Storage:
     region_name: str | None = None
     endpoint_url: str | None = dataclasses.field(default=None, repr=False)
     put_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
-    _clients: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+    _clients: dict[int, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def upload(self, data: bytes, schema: pa.Schema, *, content_encoding: str | None = None) -> str:
         """Put an object and return a signed URL to GET it."""
@@ -69,11 +68,7 @@ class S3Storage:
         return url
 
     def _client(self) -> Any:
-        with _LOCK:
-            client = self._clients.get("s3")
-            if client is None:
-                client = self._clients["s3"] = self._make_client()
-            return client
+        return client_of_this_process(self._clients, self._make_client)
 
     def _make_client(self) -> Any:
         """SigV4 and the region's own endpoint; boto3's default URLs are of the old form (storage.md section 7).

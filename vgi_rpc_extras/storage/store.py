@@ -24,7 +24,8 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 
 from .. import core as _bound_core
-from .policy import UrlValidator, https_only_validator, redact_url
+from ..common import names
+from ..common.urls import UrlValidator, https_only_validator, redact_url
 
 if TYPE_CHECKING:
     import vgi_rpc as core
@@ -50,6 +51,7 @@ __all__ = [
 ]
 
 _LOG = logging.getLogger("vgi_rpc.external")
+_NOT_SUPPORTED = ("protocol_not_supported", "method_not_implemented")
 _LOG_FETCH = logging.getLogger("vgi_rpc.external_fetch")
 _MAX_ATTEMPTS = 3  # storage.md section 5: more would multiply with redirects, ranges and hedges
 _DECODED_FACTOR = 16
@@ -256,8 +258,6 @@ class ClientExternalConfig:
 
         Raises ExternalLocationError, and what the HTTP client's requests raise.
         """
-        from ..http.uploads import vend_upload_urls
-
         return self.upload_to(vend_upload_urls(transport, 1)[0], body)
 
     def upload_to(self, place: UploadUrl, body: bytes) -> bytes:
@@ -415,6 +415,40 @@ def _pointer_request(body: bytes, url: str) -> bytes:
     _, metadata = reader.read_next_batch_with_custom_metadata()
     _, pointer = core.make_external_location_batch(reader.schema, url, hashlib.sha256(body).hexdigest())
     return core.serialize_record_batch_bytes(core.empty_batch(reader.schema), core.merge_metadata(metadata, pointer))
+
+
+# ---- places to upload to
+
+
+def vend_upload_urls(transport: Any, count: int, timeout: float | None = 30.0) -> list[UploadUrl]:
+    """`request_upload_urls` over an existing connection."""
+    request = pa.RecordBatch.from_pydict({"count": [count]}, schema=names.UPLOAD_URL_PARAMS_SCHEMA)
+    metadata = pa.KeyValueMetadata(
+        {core.RPC_METHOD_KEY: names.UPLOAD_URL_METHOD.encode(), core.REQUEST_VERSION_KEY: core.REQUEST_VERSION}
+    )
+    body = core.serialize_record_batch_bytes(request, metadata)
+    doing = "request for upload URLs"
+    try:
+        reply = core.read_reply(transport.builtin(names.UPLOAD_URL_METHOD, body, timeout=timeout, doing=doing))
+    except core.RpcError as exc:
+        if exc.error_kind not in _NOT_SUPPORTED:
+            raise
+        raise core.RpcError(
+            "NotSupported",
+            "this server vends no upload URLs (make_wsgi_app needs upload_url_provider=)",
+            error_code=core.Code.UNIMPLEMENTED,
+        ) from None
+    if not reply.schema.equals(names.UPLOAD_URL_RESPONSE_SCHEMA) or not reply.num_rows:
+        raise core.RpcError("ProtocolError", f"{doing}: the answer holds no upload URLs")
+    if reply.num_rows > names.MAX_UPLOAD_URL_COUNT:
+        raise core.RpcError("ProtocolError", f"{doing}: the answer holds {reply.num_rows} upload URLs")
+    if any(column.null_count for column in reply.columns):
+        raise core.RpcError("ProtocolError", f"{doing}: the answer has a null where a URL or a time should be")
+    try:
+        columns: list[list[Any]] = [column.to_pylist() for column in reply.columns]
+    except (ValueError, OverflowError):  # a time that datetime does not have
+        raise core.RpcError("ProtocolError", f"{doing}: the answer has an expires_at that is no time") from None
+    return [UploadUrl(*row) for row in zip(*columns, strict=True)]
 
 
 # ---- by hand

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import pyarrow as pa
 
 from .. import core as _bound_core
+from ..common.texts import escaped
 
 if TYPE_CHECKING:
     import vgi_rpc as core
@@ -38,6 +39,7 @@ _MARKER = b"\xff\xff\xff\xff"  # what an Arrow IPC message begins with (wire.md 
 _MAX_READ = 65_536  # bytes of metadata or body of the first answer, which has no columns
 _SHOWN_BYTES = 80
 _SHOWN_TEXT = 1000
+_MAX_DIALS = 16  # to meet more than one process of a service
 _PINGS, _PING_SECONDS = 20, 1.0
 _EXTRAS = {
     "http client": "http_connect",
@@ -112,7 +114,7 @@ def examine(dial: Callable[[], Any], kind: _Kind, *, protocol: str | None = None
             answers = _contact(report, dial, transport, kind, timeout)
             _python(report, argv[0], timeout)
         elif kind == "url":
-            answers = _http(report, transport, timeout)
+            answers = _http(report, dial, transport, timeout)
         else:
             answers = _contact(report, dial, transport, kind, timeout)
         if answers and _ping(report, proxy, kind):
@@ -302,7 +304,7 @@ def _is_http(dial: Callable[[], Any]) -> bool:
 # ---- over HTTP
 
 
-def _http(report: Report, transport: Any, timeout: float) -> bool:
+def _http(report: Report, dial: Callable[[], Any], transport: Any, timeout: float) -> bool:
     try:
         found = transport.capabilities(timeout)
     except (OSError, core.RpcError) as exc:
@@ -321,7 +323,24 @@ def _http(report: Report, transport: Any, timeout: float) -> bool:
     said = [f"{name.removeprefix('max_')} at most {size}" for name, size in sizes.items() if size is not None]
     coded = f"encodings {', '.join(encodings) or 'none'}"
     report.add("answer", "ok", f"HTTP; {'; '.join([*said, coded])}")
+    if found.own_token_key is not None:
+        _own_keys(report, dial, {found.own_token_key}, timeout)
     return True
+
+
+def _own_keys(report: Report, dial: Callable[[], Any], keys: set[str | None], timeout: float) -> None:
+    """A process without a token_key: are there others, which cannot go on with its streams?"""
+    with contextlib.ExitStack() as stack, contextlib.suppress(OSError, core.RpcError):
+        for _ in range(_MAX_DIALS):
+            if len(keys) > 1:
+                break
+            transport = stack.enter_context(contextlib.closing(dial()))
+            keys.add(transport.capabilities(timeout).own_token_key)
+    advice = "give all processes the same token_key= of make_wsgi_app (worker --http: VGI_RPC_TOKEN_KEY)"
+    if len(keys) > 1:
+        text = "several processes, each with a key of its own: none continues a stream that another one began"
+        return report.add("token key", "fail", text, advice)
+    report.add("token key", "note", "made by the process itself: no other one continues its streams", advice)
 
 
 # ---- what the service says
@@ -470,7 +489,7 @@ def _shown(data: bytes) -> str:
 
 def _printable(text: str) -> str:
     cut = text if len(text) <= _SHOWN_TEXT else text[:_SHOWN_TEXT] + "..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in cut)
+    return escaped(cut)
 
 
 def _span(seconds: float) -> str:

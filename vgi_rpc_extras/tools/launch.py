@@ -26,6 +26,7 @@ import shlex
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -258,15 +259,18 @@ def _check(config: LaunchConfig) -> None:
 
 
 def _alive(path: str, reprobe: Sequence[float] = _REPROBE_AFTER) -> bool:
-    """Whether somebody listens there. RuntimeError if that cannot be found out, or it is not a socket."""
+    """Whether somebody listens there. RuntimeError if that cannot be found out, it is no socket, or another user's."""
     waits = iter(reprobe)
     while True:
         try:
-            if not stat.S_ISSOCK(os.stat(path).st_mode):
+            found = os.stat(path)
+            if not stat.S_ISSOCK(found.st_mode):
                 raise RuntimeError(f"refusing to replace pre-existing non-socket path: {path}")
+            _check_owner(path, found.st_uid)
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
                 sock.settimeout(_PROBE_TIMEOUT)
                 sock.connect(path)
+                _check_owner(path, _peer_of(sock, found.st_uid))
             return True
         except (BlockingIOError, TimeoutError):  # nobody accepts at the moment, but somebody listens
             return True
@@ -279,6 +283,22 @@ def _alive(path: str, reprobe: Sequence[float] = _REPROBE_AFTER) -> bool:
             time.sleep(wait)
         except OSError as exc:
             raise RuntimeError(f"cannot find out who listens on {path}: {exc}") from exc
+
+
+def _check_owner(path: str, uid: int) -> None:
+    """A worker gets what its callers have: one of another user, in a folder that both may write to, is none of ours."""
+    if uid != os.geteuid():
+        raise RuntimeError(
+            f"the socket {path} is that of user {uid}, not of {os.geteuid()}: choose a path in a folder of your own"
+        )
+
+
+def _peer_of(sock: socket.socket, unknown: int) -> int:
+    """The user who listens; `unknown` where the system does not say."""
+    if not hasattr(socket, "SO_PEERCRED"):
+        return unknown
+    size = struct.calcsize("3i")
+    return int(struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))[1])
 
 
 def _start(config: LaunchConfig, path: str) -> int:

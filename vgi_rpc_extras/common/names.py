@@ -24,6 +24,7 @@ CUSTOM_CONTENT_ENCODING_HEADER: Final = "X-VGI-Content-Encoding"
 REQUEST_ID_HEADER: Final = "X-Request-ID"
 AUTH_REASON_HEADER: Final = "VGI-Auth-Reason"
 AUTH_PROXY_REQUIRED_HEADER: Final = "VGI-Auth-Proxy-Required"
+OWN_KEY_HEADER: Final = "VGI-Own-Token-Key"  # ours: names a key that a process made for itself; doctor reads it
 SESSION_HEADER: Final = "VGI-Session"
 SESSION_ACCEPT_HEADER: Final = "VGI-Session-Accept"
 SESSION_CLOSE_HEADER: Final = "VGI-Session-Close"
@@ -37,6 +38,7 @@ ECHO_HEADER_PREFIX: Final = "VGI-Echo-"
 TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # what a header may be called (RFC 9110 section 5.6.2)
 
 SESSION_NAME: Final = "__session__"  # DELETE {prefix}/__session__
+CALL_NAME: Final = "__call__"  # POST {prefix}/__call__: calls with JSON (ours)
 # What a server may not make its clients send: who they are, how the message is framed, and what this protocol says
 # itself (sticky.md section 5; hop-by-hop: RFC 9110 section 7.6.1).
 _NO_ECHO = re.compile(

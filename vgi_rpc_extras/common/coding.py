@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 MAX_DECODED_BYTES = 1 << 30  # of one body whose reader names no bound of its own
+_MAX_CODINGS = 2
 _GZIP_LEVEL = 6
 _CHUNK = 1 << 16
 _CHUNK_MAX = 1 << 24
@@ -174,10 +175,13 @@ def _check_available(encoding: Encoding) -> None:
 def decode_content_encoding(data: bytes, content_encoding: str | None, *, max_output_size: int | None = None) -> bytes:
     """Undo a Content-Encoding value: a comma list is undone last to first, unknown codings are left alone.
 
-    Raises what `decompress` raises.
+    Raises what `decompress` raises, and DecompressionError for more than two codings: nobody needs them, and each
+    costs the work of unpacking up to the bound.
     """
-    for token in reversed((content_encoding or "").split(",")):
-        encoding = _TOKENS.get(token.strip().lower())
-        if encoding is not None and encoding is not Encoding.IDENTITY:
-            data = decompress(encoding, data, max_output_size=max_output_size)
+    found = [_TOKENS.get(token.strip().lower()) for token in (content_encoding or "").split(",")]
+    codings = [encoding for encoding in found if encoding is not None and encoding is not Encoding.IDENTITY]
+    if len(codings) > _MAX_CODINGS:
+        raise DecompressionError(f"the body has {len(codings)} codings; at most {_MAX_CODINGS} are undone")
+    for encoding in reversed(codings):
+        data = decompress(encoding, data, max_output_size=max_output_size)
     return data

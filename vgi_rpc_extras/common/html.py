@@ -1,4 +1,4 @@
-# Needs: the standard library only (Falcon's response is passed in). Used by the HTTP server and by authentication.
+# Needs: pyarrow only (Falcon's response is passed in). Used by the HTTP server and by authentication.
 """What a page for people is: frame, style, script, a notice, a place for a key (http.md section 13).
 
 Everything is in the page itself: no font, script or image is fetched from anywhere. What is shown is escaped; the
@@ -13,10 +13,10 @@ import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from .names import CALL_NAME
+
 if TYPE_CHECKING:
     import falcon
-
-CALL_NAME = "__call__"  # the describe page posts JSON here
 
 
 class Page(NamedTuple):
@@ -36,7 +36,7 @@ body{margin:0;background:var(--bg);color:var(--fg);font:16px/1.55 system-ui,sans
 main{max-width:58rem;margin:0 auto;padding:2.5rem 1.25rem 4rem}
 h1{font-size:1.7rem;margin:0 0 .25rem;overflow-wrap:anywhere}h2{font-size:1.25rem;margin:2.5rem 0 .75rem}
 h3{font-size:1.05rem;margin:0;font-family:ui-monospace,monospace;overflow-wrap:anywhere}
-p{margin:.4rem 0}a{color:var(--accent)}.dim{color:var(--dim)}
+p{margin:.4rem 0;overflow-wrap:anywhere}a{color:var(--accent)}.dim{color:var(--dim)}
 code,pre,textarea{font:.875rem/1.5 ui-monospace,monospace}
 code{background:var(--code);padding:.1em .35em;border-radius:4px}
 pre{background:var(--code);padding:.75rem;border-radius:6px;overflow:auto;max-height:24rem;margin:.6rem 0 0;
