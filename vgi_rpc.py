@@ -5513,6 +5513,7 @@ class _WirePlan:
             self.send_by_pyarrow()
         self.is_stream = info.method_type is MethodType.STREAM
         self.doing = f"{'stream init for' if self.is_stream else 'unary call to'} '{info.name}'"
+        self.quick = 0  # runs in a row that took next to no time, at a server whose caller sends ahead
 
     @functools.cached_property
     def _request_template(self) -> _IpcCanonical | None:
@@ -5726,14 +5727,23 @@ def _wire_error(exc: BaseException, server_id: str, request_id: str, tracebacks:
 # ---- bytes become a call: the checks of wire.md section 7, in its order
 
 
-def _wire_read_request(source: _IpcSource, validation: IpcValidation) -> tuple[pa.RecordBatch, _IpcMetadata] | None:
-    """Steps 1 and 2: read the first batch, drain to the end. None: a stream without a batch."""
+class _WireRequest(_NamedTuple):
+    batch: pa.RecordBatch
+    metadata: _IpcMetadata
+    flaw: str = ""  # why its number of batches is refused
+
+
+def _wire_read_request(source: _IpcSource, validation: IpcValidation) -> _WireRequest:
+    """Steps 1 and 2: read the first batch, drain to the end."""
     reader = _IpcReader(source, validation)
     item = reader.read()
-    reader.drain()
     if item is None:
-        return None
-    return item[0], item[1] or {}
+        return _WireRequest(empty_batch(EMPTY_SCHEMA), {}, "Expected one batch in a request, got a stream without any")
+    flaw = ""
+    if _ipc_message(source) is not None:
+        flaw = "Expected one batch in a request, got more: one row of arguments, then the end of the stream"
+        reader.drain()
+    return _WireRequest(item[0], item[1] or {}, flaw)
 
 
 def _wire_method_name(metadata: _IpcMetadata) -> str:
@@ -5742,7 +5752,8 @@ def _wire_method_name(metadata: _IpcMetadata) -> str:
     if method is None:
         raise RpcError(
             "ProtocolError",
-            "Missing 'vgi_rpc.method' in the request batch's custom metadata. Each request names its method there.",
+            "Missing 'vgi_rpc.method' in the request batch's custom metadata. Each request names its method there."
+            " The input of a stream comes here when the method called is a unary one in this server's Protocol.",
         )
     version = metadata.get(REQUEST_VERSION_KEY)
     if version is None:
@@ -5824,8 +5835,8 @@ def _wire_arguments(plan: _WirePlan, batch: pa.RecordBatch, limits: IpcLimits) -
     """Steps 14 to 18: the request row as keyword arguments. No value is read before the schema has been compared."""
     if not batch.schema.equals(plan.info.params_schema):
         _wire_check_schema(plan, batch.schema)
-    found = dict(zip(batch.schema.names, batch.columns, strict=True))
-    kwargs = _wire_decode(plan, {name: _wire_cell(found[name], limits) for name in plan.names}, limits)
+    cells = {name: _wire_cell(column, limits) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+    kwargs = _wire_filled(plan, _wire_decode(plan, cells, limits))
     for name, nullable in zip(plan.names, plan.nullable, strict=True):
         if kwargs[name] is None and not nullable:
             # Some clients send null for what the caller left out. Where None is a value of its own, it stays None.
@@ -5833,6 +5844,11 @@ def _wire_arguments(plan: _WirePlan, batch: pa.RecordBatch, limits: IpcLimits) -
                 raise TypeError(f"{plan.name}() parameter '{name}' is not optional but got None")
             kwargs[name] = plan.info.param_defaults[name]
     return kwargs
+
+
+def _wire_filled(plan: _WirePlan, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments with the defaults of those that the caller's older Protocol does not know."""
+    return kwargs if len(kwargs) == len(plan.names) else {**plan.info.param_defaults, **kwargs}
 
 
 def _wire_cell(column: pa.Array[Any], limits: IpcLimits) -> Any:
@@ -5845,13 +5861,17 @@ def _wire_cell(column: pa.Array[Any], limits: IpcLimits) -> Any:
     return bytes(view) if column.type == pa.binary() else str(view, "utf-8")
 
 
-def _wire_row_arguments(plan: _WirePlan, row: Sequence[Any], limits: IpcLimits) -> dict[str, Any] | None:
+def _wire_row_arguments(
+    plan: _WirePlan, names: Sequence[str], row: Sequence[Any], limits: IpcLimits
+) -> dict[str, Any] | None:
     """A row that a layout has read, as keyword arguments; None: let the pyarrow path decide."""
-    kwargs = dict(zip(plan.names, row, strict=True))
-    try:
-        return _wire_decode(plan, kwargs, limits) if plan.decoders else kwargs
-    except Exception:
-        return None
+    kwargs = dict(zip(names, row, strict=True))
+    if plan.decoders:
+        try:
+            kwargs = _wire_decode(plan, kwargs, limits)
+        except Exception:
+            return None
+    return kwargs if names is plan.names else _wire_filled(plan, kwargs)
 
 
 def _wire_decode(plan: _WirePlan, kwargs: dict[str, Any], limits: IpcLimits) -> dict[str, Any]:
@@ -5881,7 +5901,9 @@ def _wire_check_schema(plan: _WirePlan, got: pa.Schema) -> None:
     missing = [n for n in plan.names if n not in got.names and n not in plan.info.param_defaults]
     if missing:
         raise TypeError(f"{plan.name}() missing required argument(s): {', '.join(map(repr, missing))}")
-    want = plan.info.params_schema
+    want = [
+        field for field in plan.info.params_schema if field.name in got.names
+    ]  # step 17, but for what has a default
     if len(got) != len(want):
         raise TypeError(f"{plan.name}() parameter schema expected {len(want)} fields, got {len(got)}")
     for i, (w, g) in enumerate(zip(want, got, strict=True)):
@@ -5917,6 +5939,13 @@ def _wire_read_reply(
     """Read a reply to its end; the first result or error counts, what follows it is dropped (wire.md section 4)."""
     begin, data = source.pos, source.buf
     reader = _IpcReader(source, validation)
+    names = reader.schema.names
+    if names and names != plan.info.result_schema.names:  # errors may come on the empty schema
+        declared = _log_schema(plan.info.result_schema)
+        raise pa.ArrowInvalid(
+            f"{plan.name}() is declared as a unary method that returns {declared}, and was answered with"
+            f" {_log_schema(reader.schema)}; the server's Protocol is of another version"
+        )
     logs = _ElsewhereLogs(on_log)
     item = _wire_read_data(reader, logs)
     reader.drain()
@@ -6101,6 +6130,7 @@ class Channel(_IpcSource):
         "owns_shm",
         "pid",
         "sent",
+        "server",
         "shm",
         "stream",
         "stream_thread",
@@ -6124,6 +6154,7 @@ class Channel(_IpcSource):
         self.timeout: float | None = None
         self.stream: object | None = None
         self.stream_thread = 0
+        self.server: object | None = None  # who answers here, and what it has to remember between two calls
         self.shm: ShmSegment | None = None  # for batches that need not be sent
         self.owns_shm: bool | None = None  # None: the peer has not been asked
         self._poll_in: select.poll | None = None
@@ -6284,6 +6315,14 @@ class Channel(_IpcSource):
         except EOFError:
             return True
         return False
+
+    def arrives(self, seconds: float) -> bool:
+        """Whether the peer says something, or goes, within this time; True where only a read can tell."""
+        if self.pos < len(self.buf) or self.inp < 0:
+            return True
+        poll = select.poll()
+        poll.register(self.inp, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
 
     def gone(self) -> bool:
         """Whether the connection is idle and has lost its peer: nothing may arrive now but the end."""
@@ -7339,7 +7378,8 @@ def _describe_schema(message: bytes) -> pa.Schema:
 #
 # A request that is refused before dispatch is answered, and the connection stays in step: the input stream of a known
 # stream method is drained, that of an unknown one is swallowed when it comes (wire.md section 8.6). Bytes that are
-# not Arrow are answered once, and end the connection.
+# not Arrow are answered once, and end the connection; so does a request that names no method where none may come: it
+# is the input of a stream that the caller believes in, and every answer after it would go to another call (law 10).
 
 
 class ProtocolBinding:
@@ -7528,9 +7568,17 @@ class RpcServer:
     def serve_one(self, transport: RpcTransport) -> None:
         """Answer exactly one call; EOFError when the peer has gone instead."""
         connection = self._connection(transport, None, None)
-        if connection.channel.at_end():
-            raise EOFError("the peer closed the connection")
-        connection.serve_one()
+        channel = connection.channel
+        try:
+            if channel.broken is not None or channel.at_end():
+                raise EOFError(channel.broken or "the peer closed the connection")
+            connection.serve_one()
+        except _ServerHangUp as exc:
+            connection.end(exc)
+            raise EOFError(channel.broken) from exc.__cause__
+        except EOFError:
+            connection.detach()
+            raise
 
     def _bind(self, binding: ProtocolBinding) -> None:
         other = self._bindings.get(binding.name)
@@ -7557,7 +7605,11 @@ class RpcServer:
         channel = _transport_channel(transport)
         self._start(kind, frozenset() if channel.shm is None else frozenset({"shm"}))
         channel.limits = self.limits
-        return _ServerConnection(self, channel, kind, auth or AuthContext.anonymous(), metadata or {})
+        known = channel.server
+        if not isinstance(known, _ServerConnection) or known.server is not self:
+            known = channel.server = _ServerConnection(self, channel, kind, _CTX_ANONYMOUS, {})
+        known.auth, known.transport_metadata = auth or AuthContext.anonymous(), metadata or {}
+        return known
 
     def _start(self, kind: TransportKind, capabilities: frozenset[str]) -> None:
         """Call `on_serve_start` of each distinct implementation, once per kind and capabilities (runtime.md 1.1)."""
@@ -7620,6 +7672,7 @@ class _ServerLayout(_NamedTuple):
     schema: pa.Schema
     binding: ProtocolBinding
     plan: _WirePlan
+    names: Sequence[str]  # of the arguments; an older caller may not have all of them
     size: int  # bytes it may hold
 
 
@@ -7656,7 +7709,8 @@ class _ServerLayouts:
                 return
             size = _SERVER_LAYOUT_BYTES + 4 * len(sample)
             key = sample[: 8 + _IPC_I32(sample, 4)[0]]
-            self._known[key] = (_ServerLayout(layout, batch.schema, binding, plan, size), *known)
+            names = plan.names if batch.num_columns == len(plan.names) else batch.schema.names
+            self._known[key] = (_ServerLayout(layout, batch.schema, binding, plan, names, size), *known)
             self._known[key] = self._known[key][:_SERVER_LAYOUTS_PER_SCHEMA]
             oldest = list(self._known.items())
             total = sum(entry.size for _, entries in oldest for entry in entries)
@@ -7877,12 +7931,18 @@ class _ServerConnection:
                 if not self._serve_learned():
                     self._flush()
                     self._serve_one()
-        except _ServerHangUp:
-            pass
+        except _ServerHangUp as exc:
+            self.end(exc)
         except (EOFError, ConnectionError):
             _LOG_RPC.debug("the peer went away", exc_info=True)
         finally:
-            self._detach()
+            self.detach()
+
+    def end(self, exc: _ServerHangUp) -> None:
+        """Close the connection of a peer that has been told why: nobody may wait for more, nothing more is read."""
+        self.detach()
+        with self.channel.lock:
+            self.channel.poison(f"the server ended the connection: {exception_str(exc.__cause__ or exc)}")
 
     def observed(self) -> bool:
         """Whether anyone wants to know about calls; if not, nothing is counted, timed or formatted."""
@@ -7904,12 +7964,14 @@ class _ServerConnection:
             return self._refuse_unreadable(exc, data, begin)
         except Exception as exc:
             self._hang_up(exc)
-        batch, metadata = request or (empty_batch(EMPTY_SCHEMA), {})
+        batch, metadata, flaw = request
         swallow, self._swallow = self._swallow, False
-        if swallow and RPC_METHOD_KEY not in metadata:
+        if RPC_METHOD_KEY not in metadata and swallow:
             return
         if _LOG_WIRE_REQUEST.isEnabledFor(logging.DEBUG):
             _LOG_WIRE_REQUEST.debug("Read request batch: %s, metadata=%s", _log_batch(batch), _log_metadata(metadata))
+        if flaw and RPC_METHOD_KEY in metadata:
+            return self._refuse(RpcError("ProtocolError", flaw), None)
         sample = data[begin : self.channel.pos] if self.channel.buf is data else b""
         self._answer(batch, metadata, sample)
 
@@ -7933,8 +7995,8 @@ class _ServerConnection:
         limit = channel.limits.max_message_bytes
         if limit is not None and end - pos > limit:
             return False
-        layout, schema, binding, plan, _ = last
-        kwargs = _wire_row_arguments(plan, row, channel.limits)
+        layout, schema, binding, plan, names, _ = last
+        kwargs = _wire_row_arguments(plan, names, row, channel.limits)
         if kwargs is None:
             return False
         channel.pos = end
@@ -7965,7 +8027,9 @@ class _ServerConnection:
             _wire_check_version(binding.name, binding.version, metadata)
             kwargs = _wire_arguments(plan, batch, self.channel.limits)
         except Exception as exc:
-            return self._refuse(exc, plan, RPC_METHOD_KEY in metadata)
+            if RPC_METHOD_KEY not in metadata:
+                self._hang_up(exc)
+            return self._refuse(exc, plan)
         if _LOG_WIRE_REQUEST.isEnabledFor(logging.DEBUG):
             _LOG_WIRE_REQUEST.debug("Parsed request: method=%s, kwargs={%s}", name, _log_kwargs(kwargs))
         if sample:
@@ -8018,7 +8082,7 @@ class _ServerConnection:
     def _attached(self, named: bytes | None) -> ShmSegment | None:
         name = None if named is None else named.decode(errors="replace")
         if name is not None and (self._segment is None or self._segment.name != name):
-            self._detach()
+            self.detach()
             try:
                 self._segment = ShmSegment.attach(name, 0)
             except (OSError, ValueError) as exc:
@@ -8027,7 +8091,8 @@ class _ServerConnection:
                 self._segment.copy_only()
         return self._segment
 
-    def _detach(self) -> None:
+    def detach(self) -> None:
+        """Let go of the memory that the peer shares."""
         segment, self._segment, self.shm = self._segment, None, None
         self._shared = self._last = None
         if segment is not None:
@@ -8079,6 +8144,8 @@ class _ServerConnection:
     def _unary_plain(self, binding: ProtocolBinding, plan: _WirePlan, kwargs: dict[str, Any]) -> None:
         """A method without a context that nobody observes: one call, one write."""
         channel = self.channel
+        if self._held and plan.quick < _SERVER_STEADY:  # a ready answer does not wait for a method that may take long
+            self._flush()
         ahead = channel.pos < len(channel.buf)  # the caller has sent more than this request
         began = time.monotonic() if ahead else 0.0
         try:
@@ -8096,8 +8163,10 @@ class _ServerConnection:
                 channel.write(data)
                 return None
             self._held.append(data)
-            if ahead and time.monotonic() - began < _SERVER_QUICK and sum(map(len, self._held)) < _SERVER_COALESCE:
-                return None
+            if ahead:
+                plan.quick = plan.quick + 1 if time.monotonic() - began < _SERVER_QUICK else 0
+                if plan.quick >= _SERVER_STEADY and sum(map(len, self._held)) < _SERVER_COALESCE:
+                    return None
             return self._flush()
         self._flush()
         if data is not None:
@@ -8141,7 +8210,7 @@ class _ServerConnection:
 
     def _obey(self, exc: BaseException | None) -> None:
         """SystemExit, KeyboardInterrupt: answered and recorded, and still obeyed."""
-        if exc is not None and not isinstance(exc, Exception):
+        if isinstance(exc, _SERVER_OBEYED):
             raise exc
 
     def context(
@@ -8187,14 +8256,13 @@ class _ServerConnection:
         """
         self.drain()
         whole = self.channel.buf is data
-        if self._swallow and RPC_METHOD_KEY not in data[begin : self.channel.pos if whole else None]:
-            if not whole:
-                self._hang_up(exc)
-            self._swallow = False
-            return
-        self._refuse(exc, None, True)
+        if RPC_METHOD_KEY in data[begin : self.channel.pos if whole else None] or not (whole or self._swallow):
+            return self._refuse(exc, None)
+        if not (whole and self._swallow):
+            self._hang_up(exc)
+        self._swallow = False
 
-    def _refuse(self, exc: Exception, plan: _WirePlan | None, named: bool) -> None:
+    def _refuse(self, exc: Exception, plan: _WirePlan | None) -> None:
         """Answer a request that was not dispatched, and keep the connection in step."""
         server = self.server
         stream = plan is not None and plan.is_stream
@@ -8204,7 +8272,7 @@ class _ServerConnection:
         self._send_stream(empty_batch(schema), metadata)
         if stream:
             self.drain()
-        self._swallow = plan is None and named
+        self._swallow = plan is None
 
     def drain(self) -> None:
         """Read an input stream that nobody wants to its end, wherever in it we are."""
@@ -8288,12 +8356,27 @@ class _ServerReply:
 _SERVER_SHM_KINDS = (TransportKind.PIPE, TransportKind.UNIX)  # peers on this machine
 _SERVER_COALESCE = 32_768  # bytes of answers that may wait for the next one
 _SERVER_QUICK = 1e-4  # seconds; an answer that took longer is sent at once
+_SERVER_STEADY = 16  # quick runs in a row before answers wait for the next one of a method
+_SERVER_SILENT = 0.25  # seconds until who opened a stream is shown that it is one
+_SERVER_OBEYED = (SystemExit, KeyboardInterrupt)  # what ends a process; all else that a method raises ends its call
 
 
 class _ServerStream:
     """One stream call: init, header, turns, end (wire.md section 8)."""
 
-    __slots__ = ("_budget", "_call", "_channel", "_collector", "_connection", "_logs", "_out", "_stores", "_stream")
+    __slots__ = (
+        "_budget",
+        "_call",
+        "_channel",
+        "_collector",
+        "_connection",
+        "_ended",
+        "_lock",
+        "_logs",
+        "_out",
+        "_stores",
+        "_stream",
+    )
 
     def __init__(self, call: _ServerCall, budget: float | None) -> None:
         self._call = call
@@ -8303,6 +8386,8 @@ class _ServerStream:
         self._stores = call.connection.server.external_location is not None
         self._collector: OutputCollector | None = None
         self._logs: list[_IpcMetadata] = []  # of init: they travel in the header stream, else in front of the output
+        self._ended = False
+        self._lock = threading.Lock()  # of the three above: where a message goes that another thread sends
         self._stream: Stream[Any, Any]
         self._out: _IpcWriter
 
@@ -8317,7 +8402,7 @@ class _ServerStream:
         if _LOG_WIRE_STREAM.isEnabledFor(logging.DEBUG):
             _LOG_WIRE_STREAM.debug("Stream init: method=%s", call.plan.name)
         if call.plan.name in call.binding.ctx_methods:
-            kwargs["ctx"] = self._connection.context(call, self._log_init, self._budget)
+            kwargs["ctx"] = self._connection.context(call, self._log, self._budget)
         try:
             self._stream = _server_check_stream(call.plan, getattr(call.binding.impl, call.plan.name)(**kwargs))
             self._out = _IpcWriter(self._stream.output_schema)
@@ -8348,8 +8433,8 @@ class _ServerStream:
         self._out = _IpcWriter(stream.output_schema)
         failure: BaseException | None = None
         try:
-            self._write_logs(self._out)
             if turn is None:
+                self._last_words()
                 self._out.write(empty_batch(stream.output_schema), seal(stream))
             else:
                 self._answer_turn(*turn, seal)
@@ -8366,12 +8451,14 @@ class _ServerStream:
         metadata: _IpcMetadata,
         seal: Callable[[Stream[Any, Any]], Mapping[bytes, bytes]],
     ) -> None:
-        ctx = self._connection.context(self._call, self._log_turn, self._budget)
+        ctx = self._connection.context(self._call, self._log, self._budget)
+        self._write_logs(self._out)
         out = self._process(batch, metadata, ctx)
         sealed = None if out.finished else seal(self._stream)
         if sealed is not None and len(self._stream.input_schema):
             out._merge(sealed)
             sealed = None
+        self._last_words()
         self._write(out)
         if sealed is not None:
             self._out.write(empty_batch(self._stream.output_schema), sealed)
@@ -8389,6 +8476,10 @@ class _ServerStream:
         channel, failure = self._channel, None
         try:
             self._write_logs(self._out)
+            if not channel.arrives(
+                _SERVER_SILENT
+            ):  # who believes in a unary method waits for its reply: not this schema
+                channel.send(self._out.take())
             try:
                 reader = _IpcReader(channel, self._connection.server.ipc_validation)
                 failure = self._loop(reader)
@@ -8411,14 +8502,15 @@ class _ServerStream:
 
     def _end(self) -> None:
         """Send the rest of the output."""
+        self._last_words()
         if self._connection.shm is not None:  # the last input's region is free before the output ends (wire.md 11.4)
-            self._collector = None
             self._connection.shm.sweep()
         self._out.close()
         self._channel.send(self._out.take())
 
     def _fail(self, exc: BaseException) -> None:
         """The last batch of an output: an error."""
+        self._last_words()
         empty = empty_batch(self._stream.output_schema)
         self._out.write(empty, self._call.fail(exc))
         self._call.sent(empty)
@@ -8427,18 +8519,26 @@ class _ServerStream:
         """Turn by turn until someone ends it; returns what an application raised."""
         call, channel, out = self._call, self._channel, self._out
         ticks = len(self._stream.input_schema) == 0
-        ctx = self._connection.context(call, self._log_turn, self._budget)
+        plan = call.plan
+        ctx = self._connection.context(call, self._log, self._budget)
         while (item := reader.read()) is not None:
             batch, metadata = item
-            if metadata is not None and CANCEL_KEY in metadata:
-                self._cancel()
-                return None
+            if metadata is not None:
+                if CANCEL_KEY in metadata:
+                    self._cancel()
+                    return None
+                if RPC_METHOD_KEY in metadata:
+                    raise RpcError(
+                        "ProtocolError",
+                        f"a request came where the input of {call.plan.name}() was due: it is a stream method here",
+                    )
             if not ticks:
                 call.received(batch)
             if self._connection.shm is not None:
-                self._collector = None
                 self._connection.shm.sweep()
             began = time.monotonic()
+            if self._budget is not None:
+                ctx.deadline = began + self._budget  # callers wait for each turn as long as for the first
             try:
                 finished = self._turn(batch, metadata, ctx)
             except BaseException as exc:
@@ -8447,8 +8547,11 @@ class _ServerStream:
             if finished:
                 return None
             # Answers to ticks sent ahead share a write, unless that would keep one waiting (FINDINGS.md section 4).
-            if not reader.tick_waits() or out.size > _SERVER_COALESCE or time.monotonic() - began > _SERVER_QUICK:
-                channel.send(out.take())
+            if reader.tick_waits() and out.size <= _SERVER_COALESCE:
+                plan.quick = plan.quick + 1 if time.monotonic() - began < _SERVER_QUICK else 0
+                if plan.quick >= _SERVER_STEADY:
+                    continue
+            channel.send(out.take())
         return None
 
     def _turn(self, batch: pa.RecordBatch, metadata: _IpcMetadata | None, ctx: CallContext) -> bool:
@@ -8479,6 +8582,8 @@ class _ServerStream:
         if batch.schema is not stream.input_schema and not batch.schema.equals(stream.input_schema):
             batch = _server_reconcile(batch, stream.input_schema, connection.server.limits)
         stream.state.process(AnnotatedBatch(batch, _ipc_key_values(metadata)), out, ctx)
+        with self._lock:
+            self._collector = None
         if not out.finished:
             out.validate()
         if _LOG_WIRE_RESPONSE.isEnabledFor(logging.DEBUG):
@@ -8487,6 +8592,8 @@ class _ServerStream:
 
     def _write(self, out: OutputCollector) -> None:
         """What a turn has collected; the whole of it is kept elsewhere, or nothing (wire.md section 12)."""
+        if self._logs:
+            self._write_logs(self._out)
         if self._stores and out._data is not None:
             pointer = self._call.externalize(
                 out._data.batch, [(item.batch, item.custom_metadata) for item in out.batches]
@@ -8504,10 +8611,23 @@ class _ServerStream:
             if self._call.observed:
                 self._call.sent(item.batch)
 
-    def _log_turn(self, message: Message) -> None:
-        """`ctx` outlives a turn; what it says goes where the present turn's batches go."""
-        if self._collector is not None:
-            self._collector.emit_client_log_message(message)
+    def _log(self, message: Message) -> None:
+        """`ctx` outlives a turn, and any thread may use it: a message travels with the turn that runs, or the next."""
+        call = self._call
+        with self._lock:
+            if self._ended:
+                raise RuntimeError(f"{call.plan.name}() has ended; its caller can no longer be sent messages")
+            if self._collector is not None:
+                return self._collector.emit_client_log_message(message)
+            server_id = self._connection.server.server_id
+            self._logs.append(_log_metadata_bytes(message, server_id=server_id, request_id=call.request_id))
+
+    def _last_words(self) -> None:
+        """Write what was said after the last turn; nothing can be said from here on."""
+        with self._lock:
+            self._ended = True
+            self._collector = None
+        self._write_logs(self._out)
 
     def _cancel(self) -> None:
         call = self._call
@@ -8515,22 +8635,20 @@ class _ServerStream:
         if _LOG_WIRE_STREAM.isEnabledFor(logging.DEBUG):
             _LOG_WIRE_STREAM.debug("Stream cancel received: method=%s", call.plan.name)
         try:
-            self._stream.state.on_cancel(self._connection.context(call, self._log_init, self._budget))
-        except Exception:
+            self._stream.state.on_cancel(self._connection.context(call, self._log, self._budget))
+        except _SERVER_OBEYED:
+            raise
+        except BaseException:
             _LOG_RPC.debug("on_cancel of %s raised", call.plan.name, exc_info=True)
         self._write_logs(self._out)
 
-    def _log_init(self, message: Message) -> None:
-        call = self._call
-        server_id = self._connection.server.server_id
-        self._logs.append(_log_metadata_bytes(message, server_id=server_id, request_id=call.request_id))
-
     def _write_logs(self, writer: _IpcWriter) -> None:
-        for metadata in self._logs:
+        with self._lock:
+            logs, self._logs = self._logs, []
+        for metadata in logs:
             empty = empty_batch(writer.schema)
             writer.write(empty, metadata)
             self._call.sent(empty)
-        self._logs.clear()
 
     def _send_whole(
         self,
@@ -8618,10 +8736,10 @@ class ServerRequest(_ServerConnection):
     def read(self, body: bytes) -> tuple[pa.RecordBatch, dict[bytes, bytes]]:
         """Read the input of a turn: the batch and its metadata, where the sealed state is."""
         source = _ServerBody(body, self.server.limits)
-        item = _wire_read_request(source, self.server.ipc_validation)
-        if item is None:
-            raise RpcError("ProtocolError", f"Expected one batch as input of {self.info.name}(), got an empty stream")
-        return item
+        batch, metadata, flaw = _wire_read_request(source, self.server.ipc_validation)
+        if flaw:
+            raise RpcError("ProtocolError", f"{self.info.name}(): {flaw}")
+        return batch, metadata
 
     def turn(
         self,
@@ -8760,7 +8878,7 @@ class ServerRequest(_ServerConnection):
             f"Protocol mismatch: the path has '{self.binding.name}', the batch's 'vgi_rpc.protocol' has '{name}'"
         )
 
-    def _refuse(self, exc: Exception, plan: _WirePlan | None, named: bool) -> None:
+    def _refuse(self, exc: Exception, plan: _WirePlan | None) -> None:
         raise exc
 
     def _hang_up(self, exc: Exception) -> typing.NoReturn:
