@@ -6129,9 +6129,11 @@ class Channel(_IpcSource):
         "out",
         "owns_shm",
         "pid",
+        "proven",
         "sent",
         "server",
         "shm",
+        "silence",
         "stream",
         "stream_thread",
         "timeout",
@@ -6154,6 +6156,8 @@ class Channel(_IpcSource):
         self.timeout: float | None = None
         self.stream: object | None = None
         self.stream_thread = 0
+        self.proven = False  # whether the peer has sent a whole request
+        self.silence: float | None = None  # seconds the peer may say nothing, in a message that it has begun
         self.server: object | None = None  # who answers here, and what it has to remember between two calls
         self.shm: ShmSegment | None = None  # for batches that need not be sent
         self.owns_shm: bool | None = None  # None: the peer has not been asked
@@ -6341,7 +6345,7 @@ class Channel(_IpcSource):
 
     def more(self, missing: int) -> None:
         """Read once."""
-        if self.deadline is not None:
+        if self.deadline is not None or self.silence is not None:
             self._wait_in()
         data = os.read(self.inp, _TRANSPORT_CHUNK)
         if not data:
@@ -6363,7 +6367,7 @@ class Channel(_IpcSource):
 
     def read_into(self, view: memoryview) -> int:
         """Read once into `view`."""
-        if self.deadline is not None:
+        if self.deadline is not None or self.silence is not None:
             self._wait_in()
         got = os.readv(self.inp, [view])
         if not got:
@@ -6431,7 +6435,7 @@ class Channel(_IpcSource):
                 views[at] = views[at][done:]
 
     def _wait_in(self) -> None:
-        """Wait for the peer's bytes until the deadline."""
+        """Wait for the peer's bytes until the deadline, or for as long as the peer may be silent."""
         if self._poll_in is None:
             self._poll_in = select.poll()
             self._poll_in.register(self.inp, select.POLLIN)
@@ -6445,11 +6449,14 @@ class Channel(_IpcSource):
         self._wait(self._poll_out)
 
     def _wait(self, poll: select.poll) -> None:
-        left = (self.deadline or 0.0) - time.monotonic()
+        left = (self.silence or 0.0) if self.deadline is None else self.deadline - time.monotonic()
         if left <= 0 or not poll.poll(left * 1000 + 1):
             raise self._late()
 
     def _late(self) -> DeadlineExceededError:
+        if self.deadline is None:
+            text = f"the peer has begun a message and was silent for {self.silence} s (idle_message_timeout)"
+            return DeadlineExceededError(text, sent="no")
         return DeadlineExceededError(
             f"{self.busy} did not finish within its timeout of {self.timeout} s;"
             " the connection is closed, because the answer may still come",
@@ -6525,7 +6532,7 @@ class _FileChannel(Channel):
 
     def _arm(self) -> None:
         if self._settimeout is not None:
-            left = None if self.deadline is None else self.deadline - time.monotonic()
+            left = self.silence if self.deadline is None else self.deadline - time.monotonic()
             if left is not None and left <= 0:
                 raise self._late()
             self._settimeout(left)
@@ -6946,10 +6953,16 @@ class UnixTransport(_SocketTransport):
 
 
 class TcpTransport(_SocketTransport):
-    """A transport over a connected TCP socket; sets TCP_NODELAY."""
+    """A transport over a connected TCP socket; sets TCP_NODELAY, and looks for a silent peer after a minute."""
+
+    KEEPALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in self.KEEPALIVE:
+            if hasattr(socket, name):  # not everywhere
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         super().__init__(sock)
 
 
@@ -6976,6 +6989,7 @@ class _TransportAcceptor:
 
     POLL = 0.5  # seconds; closing a socket does not wake accept() on Linux
     FIRST_CLIENT = 60.0  # seconds of grace before the first client
+    SILENT = 2.0  # seconds in which a guest must have asked something when others wait for its place
 
     def __init__(
         self,
@@ -6992,6 +7006,8 @@ class _TransportAcceptor:
         self._slots = threading.BoundedSemaphore(max_connections) if max_connections is not None else None
         self._idle_timeout = idle_timeout
         self._lock = threading.Lock()
+        self._guests: dict[_SocketTransport, float] = {}
+        self._quiet_until = 0.0
         self._active = 0
         self._expires = None if idle_timeout is None else time.monotonic() + max(idle_timeout, self.FIRST_CLIENT)
 
@@ -7002,6 +7018,8 @@ class _TransportAcceptor:
         poll.register(self._listener, select.POLLIN)
         while not self._expired():
             if self._slots is not None and not self._slots.acquire(timeout=self.POLL):
+                if poll.poll(0):
+                    self._make_room()
                 continue
             sock = self._accept() if poll.poll(self.POLL * 1000) else None
             if sock is None:
@@ -7016,12 +7034,36 @@ class _TransportAcceptor:
             sock, _ = self._listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return None
-        except OSError:  # EMFILE, ENFILE, ENOBUFS, ENOMEM: no room now
-            _LOG_RPC.warning("accept failed; trying again", exc_info=True)
-            time.sleep(0.05)
+        except OSError as exc:  # EMFILE, ENFILE, ENOBUFS, ENOMEM: no room now
+            if time.monotonic() >= self._quiet_until:
+                self._quiet_until = time.monotonic() + 1.0
+                _LOG_RPC.warning("accept failed: %s; trying again", exc)
+            self._make_room()
+            time.sleep(0.1)
             return None
         sock.setblocking(True)
         return sock
+
+    @contextlib.contextmanager
+    def guest(self, transport: _SocketTransport) -> Iterator[None]:
+        """Know a connection for as long as it is served."""
+        with self._lock:
+            self._guests[transport] = time.monotonic()
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._guests[transport]
+
+    def _make_room(self) -> None:
+        """Send those away who have taken a place and asked nothing; who has once sent a whole request stays."""
+        before = time.monotonic() - self.SILENT
+        with self._lock:
+            silent = [guest for guest, since in self._guests.items() if since < before and not guest.channel.proven]
+            for guest in silent:
+                guest._wake()
+        if silent:
+            _LOG_RPC.warning("no room for new connections; closed %d that had asked nothing", len(silent))
 
     def _start(self, sock: socket.socket) -> None:
         with self._lock:
@@ -7445,6 +7487,7 @@ class RpcServer:
         accept_unrouted: let old clients that send no routing key reach the only application protocol.
         limits: what a peer may claim before memory is allocated for it.
         external_location: keeps results that are too large to travel, and fetches arguments that are kept elsewhere.
+        idle_message_timeout: seconds that a peer on a socket may be silent within a request; None: for ever.
         shm_copy: copy batches out of shared memory before they are checked, so that a peer cannot change them later.
             Memory is shared with processes of the same user only. VGI_RPC_SHM_COPY=1 does it on both sides.
 
@@ -7468,7 +7511,11 @@ class RpcServer:
         limits: IpcLimits = IpcLimits(),  # noqa: B008 (immutable)
         external_location: BatchStore | None = None,
         shm_copy: bool = False,
+        idle_message_timeout: float | None = 60.0,
     ) -> None:
+        if idle_message_timeout is not None and not idle_message_timeout > 0:
+            raise ValueError(f"idle_message_timeout must be positive or None, got {idle_message_timeout}")
+        self.idle_message_timeout = idle_message_timeout
         self.external_location = external_location
         self.shm_copy = shm_copy
         self.server_id = server_id or f"{int.from_bytes(os.urandom(6), 'big'):012x}"
@@ -7955,15 +8002,21 @@ class _ServerConnection:
         self._flush()
 
     def _serve_one(self) -> None:
-        begin, data = self.channel.pos, self.channel.buf
+        channel = self.channel
+        begin, data = channel.pos, channel.buf
+        if self.kind is not TransportKind.PIPE:
+            channel.silence = self.server.idle_message_timeout
         try:
-            request = _wire_read_request(self.channel, self.server.ipc_validation)
+            request = _wire_read_request(channel, self.server.ipc_validation)
         except (EOFError, ConnectionError):
             raise
         except IPCError as exc:
             return self._refuse_unreadable(exc, data, begin)
         except Exception as exc:
             self._hang_up(exc)
+        finally:
+            channel.silence = None
+        channel.proven = True
         batch, metadata, flaw = request
         swallow, self._swallow = self._swallow, False
         if RPC_METHOD_KEY not in metadata and swallow:
@@ -7972,7 +8025,7 @@ class _ServerConnection:
             _LOG_WIRE_REQUEST.debug("Read request batch: %s, metadata=%s", _log_batch(batch), _log_metadata(metadata))
         if flaw and RPC_METHOD_KEY in metadata:
             return self._refuse(RpcError("ProtocolError", flaw), None)
-        sample = data[begin : self.channel.pos] if self.channel.buf is data else b""
+        sample = data[begin : channel.pos] if channel.buf is data else b""
         self._answer(batch, metadata, sample)
 
     def _serve_learned(self) -> bool:
@@ -8000,6 +8053,7 @@ class _ServerConnection:
         if kwargs is None:
             return False
         channel.pos = end
+        channel.proven = True
         self._enter_shared(None if self._shared is None else channel.shm or self._segment)
         request = None
         if self.observed():
@@ -8668,7 +8722,7 @@ class _ServerStream:
 class _ServerBody(_IpcSource):
     """A whole request in memory, and the reply to it."""
 
-    __slots__ = ("reply",)
+    __slots__ = ("proven", "reply", "silence")
 
     def __init__(self, data: bytes, limits: IpcLimits) -> None:
         super().__init__(data, limits)
@@ -11210,18 +11264,104 @@ def _door_serve(server: RpcServer, transport: Any) -> None:
 # ---- servers
 
 
-def serve_stdio(server: RpcServer) -> None:
+def serve_stdio(server: RpcServer, *, orphan_grace: float | None = 1.0) -> None:
     """Serve one peer on stdin and stdout, until stdin ends.
 
     print(), C libraries and children cannot disturb it: the protocol moves to private descriptors, descriptor 1
     becomes stderr and descriptor 0 the null device.
+
+    Args:
+        orphan_grace: seconds that a method may go on when nobody is left who could read its answer, because the caller
+            has died; then SIGTERM ends this process. None: as long as the method takes.
     """
     transport = _transport_stdio()
     _LOG_WIRE_TRANSPORT.debug("serve_stdio: server_id=%s", server.server_id)
     try:
-        server.serve(transport)
+        with _door_orphan(transport.channel.out, orphan_grace):
+            server.serve(transport)
     finally:
         transport.close()
+
+
+_DOOR_GRACE = 3.0  # seconds from a signal to the end of the process, whatever it does
+
+
+@contextlib.contextmanager
+def _door_orphan(out: int, grace: float | None) -> Iterator[None]:
+    """A thread that looks after the reader of `out`: the main thread does not, while a method runs."""
+    if grace is None or out < 0:
+        yield
+        return
+    stop, wake = os.pipe()
+    thread = threading.Thread(target=_door_await_death, args=(out, stop, grace), name="vgi_rpc-orphan", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        os.write(wake, b"x")
+        thread.join(1.0)
+        os.close(wake)
+
+
+def _door_await_death(out: int, stop: int, grace: float) -> None:
+    poll = select.poll()
+    poll.register(stop, select.POLLIN)
+    poll.register(out, 0)  # nothing but the end: no reader is left
+    ready = dict(poll.poll())
+    poll.unregister(out)
+    if stop not in ready and not poll.poll(grace * 1000):  # an idle server has noticed by now
+        _LOG_RPC.warning("the caller has gone while a method runs; ending process %d", os.getpid())
+        os.kill(os.getpid(), signal.SIGTERM)
+        if not poll.poll(_DOOR_GRACE * 1000):
+            os._exit(128 + signal.SIGTERM)
+    os.close(stop)
+
+
+@contextlib.contextmanager
+def _door_mortal(stopped: list[int]) -> Iterator[None]:
+    """Let SIGTERM and SIGINT end this process: by an exception in the main thread, and after a grace in any case.
+
+    Nothing but a handler ends process 1 (a container's), and a handler does not run while a method is in C: then a
+    thread of ours sees the signal. `stopped` is told that SIGTERM came.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        stopped.append(number)
+        raise SystemExit(128 + number)
+
+    ours = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, stop)
+    ear, mouth = os.pipe()
+    os.set_blocking(mouth, False)
+    before = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
+    mortal = (stop, signal.default_int_handler)
+    threading.Thread(target=_door_watchdog, args=(ear, mortal), name="vgi_rpc-watchdog", daemon=True).start()
+    interrupted = False
+    try:
+        yield
+    except KeyboardInterrupt:
+        interrupted = True
+        raise
+    finally:
+        if not (stopped or interrupted):  # else the watchdog stays
+            signal.set_wakeup_fd(before)
+            os.write(mouth, b"\0")
+            os.close(mouth)
+            if ours:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _door_watchdog(ear: int, mortal: tuple[object, ...]) -> None:
+    """Read the numbers of signals as they come; 0 is the end."""
+    while number := (os.read(ear, 1) or b"\0")[0]:
+        if number in (signal.SIGTERM, signal.SIGINT) and signal.getsignal(number) in mortal:
+            time.sleep(_DOOR_GRACE)
+            os._exit(128 + number)
+    os.close(ear)
 
 
 @overload
@@ -11254,7 +11394,8 @@ def serve_unix(
 
     Args:
         threaded: a daemon thread per connection; otherwise one connection after the other.
-        max_connections: further clients wait in the backlog (threaded only).
+        max_connections: further clients wait in the backlog (threaded only); then those are closed that have been
+            connected for two seconds and have not sent a whole request yet.
         idle_timeout: return this many seconds after the last connection has ended (threaded only).
         on_bound: called with the path once it accepts connections.
 
@@ -11279,14 +11420,17 @@ def serve_unix(
     _LOG_WIRE_TRANSPORT.debug("serve_unix: server_id=%s, path=%s", server.server_id, path)
 
     def handle(sock: socket.socket) -> None:
-        server.serve(UnixTransport(sock))
+        transport = UnixTransport(sock)
+        with acceptor.guest(transport):
+            server.serve(transport)
 
+    acceptor = _TransportAcceptor(
+        listener, handle, threaded=threaded, max_connections=max_connections, idle_timeout=idle_timeout
+    )
     try:
         if on_bound is not None:
             on_bound(path)
-        _TransportAcceptor(
-            listener, handle, threaded=threaded, max_connections=max_connections, idle_timeout=idle_timeout
-        ).run()
+        acceptor.run()
     finally:
         listener.close()
         if os.getpid() == owner:  # `on_bound` may have forked
@@ -11366,15 +11510,17 @@ def serve_tcp(
                 sock = tls_context.wrap_socket(sock, server_side=True)
             transport = TcpTransport(sock)
             try:
-                server.serve(transport)
+                with acceptor.guest(transport):
+                    server.serve(transport)
             finally:
                 transport.close()
 
+        acceptor = _TransportAcceptor(
+            listener, handle, threaded=threaded, max_connections=max_connections, idle_timeout=idle_timeout
+        )
         if on_bound is not None:
             on_bound(host, bound)
-        _TransportAcceptor(
-            listener, handle, threaded=threaded, max_connections=max_connections, idle_timeout=idle_timeout
-        ).run()
+        acceptor.run()
 
 
 def _door_check_serving(threaded: bool, max_connections: int | None, idle_timeout: float | None) -> None:
@@ -11419,11 +11565,19 @@ def _door_run(
     else:
         server = RpcServer(protocol_or_server, implementation, enable_describe=describe or options.describe)
     _door_check_options(options)
+    if options.idle_message_timeout is not None:
+        server.idle_message_timeout = options.idle_message_timeout or None
+    stopped: list[int] = []
     try:
         with contextlib.ExitStack() as log:
             if options.workers == 1:
                 log.callback(_door_access_log(options, server))
-            _door_serve_options(server, options, log)
+            _door_serve_options(server, options, log, stopped)
+    except SystemExit:
+        if stopped:  # everything is put away: die of it, as others expect; process 1 cannot, and exits
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise
     except KeyboardInterrupt:  # Ctrl-C in a terminal reaches the worker too
         raise SystemExit(130) from None
     except (OSError, RuntimeError) as exc:
@@ -11445,6 +11599,8 @@ def _door_check_options(options: Any) -> None:
         raise SystemExit(f"--port must be within 0..65535, got {options.port}")
     if not options.idle_timeout >= 0:  # nan as well
         raise SystemExit(f"--idle-timeout must not be negative, got {options.idle_timeout}")
+    if options.idle_message_timeout is not None and not options.idle_message_timeout >= 0:
+        raise SystemExit(f"--idle-message-timeout must not be negative, got {options.idle_message_timeout}")
     if options.max_connections < 0:
         raise SystemExit(f"--max-connections must not be negative, got {options.max_connections}")
     if options.workers < 1:
@@ -11455,7 +11611,7 @@ def _door_check_options(options: Any) -> None:
         raise SystemExit("--access-log needs {pid} in its path when there are several --workers")
 
 
-def _door_serve_options(server: RpcServer, options: Any, log: contextlib.ExitStack) -> None:
+def _door_serve_options(server: RpcServer, options: Any, log: contextlib.ExitStack, stopped: list[int]) -> None:
     sockets: dict[str, Any] = {
         "threaded": options.threaded,
         "max_connections": options.max_connections or None,
@@ -11467,6 +11623,7 @@ def _door_serve_options(server: RpcServer, options: Any, log: contextlib.ExitSta
         if options.workers > 1:
             _DoorWorkers(options.workers).run()
             log.callback(_door_access_log(options, server))
+        log.enter_context(_door_mortal(stopped))
 
     if options.http:
         _door_serve_http(server, options)
@@ -11476,7 +11633,8 @@ def _door_serve_options(server: RpcServer, options: Any, log: contextlib.ExitSta
         host, port = _door_host_port(options.tcp)
         serve_tcp(server, host, port, on_bound=lambda name, number: bound(f"TCP:{name}:{number}"), **sockets)
     else:
-        serve_stdio(server)
+        log.enter_context(_door_mortal(stopped))
+        serve_stdio(server, orphan_grace=None if options.orphan_grace < 0 else options.orphan_grace)
 
 
 class _DoorWorkers:
@@ -11501,17 +11659,29 @@ class _DoorWorkers:
             if self._fork(before):
                 return
         while self._born:
-            pid, status = os.wait()
+            pid, code = self._wait()
             born = self._born.pop(pid, 0.0)
-            code = os.waitstatus_to_exitcode(status)
             if code == 0 or self._stopping:
                 continue
-            _LOG_RPC.error("worker %d ended with status %d; starting another", pid, code)
+            said = "an unknown status" if code is None else f"status {code}"
+            _LOG_RPC.error("worker %d ended with %s; starting another", pid, said)
             if time.monotonic() - born < 1.0:  # it cannot live: do not try a thousand times a second
                 time.sleep(1.0)
             if self._fork(before):
                 return
         raise SystemExit(128 + self._stopping if self._stopping else 0)
+
+    def _wait(self) -> tuple[int, int | None]:
+        """Wait for a worker, and for no other child: those belong to whoever started them."""
+        while True:
+            for pid in list(self._born):
+                try:
+                    found, status = os.waitpid(pid, os.WNOHANG)
+                except ChildProcessError:  # somebody else has waited for it
+                    return pid, None
+                if found:
+                    return pid, os.waitstatus_to_exitcode(status)
+            time.sleep(0.1)
 
     def _fork(self, handlers: list[Any]) -> bool:
         """Make one worker; True in it."""
@@ -11590,6 +11760,8 @@ _DOOR_FLAGS: tuple[tuple[str, type, Any, str], ...] = (
     ("workers", int, 1, "sockets: this many processes"),
     ("idle-timeout", float, 300.0, "sockets: exit this long after the last client; 0 never"),
     ("max-connections", int, 64, "sockets: at most this many at a time; 0 unlimited"),
+    ("idle-message-timeout", float, None, "sockets: end who is silent this long in a request; 60, 0 never"),
+    ("orphan-grace", float, 1.0, "stdio: end a method this long after its caller has died; -1 never"),
     ("access-log", str, None, "file of JSON lines; {pid} {server_id}"),
     ("access-log-max-bytes", int, None, "rotate above this size"),
     ("access-log-backup-count", int, 5, "rotated files to keep"),
