@@ -6049,14 +6049,26 @@ def read_reply(
 ) -> pa.RecordBatch:
     """Return the result batch of a complete reply; raises what the far side raised. For calls of a transport's own."""
     try:
-        item = _wire_read_data(_IpcReader(_IpcSource(body, limits), ipc_validation), _ElsewhereLogs(None))
+        return read_answer(_IpcSource(body, limits), ipc_validation)[0]
     except (EOFError, pa.ArrowException, IPCError) as exc:
         raise RpcError("ProtocolError", f"the reply is not readable: {exc}") from exc
+
+
+def read_answer(
+    source: _IpcSource, ipc_validation: IpcValidation = IpcValidation.FULL
+) -> tuple[pa.RecordBatch, dict[bytes, bytes]]:
+    """Read the reply that comes next on a Channel; returns its result batch and metadata, or raises what it says.
+
+    The limits are the channel's; what the reader of the channel raises means that it is out of step.
+    """
+    reader = _IpcReader(source, ipc_validation)
+    item = _wire_read_data(reader, _ElsewhereLogs(None))
+    reader.drain()
     if isinstance(item, RpcError):
         raise item
     if item is None:
         raise RpcError("ProtocolError", "the reply holds no result")
-    return item[0]
+    return item[0], item[1] or {}
 
 
 # ==== 10. TRANSPORTS ==================================================================================================
@@ -7408,6 +7420,82 @@ def _describe_method_view(method: Any) -> MethodDescription:
 
 def _describe_schema(message: bytes) -> pa.Schema:
     return _ipc_schema_value(message) if message else EMPTY_SCHEMA
+
+
+# ---- whether caller and server mean the same
+
+
+def compare_protocols(protocol: type, description: ServiceDescription) -> list[str]:
+    """Say where a caller's Protocol and what a service says of itself differ, one line each; empty: they agree.
+
+    >>> with connect(Calc, [sys.executable, "worker.py", "--describe"]) as calc:
+    ...     compare_protocols(Calc, describe_protocol(calc, "Calc"))
+    []
+    """
+    ours, theirs = rpc_methods(protocol), description.methods
+    found = []
+    name, version = _methods_protocol_name(protocol), _methods_protocol_version(protocol) or ""
+    if name != description.protocol_name:
+        found.append(f"the protocol is '{name}' here and '{description.protocol_name}' at the service")
+    if version != description.protocol_version:
+        said = [text or "not declared" for text in (version, description.protocol_version)]
+        found.append(f"the protocol_version is {said[0]} here and {said[1]} at the service")
+    for method in sorted({*ours, *theirs}):
+        if method not in theirs:
+            found.append(f"{method}(): the service has no such method")
+        elif method not in ours:
+            found.append(f"{method}(): only the service has it")
+        else:
+            found += [f"{method}(): {text}" for text in _describe_differences(ours[method], theirs[method])]
+    return found
+
+
+def _describe_differences(ours: RpcMethodInfo, theirs: MethodDescription) -> list[str]:
+    kinds = [_describe_kind(method) for method in (ours, theirs)]
+    if ours.method_type is not theirs.method_type or (
+        None not in (ours.is_exchange, theirs.is_exchange) and kinds[0] != kinds[1]
+    ):
+        return [f"{kinds[0]} here and {kinds[1]} at the service"]
+    found = _describe_fields("parameter", ours.params_schema, theirs.params_schema)
+    common = [name for name in theirs.params_schema.names if name in ours.param_names]
+    if (mine := [name for name in ours.param_names if name in common]) != common:
+        found.append(f"the parameters are in another order: {', '.join(mine)} here, {', '.join(common)} at the service")
+    headers = ours.header_schema, theirs.header_schema
+    if None not in headers:
+        found += _describe_fields("header field", *headers)
+    elif headers != (None, None):
+        found.append(
+            "it has a header here and none at the service" if headers[1] is None else "the service sends a header"
+        )
+    results = [method.result_schema if method.has_return else EMPTY_SCHEMA for method in (ours, theirs)]
+    return found + _describe_fields("the", *results)
+
+
+def _describe_kind(method: RpcMethodInfo | MethodDescription) -> str:
+    if method.method_type is MethodType.UNARY:
+        return "a unary method"
+    return {True: "an exchange", False: "a producer", None: "a stream"}[method.is_exchange]
+
+
+def _describe_fields(noun: str, ours: pa.Schema, theirs: pa.Schema) -> list[str]:
+    """The differences between fields of the same name, and what only one side has."""
+    found = []
+    for name in dict.fromkeys((*ours.names, *theirs.names)):
+        what = f"{noun} {name!r}" if noun != "the" else "the result"
+        if name not in theirs.names:
+            found.append(f"{what} ({ours.field(name).type}) is unknown to the service")
+            continue
+        if name not in ours.names:
+            optional = "; old callers can leave it out if it has a default" if noun == "parameter" else ""
+            found.append(f"{what} ({theirs.field(name).type}) is unknown here{optional}")
+            continue
+        mine, other = ours.field(name), theirs.field(name)
+        if mine.type != other.type:
+            found.append(f"{what} is {mine.type} here and {other.type} at the service")
+        if mine.nullable != other.nullable:
+            may = "may be None here and not" if mine.nullable else "may not be None here, but it may"
+            found.append(f"{what} {may} at the service")
+    return found
 
 
 # ==== 12. SERVER ======================================================================================================
@@ -11318,11 +11406,12 @@ def _door_await_death(out: int, stop: int, grace: float) -> None:
 
 
 @contextlib.contextmanager
-def _door_mortal(stopped: list[int]) -> Iterator[None]:
+def _door_mortal(stopped: list[int], tidy: bool) -> Iterator[None]:
     """Let SIGTERM and SIGINT end this process: by an exception in the main thread, and after a grace in any case.
 
     Nothing but a handler ends process 1 (a container's), and a handler does not run while a method is in C: then a
-    thread of ours sees the signal. `stopped` is told that SIGTERM came.
+    thread of ours sees the signal. `stopped` is told that SIGTERM came. Without `tidy`, SIGTERM is left to the kernel
+    wherever that can: a call that is cut off is no answer.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -11332,7 +11421,7 @@ def _door_mortal(stopped: list[int]) -> Iterator[None]:
         stopped.append(number)
         raise SystemExit(128 + number)
 
-    ours = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    ours = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and (tidy or os.getpid() == 1)
     if ours:
         signal.signal(signal.SIGTERM, stop)
     ear, mouth = os.pipe()
@@ -11623,7 +11712,7 @@ def _door_serve_options(server: RpcServer, options: Any, log: contextlib.ExitSta
         if options.workers > 1:
             _DoorWorkers(options.workers).run()
             log.callback(_door_access_log(options, server))
-        log.enter_context(_door_mortal(stopped))
+        log.enter_context(_door_mortal(stopped, tidy=True))
 
     if options.http:
         _door_serve_http(server, options)
@@ -11633,7 +11722,7 @@ def _door_serve_options(server: RpcServer, options: Any, log: contextlib.ExitSta
         host, port = _door_host_port(options.tcp)
         serve_tcp(server, host, port, on_bound=lambda name, number: bound(f"TCP:{name}:{number}"), **sockets)
     else:
-        log.enter_context(_door_mortal(stopped))
+        log.enter_context(_door_mortal(stopped, tidy=False))
         serve_stdio(server, orphan_grace=None if options.orphan_grace < 0 else options.orphan_grace)
 
 
@@ -12022,7 +12111,7 @@ def _cli_add_common(parser: Any, default: Any, suffix: str = "") -> None:
     add("--cmd", "-c", metavar="COMMAND", help="start this worker")
     add("--unix", metavar="PATH", help="the server on a Unix socket")
     add("--tcp", metavar="HOST:PORT", help="the server on a TCP port")
-    add("--protocol", metavar="NAME", help="one of several protocols; the server's first by default")
+    add("--protocol", metavar="NAME", help="one of several; the first by default. doctor: MODULE:CLASS too")
     add("--prefix", "-p", metavar="PATH", help="HTTP: where the service is mounted")
     formats = ("auto", "json", "table", "arrow")
     text = "HTTP: send this too; may be repeated. A bearer token is better kept in the variable VGI_RPC_TOKEN"
@@ -12719,11 +12808,7 @@ def _cli_serve(options: Any) -> int:
     flags = [flag for flag in options.flags if flag != "--factory"]
     if __name__ == "__main__":  # run as a plain file: what the service imports by this file's name is this module
         sys.modules.setdefault(os.path.splitext(os.path.basename(__file__))[0], sys.modules[__name__])
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    protocol = _cli_import(options.protocol_class)
-    if not isinstance(protocol, type):
-        raise _CliError(f"{options.protocol_class} is not a Protocol class", 2)
+    protocol = _cli_protocol(options.protocol_class)
     found = _cli_import(options.implementation)
     factory = options.factory or len(flags) != len(options.flags)
     implementation = _cli_make(found, options.implementation) if factory or isinstance(found, type) else found
@@ -12733,6 +12818,16 @@ def _cli_serve(options: Any) -> int:
         raise _CliError(str(exc), 2) from exc
     _door_run(protocol, implementation, flags, describe=True)
     return 0
+
+
+def _cli_protocol(text: str) -> type:
+    """The class that `MODULE:PROTOCOL` names."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    protocol = _cli_import(text)
+    if not isinstance(protocol, type):
+        raise _CliError(f"{text} is not a Protocol class", 2)
+    return protocol
 
 
 def _cli_make(maker: Any, text: str) -> Any:
@@ -12787,7 +12882,10 @@ def _cli_doctor(options: Any) -> int:
     tool = _cli_tool("doctor")
     options.timeout = options.timeout or 10.0
     kind = next((flag for flag in ("cmd", "unix", "tcp", "url") if getattr(options, flag) is not None), None)
-    report = tool.examine(lambda: _cli_dial(options), kind, protocol=options.protocol, timeout=options.timeout)
+    name, against = options.protocol, None
+    if name and ":" in name:  # a caller's own
+        against, name = _cli_protocol(name), None
+    report = tool.examine(lambda: _cli_dial(options), kind, protocol=name, against=against, timeout=options.timeout)
     with _cli_output(options) as out:
         out.write(f"{report}\n" if _cli_format(options, out) == "table" else _cli_json(report.to_json()) + "\n")
     return 0 if report.healthy else 1
@@ -12903,18 +13001,18 @@ __all__ = [  # noqa: RUF022 (plain order of the characters)
     "TYPE_TOKEN_VERSION", "TcpTransport", "Transient", "TransportKind", "UnixTransport", "UnsupportedArrowTypeError",
     "ValidatedReader", "VersionError", "VgiAccessLogFormatter", "VgiJsonFormatter", "WireServiceDescription",
     "WorkerDiedError", "WorkerPool", "WrongProcessError", "apply_claim_redaction", "batch_from_json", "batch_to_json",
-    "canonical_json", "compute_protocol_hash", "connect", "current_auth", "decode_error_details", "describe_protocol",
-    "describe_rpc", "deserialize_record_batch", "empty_batch", "encode_error_details", "encode_metadata",
-    "error_code_of", "error_details_of", "error_kind_of", "exception_str", "externalize", "field_token", "introspect",
-    "is_external_location_batch", "is_retryable", "is_shm_pointer_batch", "list_protocols", "main",
-    "make_external_location_batch", "make_pipe_pair", "make_shm_pointer_batch", "make_tcp_pair", "make_unix_pair",
-    "map_calls", "maybe_write_to_shm", "merge_metadata", "new_ipc_stream", "no_redaction", "parse_error_detail",
-    "parse_version", "ping", "protocol_description", "read_reply", "read_single_record_batch", "redact_claims",
-    "resolve_external_location", "resolve_shm_batch", "rpc_methods", "run_server", "schema_tokens",
-    "serialize_record_batch", "serialize_record_batch_bytes", "serve_pipe", "serve_stdio", "serve_tcp",
-    "serve_tcp_pipe", "serve_unix", "serve_unix_pipe", "set_claim_redactor", "shm_available", "strip_keys", "submit",
-    "tcp_connect", "type_token", "unix_connect", "validate_batch", "validate_protocol_name", "with_options",
-    "with_transport", "worker_transport_metadata",
+    "canonical_json", "compare_protocols", "compute_protocol_hash", "connect", "current_auth", "decode_error_details",
+    "describe_protocol", "describe_rpc", "deserialize_record_batch", "empty_batch", "encode_error_details",
+    "encode_metadata", "error_code_of", "error_details_of", "error_kind_of", "exception_str", "externalize",
+    "field_token", "introspect", "is_external_location_batch", "is_retryable", "is_shm_pointer_batch", "list_protocols",
+    "main", "make_external_location_batch", "make_pipe_pair", "make_shm_pointer_batch", "make_tcp_pair",
+    "make_unix_pair", "map_calls", "maybe_write_to_shm", "merge_metadata", "new_ipc_stream", "no_redaction",
+    "parse_error_detail", "parse_version", "ping", "protocol_description", "read_answer", "read_reply",
+    "read_single_record_batch", "redact_claims", "resolve_external_location", "resolve_shm_batch", "rpc_methods",
+    "run_server", "schema_tokens", "serialize_record_batch", "serialize_record_batch_bytes", "serve_pipe",
+    "serve_stdio", "serve_tcp", "serve_tcp_pipe", "serve_unix", "serve_unix_pipe", "set_claim_redactor",
+    "shm_available", "strip_keys", "submit", "tcp_connect", "type_token", "unix_connect", "validate_batch",
+    "validate_protocol_name", "with_options", "with_transport", "worker_transport_metadata",
 ]
 # fmt: on
 
