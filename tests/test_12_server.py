@@ -1071,3 +1071,22 @@ def test_messages_between_turns_travel_with_the_next_one_or_with_the_end(connect
     assert heard[2:] == ["before the end"]
     with pytest.raises(RuntimeError, match=r"go\(\) has ended"):
         contexts[0].client_log(core.Level.INFO, "too late")
+
+
+@pytest.mark.parametrize("sent", [1, 60])
+def test_a_peer_that_is_silent_within_a_request_is_told_and_left(sent: int) -> None:
+    client, served = core.make_unix_pair()
+    server = core.RpcServer(Calc, CalcImpl(), idle_message_timeout=0.3)
+    thread = threading.Thread(target=server.serve, args=(served,))
+    thread.start()
+    with core.RpcConnection(Calc, client, timeout=10.0) as proxy:
+        assert proxy.add(1.0, 2.0) == 3.0
+        time.sleep(0.5)  # between two requests it may be
+        assert proxy.add(1.0, 2.0) == 3.0
+        client._sock.sendall(whole("add", a=1.0, b=2.0)[:sent])
+        client._sock.settimeout(10)
+        assert b"silent for 0.3 s (idle_message_timeout)" in client.reader.read()
+    thread.join(10)
+    assert not thread.is_alive()
+    with pytest.raises(ValueError, match="idle_message_timeout must be positive or None, got 0"):
+        core.RpcServer(Calc, CalcImpl(), idle_message_timeout=0)
