@@ -5706,6 +5706,7 @@ class _WirePlan:
             self.send_by_pyarrow()
         self.is_stream = info.method_type is MethodType.STREAM
         self.doing = f"{'stream init for' if self.is_stream else 'unary call to'} '{info.name}'"
+        self.quick = 0  # runs in a row that took next to no time, at a server whose caller sends ahead
 
     @functools.cached_property
     def _request_template(self) -> _IpcCanonical | None:
@@ -5919,14 +5920,23 @@ def _wire_error(exc: BaseException, server_id: str, request_id: str, tracebacks:
 # ---- bytes become a call: the checks of wire.md section 7, in its order
 
 
-def _wire_read_request(source: _IpcSource, validation: IpcValidation) -> tuple[pa.RecordBatch, _IpcMetadata] | None:
-    """Steps 1 and 2: read the first batch, drain to the end. None: a stream without a batch."""
+class _WireRequest(_NamedTuple):
+    batch: pa.RecordBatch
+    metadata: _IpcMetadata
+    flaw: str = ""  # why its number of batches is refused
+
+
+def _wire_read_request(source: _IpcSource, validation: IpcValidation) -> _WireRequest:
+    """Steps 1 and 2: read the first batch, drain to the end."""
     reader = _IpcReader(source, validation)
     item = reader.read()
-    reader.drain()
     if item is None:
-        return None
-    return item[0], item[1] or {}
+        return _WireRequest(empty_batch(EMPTY_SCHEMA), {}, "Expected one batch in a request, got a stream without any")
+    flaw = ""
+    if _ipc_message(source) is not None:
+        flaw = "Expected one batch in a request, got more: one row of arguments, then the end of the stream"
+        reader.drain()
+    return _WireRequest(item[0], item[1] or {}, flaw)
 
 
 def _wire_method_name(metadata: _IpcMetadata) -> str:
@@ -5935,7 +5945,8 @@ def _wire_method_name(metadata: _IpcMetadata) -> str:
     if method is None:
         raise RpcError(
             "ProtocolError",
-            "Missing 'vgi_rpc.method' in the request batch's custom metadata. Each request names its method there.",
+            "Missing 'vgi_rpc.method' in the request batch's custom metadata. Each request names its method there."
+            " The input of a stream comes here when the method called is a unary one in this server's Protocol.",
         )
     version = metadata.get(REQUEST_VERSION_KEY)
     if version is None:
@@ -6017,8 +6028,8 @@ def _wire_arguments(plan: _WirePlan, batch: pa.RecordBatch, limits: IpcLimits) -
     """Steps 14 to 18: the request row as keyword arguments. No value is read before the schema has been compared."""
     if not batch.schema.equals(plan.info.params_schema):
         _wire_check_schema(plan, batch.schema)
-    found = dict(zip(batch.schema.names, batch.columns, strict=True))
-    kwargs = _wire_decode(plan, {name: _wire_cell(found[name], limits) for name in plan.names}, limits)
+    cells = {name: _wire_cell(column, limits) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+    kwargs = _wire_filled(plan, _wire_decode(plan, cells, limits))
     for name, nullable in zip(plan.names, plan.nullable, strict=True):
         if kwargs[name] is None and not nullable:
             # Some clients send null for what the caller left out. Where None is a value of its own, it stays None.
@@ -6026,6 +6037,11 @@ def _wire_arguments(plan: _WirePlan, batch: pa.RecordBatch, limits: IpcLimits) -
                 raise TypeError(f"{plan.name}() parameter '{name}' is not optional but got None")
             kwargs[name] = plan.info.param_defaults[name]
     return kwargs
+
+
+def _wire_filled(plan: _WirePlan, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments with the defaults of those that the caller's older Protocol does not know."""
+    return kwargs if len(kwargs) == len(plan.names) else {**plan.info.param_defaults, **kwargs}
 
 
 def _wire_cell(column: pa.Array[Any], limits: IpcLimits) -> Any:
@@ -6038,13 +6054,17 @@ def _wire_cell(column: pa.Array[Any], limits: IpcLimits) -> Any:
     return bytes(view) if column.type == pa.binary() else str(view, "utf-8")
 
 
-def _wire_row_arguments(plan: _WirePlan, row: Sequence[Any], limits: IpcLimits) -> dict[str, Any] | None:
+def _wire_row_arguments(
+    plan: _WirePlan, names: Sequence[str], row: Sequence[Any], limits: IpcLimits
+) -> dict[str, Any] | None:
     """A row that a layout has read, as keyword arguments; None: let the pyarrow path decide."""
-    kwargs = dict(zip(plan.names, row, strict=True))
-    try:
-        return _wire_decode(plan, kwargs, limits) if plan.decoders else kwargs
-    except Exception:
-        return None
+    kwargs = dict(zip(names, row, strict=True))
+    if plan.decoders:
+        try:
+            kwargs = _wire_decode(plan, kwargs, limits)
+        except Exception:
+            return None
+    return kwargs if names is plan.names else _wire_filled(plan, kwargs)
 
 
 def _wire_decode(plan: _WirePlan, kwargs: dict[str, Any], limits: IpcLimits) -> dict[str, Any]:
@@ -6074,7 +6094,9 @@ def _wire_check_schema(plan: _WirePlan, got: pa.Schema) -> None:
     missing = [n for n in plan.names if n not in got.names and n not in plan.info.param_defaults]
     if missing:
         raise TypeError(f"{plan.name}() missing required argument(s): {', '.join(map(repr, missing))}")
-    want = plan.info.params_schema
+    want = [
+        field for field in plan.info.params_schema if field.name in got.names
+    ]  # step 17, but for what has a default
     if len(got) != len(want):
         raise TypeError(f"{plan.name}() parameter schema expected {len(want)} fields, got {len(got)}")
     for i, (w, g) in enumerate(zip(want, got, strict=True)):
@@ -6110,6 +6132,13 @@ def _wire_read_reply(
     """Read a reply to its end; the first result or error counts, what follows it is dropped (wire.md section 4)."""
     begin, data = source.pos, source.buf
     reader = _IpcReader(source, validation)
+    names = reader.schema.names
+    if names and names != plan.info.result_schema.names:  # errors may come on the empty schema
+        declared = _log_schema(plan.info.result_schema)
+        raise pa.ArrowInvalid(
+            f"{plan.name}() is declared as a unary method that returns {declared}, and was answered with"
+            f" {_log_schema(reader.schema)}; the server's Protocol is of another version"
+        )
     logs = _ElsewhereLogs(on_log)
     item = _wire_read_data(reader, logs)
     reader.drain()
@@ -6213,14 +6242,26 @@ def read_reply(
 ) -> pa.RecordBatch:
     """Return the result batch of a complete reply; raises what the far side raised. For calls of a transport's own."""
     try:
-        item = _wire_read_data(_IpcReader(_IpcSource(body, limits), ipc_validation), _ElsewhereLogs(None))
+        return read_answer(_IpcSource(body, limits), ipc_validation)[0]
     except (EOFError, pa.ArrowException, IPCError) as exc:
         raise RpcError("ProtocolError", f"the reply is not readable: {exc}") from exc
+
+
+def read_answer(
+    source: _IpcSource, ipc_validation: IpcValidation = IpcValidation.FULL
+) -> tuple[pa.RecordBatch, dict[bytes, bytes]]:
+    """Read the reply that comes next on a Channel; returns its result batch and metadata, or raises what it says.
+
+    The limits are the channel's; what the reader of the channel raises means that it is out of step.
+    """
+    reader = _IpcReader(source, ipc_validation)
+    item = _wire_read_data(reader, _ElsewhereLogs(None))
+    reader.drain()
     if isinstance(item, RpcError):
         raise item
     if item is None:
         raise RpcError("ProtocolError", "the reply holds no result")
-    return item[0]
+    return item[0], item[1] or {}
 
 
 # ==== 10. TRANSPORTS ==================================================================================================
@@ -6293,8 +6334,11 @@ class Channel(_IpcSource):
         "out",
         "owns_shm",
         "pid",
+        "proven",
         "sent",
+        "server",
         "shm",
+        "silence",
         "stream",
         "stream_thread",
         "timeout",
@@ -6317,6 +6361,9 @@ class Channel(_IpcSource):
         self.timeout: float | None = None
         self.stream: object | None = None
         self.stream_thread = 0
+        self.proven = False  # whether the peer has sent a whole request
+        self.silence: float | None = None  # seconds the peer may say nothing, in a message that it has begun
+        self.server: object | None = None  # who answers here, and what it has to remember between two calls
         self.shm: ShmSegment | None = None  # for batches that need not be sent
         self.owns_shm: bool | None = None  # None: the peer has not been asked
         self._poll_in: select.poll | None = None
@@ -6478,6 +6525,14 @@ class Channel(_IpcSource):
             return True
         return False
 
+    def arrives(self, seconds: float) -> bool:
+        """Whether the peer says something, or goes, within this time; True where only a read can tell."""
+        if self.pos < len(self.buf) or self.inp < 0:
+            return True
+        poll = select.poll()
+        poll.register(self.inp, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
+
     def gone(self) -> bool:
         """Whether the connection is idle and has lost its peer: nothing may arrive now but the end."""
         if self.broken is not None:
@@ -6495,7 +6550,7 @@ class Channel(_IpcSource):
 
     def more(self, missing: int) -> None:
         """Read once."""
-        if self.deadline is not None:
+        if self.deadline is not None or self.silence is not None:
             self._wait_in()
         data = os.read(self.inp, _TRANSPORT_CHUNK)
         if not data:
@@ -6517,7 +6572,7 @@ class Channel(_IpcSource):
 
     def read_into(self, view: memoryview) -> int:
         """Read once into `view`."""
-        if self.deadline is not None:
+        if self.deadline is not None or self.silence is not None:
             self._wait_in()
         got = os.readv(self.inp, [view])
         if not got:
@@ -6585,7 +6640,7 @@ class Channel(_IpcSource):
                 views[at] = views[at][done:]
 
     def _wait_in(self) -> None:
-        """Wait for the peer's bytes until the deadline."""
+        """Wait for the peer's bytes until the deadline, or for as long as the peer may be silent."""
         if self._poll_in is None:
             self._poll_in = select.poll()
             self._poll_in.register(self.inp, select.POLLIN)
@@ -6599,11 +6654,14 @@ class Channel(_IpcSource):
         self._wait(self._poll_out)
 
     def _wait(self, poll: select.poll) -> None:
-        left = (self.deadline or 0.0) - time.monotonic()
+        left = (self.silence or 0.0) if self.deadline is None else self.deadline - time.monotonic()
         if left <= 0 or not poll.poll(left * 1000 + 1):
             raise self._late()
 
     def _late(self) -> DeadlineExceededError:
+        if self.deadline is None:
+            text = f"the peer has begun a message and was silent for {self.silence} s (idle_message_timeout)"
+            return DeadlineExceededError(text, sent="no")
         return DeadlineExceededError(
             f"{self.busy} did not finish within its timeout of {self.timeout} s;"
             " the connection is closed, because the answer may still come",
@@ -6679,7 +6737,7 @@ class _FileChannel(Channel):
 
     def _arm(self) -> None:
         if self._settimeout is not None:
-            left = None if self.deadline is None else self.deadline - time.monotonic()
+            left = self.silence if self.deadline is None else self.deadline - time.monotonic()
             if left is not None and left <= 0:
                 raise self._late()
             self._settimeout(left)
@@ -7100,10 +7158,16 @@ class UnixTransport(_SocketTransport):
 
 
 class TcpTransport(_SocketTransport):
-    """A transport over a connected TCP socket; sets TCP_NODELAY."""
+    """A transport over a connected TCP socket; sets TCP_NODELAY, and looks for a silent peer after a minute."""
+
+    KEEPALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in self.KEEPALIVE:
+            if hasattr(socket, name):  # not everywhere
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         super().__init__(sock)
 
 
@@ -7130,6 +7194,7 @@ class _TransportAcceptor:
 
     POLL = 0.5  # seconds; closing a socket does not wake accept() on Linux
     FIRST_CLIENT = 60.0  # seconds of grace before the first client
+    SILENT = 2.0  # seconds in which a guest must have asked something when others wait for its place
 
     def __init__(
         self,
@@ -7146,6 +7211,8 @@ class _TransportAcceptor:
         self._slots = threading.BoundedSemaphore(max_connections) if max_connections is not None else None
         self._idle_timeout = idle_timeout
         self._lock = threading.Lock()
+        self._guests: dict[_SocketTransport, float] = {}
+        self._quiet_until = 0.0
         self._active = 0
         self._expires = None if idle_timeout is None else time.monotonic() + max(idle_timeout, self.FIRST_CLIENT)
 
@@ -7156,6 +7223,8 @@ class _TransportAcceptor:
         poll.register(self._listener, select.POLLIN)
         while not self._expired():
             if self._slots is not None and not self._slots.acquire(timeout=self.POLL):
+                if poll.poll(0):
+                    self._make_room()
                 continue
             sock = self._accept() if poll.poll(self.POLL * 1000) else None
             if sock is None:
@@ -7170,12 +7239,36 @@ class _TransportAcceptor:
             sock, _ = self._listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return None
-        except OSError:  # EMFILE, ENFILE, ENOBUFS, ENOMEM: no room now
-            _LOG_RPC.warning("accept failed; trying again", exc_info=True)
-            time.sleep(0.05)
+        except OSError as exc:  # EMFILE, ENFILE, ENOBUFS, ENOMEM: no room now
+            if time.monotonic() >= self._quiet_until:
+                self._quiet_until = time.monotonic() + 1.0
+                _LOG_RPC.warning("accept failed: %s; trying again", exc)
+            self._make_room()
+            time.sleep(0.1)
             return None
         sock.setblocking(True)
         return sock
+
+    @contextlib.contextmanager
+    def guest(self, transport: _SocketTransport) -> Iterator[None]:
+        """Know a connection for as long as it is served."""
+        with self._lock:
+            self._guests[transport] = time.monotonic()
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._guests[transport]
+
+    def _make_room(self) -> None:
+        """Send those away who have taken a place and asked nothing; who has once sent a whole request stays."""
+        before = time.monotonic() - self.SILENT
+        with self._lock:
+            silent = [guest for guest, since in self._guests.items() if since < before and not guest.channel.proven]
+            for guest in silent:
+                guest._wake()
+        if silent:
+            _LOG_RPC.warning("no room for new connections; closed %d that had asked nothing", len(silent))
 
     def _start(self, sock: socket.socket) -> None:
         with self._lock:
@@ -7522,6 +7615,82 @@ def _describe_schema(message: bytes) -> pa.Schema:
     return _ipc_schema_value(message) if message else EMPTY_SCHEMA
 
 
+# ---- whether caller and server mean the same
+
+
+def compare_protocols(protocol: type, description: ServiceDescription) -> list[str]:
+    """Say where a caller's Protocol and what a service says of itself differ, one line each; empty: they agree.
+
+    >>> with connect(Calc, [sys.executable, "worker.py", "--describe"]) as calc:
+    ...     compare_protocols(Calc, describe_protocol(calc, "Calc"))
+    []
+    """
+    ours, theirs = rpc_methods(protocol), description.methods
+    found = []
+    name, version = _methods_protocol_name(protocol), _methods_protocol_version(protocol) or ""
+    if name != description.protocol_name:
+        found.append(f"the protocol is '{name}' here and '{description.protocol_name}' at the service")
+    if version != description.protocol_version:
+        said = [text or "not declared" for text in (version, description.protocol_version)]
+        found.append(f"the protocol_version is {said[0]} here and {said[1]} at the service")
+    for method in sorted({*ours, *theirs}):
+        if method not in theirs:
+            found.append(f"{method}(): the service has no such method")
+        elif method not in ours:
+            found.append(f"{method}(): only the service has it")
+        else:
+            found += [f"{method}(): {text}" for text in _describe_differences(ours[method], theirs[method])]
+    return found
+
+
+def _describe_differences(ours: RpcMethodInfo, theirs: MethodDescription) -> list[str]:
+    kinds = [_describe_kind(method) for method in (ours, theirs)]
+    if ours.method_type is not theirs.method_type or (
+        None not in (ours.is_exchange, theirs.is_exchange) and kinds[0] != kinds[1]
+    ):
+        return [f"{kinds[0]} here and {kinds[1]} at the service"]
+    found = _describe_fields("parameter", ours.params_schema, theirs.params_schema)
+    common = [name for name in theirs.params_schema.names if name in ours.param_names]
+    if (mine := [name for name in ours.param_names if name in common]) != common:
+        found.append(f"the parameters are in another order: {', '.join(mine)} here, {', '.join(common)} at the service")
+    headers = ours.header_schema, theirs.header_schema
+    if None not in headers:
+        found += _describe_fields("header field", *headers)
+    elif headers != (None, None):
+        found.append(
+            "it has a header here and none at the service" if headers[1] is None else "the service sends a header"
+        )
+    results = [method.result_schema if method.has_return else EMPTY_SCHEMA for method in (ours, theirs)]
+    return found + _describe_fields("the", *results)
+
+
+def _describe_kind(method: RpcMethodInfo | MethodDescription) -> str:
+    if method.method_type is MethodType.UNARY:
+        return "a unary method"
+    return {True: "an exchange", False: "a producer", None: "a stream"}[method.is_exchange]
+
+
+def _describe_fields(noun: str, ours: pa.Schema, theirs: pa.Schema) -> list[str]:
+    """The differences between fields of the same name, and what only one side has."""
+    found = []
+    for name in dict.fromkeys((*ours.names, *theirs.names)):
+        what = f"{noun} {name!r}" if noun != "the" else "the result"
+        if name not in theirs.names:
+            found.append(f"{what} ({ours.field(name).type}) is unknown to the service")
+            continue
+        if name not in ours.names:
+            optional = "; old callers can leave it out if it has a default" if noun == "parameter" else ""
+            found.append(f"{what} ({theirs.field(name).type}) is unknown here{optional}")
+            continue
+        mine, other = ours.field(name), theirs.field(name)
+        if mine.type != other.type:
+            found.append(f"{what} is {mine.type} here and {other.type} at the service")
+        if mine.nullable != other.nullable:
+            may = "may be None here and not" if mine.nullable else "may not be None here, but it may"
+            found.append(f"{what} {may} at the service")
+    return found
+
+
 # ==== 12. SERVER ======================================================================================================
 # Uses: 1, 2, 3, 4, 5, 7, 8, 9, 10, 11. Requests become method calls (runtime.md sections 1, 3, 5, 6).
 #
@@ -7532,7 +7701,8 @@ def _describe_schema(message: bytes) -> pa.Schema:
 #
 # A request that is refused before dispatch is answered, and the connection stays in step: the input stream of a known
 # stream method is drained, that of an unknown one is swallowed when it comes (wire.md section 8.6). Bytes that are
-# not Arrow are answered once, and end the connection.
+# not Arrow are answered once, and end the connection; so does a request that names no method where none may come: it
+# is the input of a stream that the caller believes in, and every answer after it would go to another call (law 10).
 
 
 class ProtocolBinding:
@@ -7598,6 +7768,7 @@ class RpcServer:
         accept_unrouted: let old clients that send no routing key reach the only application protocol.
         limits: what a peer may claim before memory is allocated for it.
         external_location: keeps results that are too large to travel, and fetches arguments that are kept elsewhere.
+        idle_message_timeout: seconds that a peer on a socket may be silent within a request; None: for ever.
         shm_copy: copy batches out of shared memory before they are checked, so that a peer cannot change them later.
             Memory is shared with processes of the same user only. VGI_RPC_SHM_COPY=1 does it on both sides.
 
@@ -7621,7 +7792,11 @@ class RpcServer:
         limits: IpcLimits = IpcLimits(),  # noqa: B008 (immutable)
         external_location: BatchStore | None = None,
         shm_copy: bool = False,
+        idle_message_timeout: float | None = 60.0,
     ) -> None:
+        if idle_message_timeout is not None and not idle_message_timeout > 0:
+            raise ValueError(f"idle_message_timeout must be positive or None, got {idle_message_timeout}")
+        self.idle_message_timeout = idle_message_timeout
         self.external_location = external_location
         self.shm_copy = shm_copy
         self.server_id = server_id or f"{int.from_bytes(os.urandom(6), 'big'):012x}"
@@ -7721,9 +7896,17 @@ class RpcServer:
     def serve_one(self, transport: RpcTransport) -> None:
         """Answer exactly one call; EOFError when the peer has gone instead."""
         connection = self._connection(transport, None, None)
-        if connection.channel.at_end():
-            raise EOFError("the peer closed the connection")
-        connection.serve_one()
+        channel = connection.channel
+        try:
+            if channel.broken is not None or channel.at_end():
+                raise EOFError(channel.broken or "the peer closed the connection")
+            connection.serve_one()
+        except _ServerHangUp as exc:
+            connection.end(exc)
+            raise EOFError(channel.broken) from exc.__cause__
+        except EOFError:
+            connection.detach()
+            raise
 
     def _bind(self, binding: ProtocolBinding) -> None:
         other = self._bindings.get(binding.name)
@@ -7750,7 +7933,11 @@ class RpcServer:
         channel = _transport_channel(transport)
         self._start(kind, frozenset() if channel.shm is None else frozenset({"shm"}))
         channel.limits = self.limits
-        return _ServerConnection(self, channel, kind, auth or AuthContext.anonymous(), metadata or {})
+        known = channel.server
+        if not isinstance(known, _ServerConnection) or known.server is not self:
+            known = channel.server = _ServerConnection(self, channel, kind, _CTX_ANONYMOUS, {})
+        known.auth, known.transport_metadata = auth or AuthContext.anonymous(), metadata or {}
+        return known
 
     def _start(self, kind: TransportKind, capabilities: frozenset[str]) -> None:
         """Call `on_serve_start` of each distinct implementation, once per kind and capabilities (runtime.md 1.1)."""
@@ -7813,6 +8000,7 @@ class _ServerLayout(_NamedTuple):
     schema: pa.Schema
     binding: ProtocolBinding
     plan: _WirePlan
+    names: Sequence[str]  # of the arguments; an older caller may not have all of them
     size: int  # bytes it may hold
 
 
@@ -7849,7 +8037,8 @@ class _ServerLayouts:
                 return
             size = _SERVER_LAYOUT_BYTES + 4 * len(sample)
             key = sample[: 8 + _IPC_I32(sample, 4)[0]]
-            self._known[key] = (_ServerLayout(layout, batch.schema, binding, plan, size), *known)
+            names = plan.names if batch.num_columns == len(plan.names) else batch.schema.names
+            self._known[key] = (_ServerLayout(layout, batch.schema, binding, plan, names, size), *known)
             self._known[key] = self._known[key][:_SERVER_LAYOUTS_PER_SCHEMA]
             oldest = list(self._known.items())
             total = sum(entry.size for _, entries in oldest for entry in entries)
@@ -8070,12 +8259,18 @@ class _ServerConnection:
                 if not self._serve_learned():
                     self._flush()
                     self._serve_one()
-        except _ServerHangUp:
-            pass
+        except _ServerHangUp as exc:
+            self.end(exc)
         except (EOFError, ConnectionError):
             _LOG_RPC.debug("the peer went away", exc_info=True)
         finally:
-            self._detach()
+            self.detach()
+
+    def end(self, exc: _ServerHangUp) -> None:
+        """Close the connection of a peer that has been told why: nobody may wait for more, nothing more is read."""
+        self.detach()
+        with self.channel.lock:
+            self.channel.poison(f"the server ended the connection: {exception_str(exc.__cause__ or exc)}")
 
     def observed(self) -> bool:
         """Whether anyone wants to know about calls; if not, nothing is counted, timed or formatted."""
@@ -8088,22 +8283,30 @@ class _ServerConnection:
         self._flush()
 
     def _serve_one(self) -> None:
-        begin, data = self.channel.pos, self.channel.buf
+        channel = self.channel
+        begin, data = channel.pos, channel.buf
+        if self.kind is not TransportKind.PIPE:
+            channel.silence = self.server.idle_message_timeout
         try:
-            request = _wire_read_request(self.channel, self.server.ipc_validation)
+            request = _wire_read_request(channel, self.server.ipc_validation)
         except (EOFError, ConnectionError):
             raise
         except IPCError as exc:
             return self._refuse_unreadable(exc, data, begin)
         except Exception as exc:
             self._hang_up(exc)
-        batch, metadata = request or (empty_batch(EMPTY_SCHEMA), {})
+        finally:
+            channel.silence = None
+        channel.proven = True
+        batch, metadata, flaw = request
         swallow, self._swallow = self._swallow, False
-        if swallow and RPC_METHOD_KEY not in metadata:
+        if RPC_METHOD_KEY not in metadata and swallow:
             return
         if _LOG_WIRE_REQUEST.isEnabledFor(logging.DEBUG):
             _LOG_WIRE_REQUEST.debug("Read request batch: %s, metadata=%s", _log_batch(batch), _log_metadata(metadata))
-        sample = data[begin : self.channel.pos] if self.channel.buf is data else b""
+        if flaw and RPC_METHOD_KEY in metadata:
+            return self._refuse(RpcError("ProtocolError", flaw), None)
+        sample = data[begin : channel.pos] if channel.buf is data else b""
         self._answer(batch, metadata, sample)
 
     def _serve_learned(self) -> bool:
@@ -8126,11 +8329,12 @@ class _ServerConnection:
         limit = channel.limits.max_message_bytes
         if limit is not None and end - pos > limit:
             return False
-        layout, schema, binding, plan, _ = last
-        kwargs = _wire_row_arguments(plan, row, channel.limits)
+        layout, schema, binding, plan, names, _ = last
+        kwargs = _wire_row_arguments(plan, names, row, channel.limits)
         if kwargs is None:
             return False
         channel.pos = end
+        channel.proven = True
         self._enter_shared(None if self._shared is None else channel.shm or self._segment)
         request = None
         if self.observed():
@@ -8158,7 +8362,9 @@ class _ServerConnection:
             _wire_check_version(binding.name, binding.version, metadata)
             kwargs = _wire_arguments(plan, batch, self.channel.limits)
         except Exception as exc:
-            return self._refuse(exc, plan, RPC_METHOD_KEY in metadata)
+            if RPC_METHOD_KEY not in metadata:
+                self._hang_up(exc)
+            return self._refuse(exc, plan)
         if _LOG_WIRE_REQUEST.isEnabledFor(logging.DEBUG):
             _LOG_WIRE_REQUEST.debug("Parsed request: method=%s, kwargs={%s}", name, _log_kwargs(kwargs))
         if sample:
@@ -8211,7 +8417,7 @@ class _ServerConnection:
     def _attached(self, named: bytes | None) -> ShmSegment | None:
         name = None if named is None else named.decode(errors="replace")
         if name is not None and (self._segment is None or self._segment.name != name):
-            self._detach()
+            self.detach()
             try:
                 self._segment = ShmSegment.attach(name, 0)
             except (OSError, ValueError) as exc:
@@ -8220,7 +8426,8 @@ class _ServerConnection:
                 self._segment.copy_only()
         return self._segment
 
-    def _detach(self) -> None:
+    def detach(self) -> None:
+        """Let go of the memory that the peer shares."""
         segment, self._segment, self.shm = self._segment, None, None
         self._shared = self._last = None
         if segment is not None:
@@ -8272,6 +8479,8 @@ class _ServerConnection:
     def _unary_plain(self, binding: ProtocolBinding, plan: _WirePlan, kwargs: dict[str, Any]) -> None:
         """A method without a context that nobody observes: one call, one write."""
         channel = self.channel
+        if self._held and plan.quick < _SERVER_STEADY:  # a ready answer does not wait for a method that may take long
+            self._flush()
         ahead = channel.pos < len(channel.buf)  # the caller has sent more than this request
         began = time.monotonic() if ahead else 0.0
         try:
@@ -8289,8 +8498,10 @@ class _ServerConnection:
                 channel.write(data)
                 return None
             self._held.append(data)
-            if ahead and time.monotonic() - began < _SERVER_QUICK and sum(map(len, self._held)) < _SERVER_COALESCE:
-                return None
+            if ahead:
+                plan.quick = plan.quick + 1 if time.monotonic() - began < _SERVER_QUICK else 0
+                if plan.quick >= _SERVER_STEADY and sum(map(len, self._held)) < _SERVER_COALESCE:
+                    return None
             return self._flush()
         self._flush()
         if data is not None:
@@ -8334,7 +8545,7 @@ class _ServerConnection:
 
     def _obey(self, exc: BaseException | None) -> None:
         """SystemExit, KeyboardInterrupt: answered and recorded, and still obeyed."""
-        if exc is not None and not isinstance(exc, Exception):
+        if isinstance(exc, _SERVER_OBEYED):
             raise exc
 
     def context(
@@ -8380,14 +8591,13 @@ class _ServerConnection:
         """
         self.drain()
         whole = self.channel.buf is data
-        if self._swallow and RPC_METHOD_KEY not in data[begin : self.channel.pos if whole else None]:
-            if not whole:
-                self._hang_up(exc)
-            self._swallow = False
-            return
-        self._refuse(exc, None, True)
+        if RPC_METHOD_KEY in data[begin : self.channel.pos if whole else None] or not (whole or self._swallow):
+            return self._refuse(exc, None)
+        if not (whole and self._swallow):
+            self._hang_up(exc)
+        self._swallow = False
 
-    def _refuse(self, exc: Exception, plan: _WirePlan | None, named: bool) -> None:
+    def _refuse(self, exc: Exception, plan: _WirePlan | None) -> None:
         """Answer a request that was not dispatched, and keep the connection in step."""
         server = self.server
         stream = plan is not None and plan.is_stream
@@ -8397,7 +8607,7 @@ class _ServerConnection:
         self._send_stream(empty_batch(schema), metadata)
         if stream:
             self.drain()
-        self._swallow = plan is None and named
+        self._swallow = plan is None
 
     def drain(self) -> None:
         """Read an input stream that nobody wants to its end, wherever in it we are."""
@@ -8481,12 +8691,27 @@ class _ServerReply:
 _SERVER_SHM_KINDS = (TransportKind.PIPE, TransportKind.UNIX)  # peers on this machine
 _SERVER_COALESCE = 32_768  # bytes of answers that may wait for the next one
 _SERVER_QUICK = 1e-4  # seconds; an answer that took longer is sent at once
+_SERVER_STEADY = 16  # quick runs in a row before answers wait for the next one of a method
+_SERVER_SILENT = 0.25  # seconds until who opened a stream is shown that it is one
+_SERVER_OBEYED = (SystemExit, KeyboardInterrupt)  # what ends a process; all else that a method raises ends its call
 
 
 class _ServerStream:
     """One stream call: init, header, turns, end (wire.md section 8)."""
 
-    __slots__ = ("_budget", "_call", "_channel", "_collector", "_connection", "_logs", "_out", "_stores", "_stream")
+    __slots__ = (
+        "_budget",
+        "_call",
+        "_channel",
+        "_collector",
+        "_connection",
+        "_ended",
+        "_lock",
+        "_logs",
+        "_out",
+        "_stores",
+        "_stream",
+    )
 
     def __init__(self, call: _ServerCall, budget: float | None) -> None:
         self._call = call
@@ -8496,6 +8721,8 @@ class _ServerStream:
         self._stores = call.connection.server.external_location is not None
         self._collector: OutputCollector | None = None
         self._logs: list[_IpcMetadata] = []  # of init: they travel in the header stream, else in front of the output
+        self._ended = False
+        self._lock = threading.Lock()  # of the three above: where a message goes that another thread sends
         self._stream: Stream[Any, Any]
         self._out: _IpcWriter
 
@@ -8510,7 +8737,7 @@ class _ServerStream:
         if _LOG_WIRE_STREAM.isEnabledFor(logging.DEBUG):
             _LOG_WIRE_STREAM.debug("Stream init: method=%s", call.plan.name)
         if call.plan.name in call.binding.ctx_methods:
-            kwargs["ctx"] = self._connection.context(call, self._log_init, self._budget)
+            kwargs["ctx"] = self._connection.context(call, self._log, self._budget)
         try:
             self._stream = _server_check_stream(call.plan, getattr(call.binding.impl, call.plan.name)(**kwargs))
             self._out = _IpcWriter(self._stream.output_schema)
@@ -8541,8 +8768,8 @@ class _ServerStream:
         self._out = _IpcWriter(stream.output_schema)
         failure: BaseException | None = None
         try:
-            self._write_logs(self._out)
             if turn is None:
+                self._last_words()
                 self._out.write(empty_batch(stream.output_schema), seal(stream))
             else:
                 self._answer_turn(*turn, seal)
@@ -8559,12 +8786,14 @@ class _ServerStream:
         metadata: _IpcMetadata,
         seal: Callable[[Stream[Any, Any]], Mapping[bytes, bytes]],
     ) -> None:
-        ctx = self._connection.context(self._call, self._log_turn, self._budget)
+        ctx = self._connection.context(self._call, self._log, self._budget)
+        self._write_logs(self._out)
         out = self._process(batch, metadata, ctx)
         sealed = None if out.finished else seal(self._stream)
         if sealed is not None and len(self._stream.input_schema):
             out._merge(sealed)
             sealed = None
+        self._last_words()
         self._write(out)
         if sealed is not None:
             self._out.write(empty_batch(self._stream.output_schema), sealed)
@@ -8582,6 +8811,10 @@ class _ServerStream:
         channel, failure, ended = self._channel, None, False
         try:
             self._write_logs(self._out)
+            if not channel.arrives(
+                _SERVER_SILENT
+            ):  # who believes in a unary method waits for its reply: not this schema
+                channel.send(self._out.take())
             try:
                 reader = _IpcReader(channel, self._connection.server.ipc_validation)
                 failure = self._loop(reader)
@@ -8607,14 +8840,15 @@ class _ServerStream:
 
     def _end(self) -> None:
         """Send the rest of the output."""
+        self._last_words()
         if self._connection.shm is not None:  # the last input's region is free before the output ends (wire.md 11.4)
-            self._collector = None
             self._connection.shm.sweep()
         self._out.close()
         self._channel.send(self._out.take())
 
     def _fail(self, exc: BaseException) -> None:
         """The last batch of an output: an error."""
+        self._last_words()
         empty = empty_batch(self._stream.output_schema)
         self._out.write(empty, self._call.fail(exc))
         self._call.sent(empty)
@@ -8623,18 +8857,26 @@ class _ServerStream:
         """Turn by turn until someone ends it; returns what an application raised."""
         call, channel, out = self._call, self._channel, self._out
         ticks = len(self._stream.input_schema) == 0
-        ctx = self._connection.context(call, self._log_turn, self._budget)
+        plan = call.plan
+        ctx = self._connection.context(call, self._log, self._budget)
         while (item := reader.read()) is not None:
             batch, metadata = item
-            if metadata is not None and CANCEL_KEY in metadata:
-                self._cancel()
-                return None
+            if metadata is not None:
+                if CANCEL_KEY in metadata:
+                    self._cancel()
+                    return None
+                if RPC_METHOD_KEY in metadata:
+                    raise RpcError(
+                        "ProtocolError",
+                        f"a request came where the input of {call.plan.name}() was due: it is a stream method here",
+                    )
             if not ticks:
                 call.received(batch)
             if self._connection.shm is not None:
-                self._collector = None
                 self._connection.shm.sweep()
             began = time.monotonic()
+            if self._budget is not None:
+                ctx.deadline = began + self._budget  # callers wait for each turn as long as for the first
             try:
                 finished = self._turn(batch, metadata, ctx)
             except BaseException as exc:
@@ -8643,8 +8885,11 @@ class _ServerStream:
             if finished:
                 return None
             # Answers to ticks sent ahead share a write, unless that would keep one waiting (FINDINGS.md section 4).
-            if not reader.tick_waits() or out.size > _SERVER_COALESCE or time.monotonic() - began > _SERVER_QUICK:
-                channel.send(out.take())
+            if reader.tick_waits() and out.size <= _SERVER_COALESCE:
+                plan.quick = plan.quick + 1 if time.monotonic() - began < _SERVER_QUICK else 0
+                if plan.quick >= _SERVER_STEADY:
+                    continue
+            channel.send(out.take())
         return None
 
     def _turn(self, batch: pa.RecordBatch, metadata: _IpcMetadata | None, ctx: CallContext) -> bool:
@@ -8675,6 +8920,8 @@ class _ServerStream:
         if batch.schema is not stream.input_schema and not batch.schema.equals(stream.input_schema):
             batch = _server_reconcile(batch, stream.input_schema, connection.server.limits)
         stream.state.process(AnnotatedBatch(batch, _ipc_key_values(metadata)), out, ctx)
+        with self._lock:
+            self._collector = None
         if not out.finished:
             out.validate()
         if _LOG_WIRE_RESPONSE.isEnabledFor(logging.DEBUG):
@@ -8683,6 +8930,8 @@ class _ServerStream:
 
     def _write(self, out: OutputCollector) -> None:
         """What a turn has collected; the whole of it is kept elsewhere, or nothing (wire.md section 12)."""
+        if self._logs:
+            self._write_logs(self._out)
         if self._stores and out._data is not None:
             pointer = self._call.externalize(
                 out._data.batch, [(item.batch, item.custom_metadata) for item in out.batches]
@@ -8700,10 +8949,23 @@ class _ServerStream:
             if self._call.observed:
                 self._call.sent(item.batch)
 
-    def _log_turn(self, message: Message) -> None:
-        """`ctx` outlives a turn; what it says goes where the present turn's batches go."""
-        if self._collector is not None:
-            self._collector.emit_client_log_message(message)
+    def _log(self, message: Message) -> None:
+        """`ctx` outlives a turn, and any thread may use it: a message travels with the turn that runs, or the next."""
+        call = self._call
+        with self._lock:
+            if self._ended:
+                raise RuntimeError(f"{call.plan.name}() has ended; its caller can no longer be sent messages")
+            if self._collector is not None:
+                return self._collector.emit_client_log_message(message)
+            server_id = self._connection.server.server_id
+            self._logs.append(_log_metadata_bytes(message, server_id=server_id, request_id=call.request_id))
+
+    def _last_words(self) -> None:
+        """Write what was said after the last turn; nothing can be said from here on."""
+        with self._lock:
+            self._ended = True
+            self._collector = None
+        self._write_logs(self._out)
 
     def _cancel(self) -> None:
         call = self._call
@@ -8711,22 +8973,20 @@ class _ServerStream:
         if _LOG_WIRE_STREAM.isEnabledFor(logging.DEBUG):
             _LOG_WIRE_STREAM.debug("Stream cancel received: method=%s", call.plan.name)
         try:
-            self._stream.state.on_cancel(self._connection.context(call, self._log_init, self._budget))
-        except Exception:
+            self._stream.state.on_cancel(self._connection.context(call, self._log, self._budget))
+        except _SERVER_OBEYED:
+            raise
+        except BaseException:
             _LOG_RPC.debug("on_cancel of %s raised", call.plan.name, exc_info=True)
         self._write_logs(self._out)
 
-    def _log_init(self, message: Message) -> None:
-        call = self._call
-        server_id = self._connection.server.server_id
-        self._logs.append(_log_metadata_bytes(message, server_id=server_id, request_id=call.request_id))
-
     def _write_logs(self, writer: _IpcWriter) -> None:
-        for metadata in self._logs:
+        with self._lock:
+            logs, self._logs = self._logs, []
+        for metadata in logs:
             empty = empty_batch(writer.schema)
             writer.write(empty, metadata)
             self._call.sent(empty)
-        self._logs.clear()
 
     def _send_whole(
         self,
@@ -8746,7 +9006,7 @@ class _ServerStream:
 class _ServerBody(_IpcSource):
     """A whole request in memory, and the reply to it."""
 
-    __slots__ = ("reply",)
+    __slots__ = ("proven", "reply", "silence")
 
     def __init__(self, data: bytes, limits: IpcLimits) -> None:
         super().__init__(data, limits)
@@ -8823,10 +9083,10 @@ class ServerRequest(_ServerConnection):
     def read(self, body: bytes) -> tuple[pa.RecordBatch, dict[bytes, bytes]]:
         """Read the input of a turn: the batch and its metadata, where the sealed state is."""
         source = _ServerBody(body, self.server.limits)
-        item = _wire_read_request(source, self.server.ipc_validation)
-        if item is None:
-            raise RpcError("ProtocolError", f"Expected one batch as input of {self.info.name}(), got an empty stream")
-        return item
+        batch, metadata, flaw = _wire_read_request(source, self.server.ipc_validation)
+        if flaw:
+            raise RpcError("ProtocolError", f"{self.info.name}(): {flaw}")
+        return batch, metadata
 
     def turn(
         self,
@@ -8964,7 +9224,7 @@ class ServerRequest(_ServerConnection):
             f"Protocol mismatch: the path has '{self.binding.name}', the batch's 'vgi_rpc.protocol' has '{name}'"
         )
 
-    def _refuse(self, exc: Exception, plan: _WirePlan | None, named: bool) -> None:
+    def _refuse(self, exc: Exception, plan: _WirePlan | None) -> None:
         raise exc
 
     def _hang_up(self, exc: Exception) -> typing.NoReturn:
@@ -11386,18 +11646,105 @@ def _door_serve(server: RpcServer, transport: Any) -> None:
 # ---- servers
 
 
-def serve_stdio(server: RpcServer) -> None:
+def serve_stdio(server: RpcServer, *, orphan_grace: float | None = 1.0) -> None:
     """Serve one peer on stdin and stdout, until stdin ends.
 
     print(), C libraries and children cannot disturb it: the protocol moves to private descriptors, descriptor 1
     becomes stderr and descriptor 0 the null device.
+
+    Args:
+        orphan_grace: seconds that a method may go on when nobody is left who could read its answer, because the caller
+            has died; then SIGTERM ends this process. None: as long as the method takes.
     """
     transport = _transport_stdio()
     _LOG_WIRE_TRANSPORT.debug("serve_stdio: server_id=%s", server.server_id)
     try:
-        server.serve(transport)
+        with _door_orphan(transport.channel.out, orphan_grace):
+            server.serve(transport)
     finally:
         transport.close()
+
+
+_DOOR_GRACE = 3.0  # seconds from a signal to the end of the process, whatever it does
+
+
+@contextlib.contextmanager
+def _door_orphan(out: int, grace: float | None) -> Iterator[None]:
+    """A thread that looks after the reader of `out`: the main thread does not, while a method runs."""
+    if grace is None or out < 0:
+        yield
+        return
+    stop, wake = os.pipe()
+    thread = threading.Thread(target=_door_await_death, args=(out, stop, grace), name="vgi_rpc-orphan", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        os.write(wake, b"x")
+        thread.join(1.0)
+        os.close(wake)
+
+
+def _door_await_death(out: int, stop: int, grace: float) -> None:
+    poll = select.poll()
+    poll.register(stop, select.POLLIN)
+    poll.register(out, 0)  # nothing but the end: no reader is left
+    ready = dict(poll.poll())
+    poll.unregister(out)
+    if stop not in ready and not poll.poll(grace * 1000):  # an idle server has noticed by now
+        _LOG_RPC.warning("the caller has gone while a method runs; ending process %d", os.getpid())
+        os.kill(os.getpid(), signal.SIGTERM)
+        if not poll.poll(_DOOR_GRACE * 1000):
+            os._exit(128 + signal.SIGTERM)
+    os.close(stop)
+
+
+@contextlib.contextmanager
+def _door_mortal(stopped: list[int], tidy: bool) -> Iterator[None]:
+    """Let SIGTERM and SIGINT end this process: by an exception in the main thread, and after a grace in any case.
+
+    Nothing but a handler ends process 1 (a container's), and a handler does not run while a method is in C: then a
+    thread of ours sees the signal. `stopped` is told that SIGTERM came. Without `tidy`, SIGTERM is left to the kernel
+    wherever that can: a call that is cut off is no answer.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        stopped.append(number)
+        raise SystemExit(128 + number)
+
+    ours = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and (tidy or os.getpid() == 1)
+    if ours:
+        signal.signal(signal.SIGTERM, stop)
+    ear, mouth = os.pipe()
+    os.set_blocking(mouth, False)
+    before = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
+    mortal = (stop, signal.default_int_handler)
+    threading.Thread(target=_door_watchdog, args=(ear, mortal), name="vgi_rpc-watchdog", daemon=True).start()
+    interrupted = False
+    try:
+        yield
+    except KeyboardInterrupt:
+        interrupted = True
+        raise
+    finally:
+        if not (stopped or interrupted):  # else the watchdog stays
+            signal.set_wakeup_fd(before)
+            os.write(mouth, b"\0")
+            os.close(mouth)
+            if ours:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _door_watchdog(ear: int, mortal: tuple[object, ...]) -> None:
+    """Read the numbers of signals as they come; 0 is the end."""
+    while number := (os.read(ear, 1) or b"\0")[0]:
+        if number in (signal.SIGTERM, signal.SIGINT) and signal.getsignal(number) in mortal:
+            time.sleep(_DOOR_GRACE)
+            os._exit(128 + number)
+    os.close(ear)
 
 
 @overload
@@ -11430,7 +11777,8 @@ def serve_unix(
 
     Args:
         threaded: a daemon thread per connection; otherwise one connection after the other.
-        max_connections: further clients wait in the backlog (threaded only).
+        max_connections: further clients wait in the backlog (threaded only); then those are closed that have been
+            connected for two seconds and have not sent a whole request yet.
         idle_timeout: return this many seconds after the last connection has ended (threaded only).
         on_bound: called with the path once it accepts connections.
 
@@ -11455,14 +11803,17 @@ def serve_unix(
     _LOG_WIRE_TRANSPORT.debug("serve_unix: server_id=%s, path=%s", server.server_id, path)
 
     def handle(sock: socket.socket) -> None:
-        server.serve(UnixTransport(sock))
+        transport = UnixTransport(sock)
+        with acceptor.guest(transport):
+            server.serve(transport)
 
+    acceptor = _TransportAcceptor(
+        listener, handle, threaded=threaded, max_connections=max_connections, idle_timeout=idle_timeout
+    )
     try:
         if on_bound is not None:
             on_bound(path)
-        _TransportAcceptor(
-            listener, handle, threaded=threaded, max_connections=max_connections, idle_timeout=idle_timeout
-        ).run()
+        acceptor.run()
     finally:
         listener.close()
         if os.getpid() == owner:  # `on_bound` may have forked
@@ -11542,15 +11893,17 @@ def serve_tcp(
                 sock = tls_context.wrap_socket(sock, server_side=True)
             transport = TcpTransport(sock)
             try:
-                server.serve(transport)
+                with acceptor.guest(transport):
+                    server.serve(transport)
             finally:
                 transport.close()
 
+        acceptor = _TransportAcceptor(
+            listener, handle, threaded=threaded, max_connections=max_connections, idle_timeout=idle_timeout
+        )
         if on_bound is not None:
             on_bound(host, bound)
-        _TransportAcceptor(
-            listener, handle, threaded=threaded, max_connections=max_connections, idle_timeout=idle_timeout
-        ).run()
+        acceptor.run()
 
 
 def _door_check_serving(threaded: bool, max_connections: int | None, idle_timeout: float | None) -> None:
@@ -11595,11 +11948,19 @@ def _door_run(
     else:
         server = RpcServer(protocol_or_server, implementation, enable_describe=describe or options.describe)
     _door_check_options(options)
+    if options.idle_message_timeout is not None:
+        server.idle_message_timeout = options.idle_message_timeout or None
+    stopped: list[int] = []
     try:
         with contextlib.ExitStack() as log:
             if options.workers == 1:
                 log.callback(_door_access_log(options, server))
-            _door_serve_options(server, options, log)
+            _door_serve_options(server, options, log, stopped)
+    except SystemExit:
+        if stopped:  # everything is put away: die of it, as others expect; process 1 cannot, and exits
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise
     except KeyboardInterrupt:  # Ctrl-C in a terminal reaches the worker too
         raise SystemExit(130) from None
     except (OSError, RuntimeError) as exc:
@@ -11621,6 +11982,8 @@ def _door_check_options(options: Any) -> None:
         raise SystemExit(f"--port must be within 0..65535, got {options.port}")
     if not options.idle_timeout >= 0:  # nan as well
         raise SystemExit(f"--idle-timeout must not be negative, got {options.idle_timeout}")
+    if options.idle_message_timeout is not None and not options.idle_message_timeout >= 0:
+        raise SystemExit(f"--idle-message-timeout must not be negative, got {options.idle_message_timeout}")
     if options.max_connections < 0:
         raise SystemExit(f"--max-connections must not be negative, got {options.max_connections}")
     if options.workers < 1:
@@ -11631,7 +11994,7 @@ def _door_check_options(options: Any) -> None:
         raise SystemExit("--access-log needs {pid} in its path when there are several --workers")
 
 
-def _door_serve_options(server: RpcServer, options: Any, log: contextlib.ExitStack) -> None:
+def _door_serve_options(server: RpcServer, options: Any, log: contextlib.ExitStack, stopped: list[int]) -> None:
     sockets: dict[str, Any] = {
         "threaded": options.threaded,
         "max_connections": options.max_connections or None,
@@ -11643,6 +12006,7 @@ def _door_serve_options(server: RpcServer, options: Any, log: contextlib.ExitSta
         if options.workers > 1:
             _DoorWorkers(options.workers).run()
             log.callback(_door_access_log(options, server))
+        log.enter_context(_door_mortal(stopped, tidy=True))
 
     if options.http:
         _door_serve_http(server, options)
@@ -11652,7 +12016,8 @@ def _door_serve_options(server: RpcServer, options: Any, log: contextlib.ExitSta
         host, port = _door_host_port(options.tcp)
         serve_tcp(server, host, port, on_bound=lambda name, number: bound(f"TCP:{name}:{number}"), **sockets)
     else:
-        serve_stdio(server)
+        log.enter_context(_door_mortal(stopped, tidy=False))
+        serve_stdio(server, orphan_grace=None if options.orphan_grace < 0 else options.orphan_grace)
 
 
 class _DoorWorkers:
@@ -11677,17 +12042,29 @@ class _DoorWorkers:
             if self._fork(before):
                 return
         while self._born:
-            pid, status = os.wait()
+            pid, code = self._wait()
             born = self._born.pop(pid, 0.0)
-            code = os.waitstatus_to_exitcode(status)
             if code == 0 or self._stopping:
                 continue
-            _LOG_RPC.error("worker %d ended with status %d; starting another", pid, code)
+            said = "an unknown status" if code is None else f"status {code}"
+            _LOG_RPC.error("worker %d ended with %s; starting another", pid, said)
             if time.monotonic() - born < 1.0:  # it cannot live: do not try a thousand times a second
                 time.sleep(1.0)
             if self._fork(before):
                 return
         raise SystemExit(128 + self._stopping if self._stopping else 0)
+
+    def _wait(self) -> tuple[int, int | None]:
+        """Wait for a worker, and for no other child: those belong to whoever started them."""
+        while True:
+            for pid in list(self._born):
+                try:
+                    found, status = os.waitpid(pid, os.WNOHANG)
+                except ChildProcessError:  # somebody else has waited for it
+                    return pid, None
+                if found:
+                    return pid, os.waitstatus_to_exitcode(status)
+            time.sleep(0.1)
 
     def _fork(self, handlers: list[Any]) -> bool:
         """Make one worker; True in it."""
@@ -11766,6 +12143,8 @@ _DOOR_FLAGS: tuple[tuple[str, type, Any, str], ...] = (
     ("workers", int, 1, "sockets: this many processes"),
     ("idle-timeout", float, 300.0, "sockets: exit this long after the last client; 0 never"),
     ("max-connections", int, 64, "sockets: at most this many at a time; 0 unlimited"),
+    ("idle-message-timeout", float, None, "sockets: end who is silent this long in a request; 60, 0 never"),
+    ("orphan-grace", float, 1.0, "stdio: end a method this long after its caller has died; -1 never"),
     ("access-log", str, None, "file of JSON lines; {pid} {server_id}"),
     ("access-log-max-bytes", int, None, "rotate above this size"),
     ("access-log-backup-count", int, 5, "rotated files to keep"),
@@ -12026,7 +12405,7 @@ def _cli_add_common(parser: Any, default: Any, suffix: str = "") -> None:
     add("--cmd", "-c", metavar="COMMAND", help="start this worker")
     add("--unix", metavar="PATH", help="the server on a Unix socket")
     add("--tcp", metavar="HOST:PORT", help="the server on a TCP port")
-    add("--protocol", metavar="NAME", help="one of several protocols; the server's first by default")
+    add("--protocol", metavar="NAME", help="one of several; the first by default. doctor: MODULE:CLASS too")
     add("--prefix", "-p", metavar="PATH", help="HTTP: where the service is mounted")
     formats = ("auto", "json", "table", "arrow")
     text = "HTTP: send this too; may be repeated. A bearer token is better kept in the variable VGI_RPC_TOKEN"
@@ -12722,11 +13101,7 @@ def _cli_serve(options: Any) -> int:
     flags = [flag for flag in options.flags if flag != "--factory"]
     if __name__ == "__main__":  # run as a plain file: what the service imports by this file's name is this module
         sys.modules.setdefault(os.path.splitext(os.path.basename(__file__))[0], sys.modules[__name__])
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    protocol = _cli_import(options.protocol_class)
-    if not isinstance(protocol, type):
-        raise _CliError(f"{options.protocol_class} is not a Protocol class", 2)
+    protocol = _cli_protocol(options.protocol_class)
     found = _cli_import(options.implementation)
     factory = options.factory or len(flags) != len(options.flags)
     implementation = _cli_make(found, options.implementation) if factory or isinstance(found, type) else found
@@ -12736,6 +13111,16 @@ def _cli_serve(options: Any) -> int:
         raise _CliError(str(exc), 2) from exc
     _door_run(protocol, implementation, flags, describe=True)
     return 0
+
+
+def _cli_protocol(text: str) -> type:
+    """The class that `MODULE:PROTOCOL` names."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    protocol = _cli_import(text)
+    if not isinstance(protocol, type):
+        raise _CliError(f"{text} is not a Protocol class", 2)
+    return protocol
 
 
 def _cli_make(maker: Any, text: str) -> Any:
@@ -12790,7 +13175,10 @@ def _cli_doctor(options: Any) -> int:
     tool = _cli_tool("doctor")
     options.timeout = options.timeout or 10.0
     kind = next((flag for flag in ("cmd", "unix", "tcp", "url") if getattr(options, flag) is not None), None)
-    report = tool.examine(lambda: _cli_dial(options), kind, protocol=options.protocol, timeout=options.timeout)
+    name, against = options.protocol, None
+    if name and ":" in name:  # a caller's own
+        against, name = _cli_protocol(name), None
+    report = tool.examine(lambda: _cli_dial(options), kind, protocol=name, against=against, timeout=options.timeout)
     with _cli_output(options) as out:
         out.write(f"{report}\n" if _cli_format(options, out) == "table" else _cli_json(report.to_json()) + "\n")
     return 0 if report.healthy else 1
@@ -12906,15 +13294,15 @@ __all__ = [  # noqa: RUF022 (plain order of the characters)
     "TYPE_TOKEN_VERSION", "TcpTransport", "Transient", "TransportKind", "UnixTransport", "UnsupportedArrowTypeError",
     "ValidatedReader", "VersionError", "VgiAccessLogFormatter", "VgiJsonFormatter", "WireServiceDescription",
     "WorkerDiedError", "WorkerPool", "WrongProcessError", "access_fields", "apply_claim_redaction", "batch_from_json",
-    "batch_to_json", "canonical_json", "check_state_class", "compute_protocol_hash", "connect", "current_auth",
-    "decode_error_details", "describe_protocol", "describe_rpc", "deserialize_record_batch", "empty_batch",
-    "encode_error_details", "encode_metadata", "error_code_of", "error_details_of", "error_kind_of", "exception_str",
-    "externalize", "field_token", "introspect", "is_external_location_batch", "is_retryable", "is_shm_pointer_batch",
-    "list_protocols", "main", "make_external_location_batch", "make_pipe_pair", "make_shm_pointer_batch",
-    "make_tcp_pair", "make_unix_pair", "map_calls", "maybe_write_to_shm", "merge_metadata", "new_ipc_stream",
-    "no_redaction", "parse_error_detail", "parse_version", "ping", "protocol_description", "read_reply",
-    "read_single_record_batch", "redact_claims", "resolve_external_location", "resolve_shm_batch",
-    "rpc_methods", "run_server", "schema_tokens", "seal_state", "serialize_record_batch",
+    "batch_to_json", "canonical_json", "check_state_class", "compare_protocols", "compute_protocol_hash", "connect",
+    "current_auth", "decode_error_details", "describe_protocol", "describe_rpc", "deserialize_record_batch",
+    "empty_batch", "encode_error_details", "encode_metadata", "error_code_of", "error_details_of", "error_kind_of",
+    "exception_str", "externalize", "field_token", "introspect", "is_external_location_batch", "is_retryable",
+    "is_shm_pointer_batch", "list_protocols", "main", "make_external_location_batch", "make_pipe_pair",
+    "make_shm_pointer_batch", "make_tcp_pair", "make_unix_pair", "map_calls", "maybe_write_to_shm", "merge_metadata",
+    "new_ipc_stream", "no_redaction", "parse_error_detail", "parse_version", "ping", "protocol_description",
+    "read_answer", "read_reply", "read_single_record_batch", "redact_claims", "resolve_external_location",
+    "resolve_shm_batch", "rpc_methods", "run_server", "schema_tokens", "seal_state", "serialize_record_batch",
     "serialize_record_batch_bytes", "serve_pipe", "serve_stdio", "serve_tcp", "serve_tcp_pipe", "serve_unix",
     "serve_unix_pipe", "set_claim_redactor", "shm_available", "strip_keys", "submit", "tcp_connect", "type_token",
     "unix_connect", "validate_batch", "validate_protocol_name", "with_options", "with_transport",

@@ -494,3 +494,76 @@ def test_a_type_without_a_token_hides_no_other_method(monkeypatch: pytest.Monkey
     thread.join(5)
     far.close()
     assert "Protocol Odd has no hash: odd(): Arrow type double has no portable token" in caplog.text
+
+
+# ---- a caller's Protocol and the contract of a server
+
+
+@dataclass
+class Seal(core.ArrowSerializableDataclass):
+    number: int
+
+
+class Here(Protocol):
+    protocol_name: ClassVar[str] = "Drift"
+    protocol_version: ClassVar[str] = "1.0.0"
+
+    def same(self, a: int, b: str | None = None) -> float: ...
+    def gone(self) -> None: ...
+    def kind(self) -> int: ...
+    def way(self) -> core.Stream[core.ProducerState]: ...
+    def header(self) -> core.Stream[core.ProducerState]: ...
+    def headless(self) -> core.Stream[core.ProducerState, Seal]: ...
+    def order(self, a: int, b: int) -> None: ...
+    def types(self, a: int, b: str | None) -> int: ...
+    def fewer(self, a: int, b: int) -> str | None: ...
+    def more(self, a: int) -> None: ...
+
+
+class There(Protocol):
+    protocol_name: ClassVar[str] = "Drift"
+    protocol_version: ClassVar[str] = "2.0.0"
+
+    def same(self, a: int, b: str | None = None) -> float: ...
+    def new(self) -> None: ...
+    def kind(self) -> core.Stream[core.ProducerState]: ...
+    def way(self) -> core.Stream[core.ExchangeState]: ...
+    def header(self) -> core.Stream[core.ProducerState, Seal]: ...
+    def headless(self) -> core.Stream[core.ProducerState]: ...
+    def order(self, b: int, a: int) -> None: ...
+    def types(self, a: float, b: str) -> str: ...
+    def fewer(self, a: int) -> str: ...
+    def more(self, a: int, c: int = 1) -> int: ...
+
+
+class Anything:
+    def __getattr__(self, name):
+        return lambda a=None, b=None, c=None: None
+
+
+def test_what_a_caller_and_a_service_do_not_agree_on_is_said_in_words() -> None:
+    server = core.RpcServer(There, Anything(), enable_describe=True)
+    client, served = core.make_pipe_pair()
+    thread = threading.Thread(target=lambda: (server.serve(served), served.close()))
+    thread.start()
+    with core.RpcConnection(There, client, timeout=10.0) as proxy:
+        found = core.describe_protocol(proxy, "Drift")
+    thread.join(10)
+    assert core.compare_protocols(There, found) == []
+    assert core.compare_protocols(Here, found) == [
+        "the protocol_version is 1.0.0 here and 2.0.0 at the service",
+        "fewer(): parameter 'b' (int64) is unknown to the service",
+        "fewer(): the result may be None here and not at the service",
+        "gone(): the service has no such method",
+        "header(): the service sends a header",
+        "headless(): it has a header here and none at the service",
+        "kind(): a unary method here and a producer at the service",
+        "more(): parameter 'c' (int64) is unknown here; old callers can leave it out if it has a default",
+        "more(): the result (int64) is unknown here",
+        "new(): only the service has it",
+        "order(): the parameters are in another order: a, b here, b, a at the service",
+        "types(): parameter 'a' is int64 here and double at the service",
+        "types(): parameter 'b' may be None here and not at the service",
+        "types(): the result is int64 here and string at the service",
+        "way(): a producer here and an exchange at the service",
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import json
 import logging
@@ -883,3 +884,209 @@ def test_what_cannot_be_written_ends_the_connection_and_not_the_server(caplog: p
             session.tick()
         thread.join(10)
     assert ended == [None] and "no such type" in caplog.text
+
+
+# ---- one answer, one call
+
+
+class Newer(Protocol):
+    protocol_name: ClassVar[str] = "Calc"
+
+    def count(self, n: int) -> core.Stream[core.ProducerState]: ...
+    def add(self, a: float, b: float) -> float: ...
+
+
+def test_calls_served_one_by_one_are_one_connection() -> None:
+    client, served = core.make_pipe_pair()
+    server, ended = core.RpcServer(Calc, CalcImpl()), []
+
+    def serve() -> None:
+        try:
+            while True:
+                server.serve_one(served)
+        except EOFError as exc:
+            ended.append(str(exc))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    with core.RpcConnection(Newer, client, timeout=10.0) as proxy:
+        for _ in range(3):
+            with pytest.raises(core.RpcError, match="has no method 'count'"), proxy.count(3) as session:
+                list(session)
+            assert [proxy.add(float(k), 1.0) for k in range(3)] == [1.0, 2.0, 3.0]
+    thread.join(5)
+    assert ended == ["the peer closed the connection"]
+    served.close()
+
+
+def test_one_by_one_too_a_peer_that_makes_no_sense_is_told_and_left() -> None:
+    client, served = core.make_unix_pair()
+    server = core.RpcServer(Calc, CalcImpl())
+    client._sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    client._sock.shutdown(1)
+    for _ in range(2):
+        with pytest.raises(EOFError, match=r"the server ended the connection: .*Arrow"):
+            server.serve_one(served)
+    assert b"EXCEPTION" in client.reader.read()
+    for transport in (client, served):
+        transport.close()
+
+
+@dataclass
+class Limits(core.ProducerState):
+    turns: int = 0
+
+    def produce(self, out, ctx):
+        self.turns += 1
+        if self.turns == 5:
+            return out.finish()
+        return out.emit_pydict({"deadline": [ctx.deadline], "left": [ctx.time_left()]})
+
+
+class Limited(Protocol):
+    def limits(self) -> core.Stream[Limits]: ...
+
+
+class LimitedImpl:
+    def limits(self):
+        return core.Stream(pa.schema([("deadline", pa.float64()), ("left", pa.float64())]), Limits())
+
+
+def test_a_deadline_is_of_each_turn() -> None:
+    with core.serve_pipe(Limited, LimitedImpl(), timeout=30.0) as proxy:
+        rows = [item.batch.to_pylist()[0] for item in proxy.limits()]
+    deadlines = [row["deadline"] for row in rows]
+    assert deadlines == sorted(set(deadlines))
+    assert len(deadlines) == 4
+    assert all(0 < row["left"] <= 30.0 for row in rows)
+
+
+@dataclass
+class Raising(core.ProducerState):
+    """Raises in its first turn, or when it is cancelled."""
+
+    raised: ClassVar[BaseException]
+    first: bool = False
+
+    def produce(self, out, ctx):
+        if self.first:
+            raise self.raised
+        out.emit(core.empty_batch(core.EMPTY_SCHEMA))
+
+    def on_cancel(self, ctx):
+        raise self.raised
+
+
+class Raisers(Protocol):
+    def call(self) -> None: ...
+    def call_ctx(self) -> None: ...
+    def init(self) -> core.Stream[Raising]: ...
+    def turn(self, first: bool) -> core.Stream[Raising]: ...
+
+
+class RaisersImpl:
+    def call(self):
+        raise Raising.raised
+
+    def call_ctx(self, ctx):
+        raise Raising.raised
+
+    def init(self):
+        raise Raising.raised
+
+    def turn(self, first):
+        return core.Stream(core.EMPTY_SCHEMA, Raising(first))
+
+
+@pytest.mark.parametrize("raised", [asyncio.CancelledError("enough"), GeneratorExit(), BaseException("odd")], ids=repr)
+def test_what_is_no_exception_costs_the_call_only(connected, raised: BaseException) -> None:
+    Raising.raised = raised
+    proxy = connected(core.RpcServer(Raisers, RaisersImpl()), Raisers)
+    calls = (proxy.call, proxy.call_ctx, lambda: list(proxy.init()), lambda: list(proxy.turn(True)))
+    for call in (*calls, *calls):
+        with pytest.raises(core.RpcError) as caught:
+            call()
+        assert caught.value.error_type == type(raised).__name__
+    session = proxy.turn(False)
+    session.tick()
+    session.cancel()
+    with pytest.raises(core.RpcError, match=type(raised).__name__):
+        proxy.call()
+
+
+def test_a_ready_answer_does_not_wait_for_the_next_method() -> None:
+    gate, entered = threading.Event(), threading.Event()
+
+    class P(Protocol):
+        def nap(self, long: bool) -> bool: ...
+
+    class Impl:
+        def nap(self, long):
+            if not long:
+                return False
+            entered.set()
+            return gate.wait(10)
+
+    with core.serve_pipe(P, Impl(), timeout=20.0) as proxy:
+        answers = core.map_calls(proxy.nap, [{"long": False}, {"long": False}, {"long": True}])
+        assert (next(answers), next(answers)) == (False, False)
+        assert entered.wait(10)
+        gate.set()
+        assert list(answers) == [True]
+
+
+def test_messages_between_turns_travel_with_the_next_one_or_with_the_end(connected) -> None:
+    schema = pa.schema([("n", pa.int64())])
+    contexts = []
+
+    class Keep(core.ExchangeState):
+        def exchange(self, input, out, ctx):
+            contexts.append(ctx)
+            out.emit(input.batch)
+
+    class P(Protocol):
+        def go(self) -> core.Stream[core.ExchangeState]: ...
+
+    class Impl:
+        def go(self, ctx):
+            contexts.append(ctx)
+            return core.Stream(schema, Keep(), input_schema=schema)
+
+    def say(text: str, ctx: core.CallContext) -> None:
+        thread = threading.Thread(target=ctx.client_log, args=(core.Level.INFO, text))
+        thread.start()
+        thread.join()
+
+    heard: list[str] = []
+    proxy = connected(core.RpcServer(P, Impl()), P, on_log=lambda message: heard.append(message.message))
+    batch = core.AnnotatedBatch.from_pydict({"n": [1]}, schema)
+    session = proxy.go()
+    session.exchange(batch)
+    for k, ctx in enumerate(contexts):
+        say(f"between {k}", ctx)
+    session.exchange(batch)
+    assert heard == ["between 0", "between 1"]
+    say("before the end", contexts[0])
+    session.close()
+    assert heard[2:] == ["before the end"]
+    with pytest.raises(RuntimeError, match=r"go\(\) has ended"):
+        contexts[0].client_log(core.Level.INFO, "too late")
+
+
+@pytest.mark.parametrize("sent", [1, 60])
+def test_a_peer_that_is_silent_within_a_request_is_told_and_left(sent: int) -> None:
+    client, served = core.make_unix_pair()
+    server = core.RpcServer(Calc, CalcImpl(), idle_message_timeout=0.3)
+    thread = threading.Thread(target=server.serve, args=(served,))
+    thread.start()
+    with core.RpcConnection(Calc, client, timeout=10.0) as proxy:
+        assert proxy.add(1.0, 2.0) == 3.0
+        time.sleep(0.5)  # between two requests it may be
+        assert proxy.add(1.0, 2.0) == 3.0
+        client._sock.sendall(whole("add", a=1.0, b=2.0)[:sent])
+        client._sock.settimeout(10)
+        assert b"silent for 0.3 s (idle_message_timeout)" in client.reader.read()
+    thread.join(10)
+    assert not thread.is_alive()
+    with pytest.raises(ValueError, match="idle_message_timeout must be positive or None, got 0"):
+        core.RpcServer(Calc, CalcImpl(), idle_message_timeout=0)

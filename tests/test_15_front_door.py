@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import queue
@@ -650,3 +652,64 @@ def test_bad_arguments_of_run_server(make, text: str) -> None:
     with pytest.raises(TypeError) as caught:
         core.run_server(*make())
     assert str(caught.value) == text
+
+
+# ---- places for guests
+
+
+class Adder(Protocol):
+    def add(self, a: float, b: float) -> float: ...
+
+
+class AdderImpl:
+    def add(self, a, b):
+        return a + b
+
+
+def test_who_has_asked_nothing_makes_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(core._TransportAcceptor, "SILENT", 0.2)
+    path, bound = str(tmp_path / "s"), threading.Event()
+    server = core.RpcServer(Adder, AdderImpl())
+    options = {"threaded": True, "max_connections": 3, "idle_timeout": 0.1, "on_bound": lambda _: bound.set()}
+    thread = threading.Thread(target=core.serve_unix, args=(server, path), kwargs=options)
+    thread.start()
+    assert bound.wait(10)
+    with core.unix_connect(Adder, path, timeout=20.0) as known:
+        assert known.add(1.0, 2.0) == 3.0
+        silent = [socket.socket(socket.AF_UNIX) for _ in range(2)]
+        for sock, said in zip(silent, (b"", b"\xff\xff"), strict=True):
+            sock.connect(path)
+            sock.sendall(said)
+        with core.unix_connect(Adder, path, timeout=20.0) as late:
+            assert late.add(2.0, 2.0) == 4.0
+        assert known.add(3.0, 2.0) == 5.0
+        for sock in silent:
+            sock.settimeout(10)
+            with contextlib.suppress(ConnectionResetError):
+                assert sock.recv(1) == b""
+            sock.close()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert "no room for new connections; closed 2 that had asked nothing" in caplog.messages
+
+
+def test_no_descriptors_are_one_line_a_second(caplog: pytest.LogCaptureFixture) -> None:
+    class Full:
+        def accept(self):
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    acceptor = core._TransportAcceptor(Full(), lambda sock: None, threaded=True)
+    began = time.monotonic()
+    while time.monotonic() - began < 0.5:
+        assert acceptor._accept() is None
+    assert len(caplog.messages) == 1
+    assert "Too many open files" in caplog.messages[0]
+
+
+def test_keep_alive_on_both_ends_of_tcp() -> None:
+    client, served = core.make_tcp_pair()
+    for transport in (client, served):
+        assert transport._sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        transport.close()

@@ -141,7 +141,7 @@ def test_sigterm_cuts_the_calls_of_a_socket(family: Family, tmp_path: Path) -> N
     assert family.process.wait(20) == 128 + signal.SIGTERM
 
 
-def test_sigterm_ends_a_single_process_and_the_next_takes_its_socket(tmp_path: Path) -> None:
+def test_sigterm_ends_a_single_process_which_removes_its_socket(tmp_path: Path) -> None:
     for _ in range(2):
         process = start(tmp_path, "--unix", str(tmp_path / "s"))
         assert process.stdout is not None and process.stdout.readline() == f"UNIX:{tmp_path / 's'}\n"
@@ -150,7 +150,7 @@ def test_sigterm_ends_a_single_process_and_the_next_takes_its_socket(tmp_path: P
         process.terminate()
         assert process.wait(20) == -signal.SIGTERM
         process.stdout.close()
-        assert (tmp_path / "s").exists()  # nobody was left to remove it
+        assert not (tmp_path / "s").exists()
 
 
 def test_workers_do_not_outlive_a_killed_parent(family: Family) -> None:
@@ -188,3 +188,98 @@ def test_idle_workers_end_the_parent(tmp_path: Path, monkeypatch: pytest.MonkeyP
     process.terminate()
     process.stdout.close()
     assert process.wait(20) in (0, 128 + signal.SIGTERM, -signal.SIGTERM)  # it may have been on its way out
+
+
+# ---- how a worker ends
+
+
+LIFE = """
+import sys
+sys.path.insert(0, {root!r})
+import time
+from tests.test_15_workers import Svc, Impl
+from tests.core import core
+mode = sys.argv.pop(1)
+
+class Stubborn(Impl):
+    def sleep(self, seconds):
+        open(__file__ + str(self.pid()), "x").close()
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            try:
+                time.sleep(left)
+            except BaseException:
+                if mode != "deaf":
+                    raise
+
+if mode == "client":
+    with core.connect(Svc, [sys.executable, __file__, "worker", *sys.argv[1:]]) as proxy:
+        print(proxy.pid(), flush=True)
+        proxy.sleep(60.0)
+core.run_server(Svc, Stubborn())
+"""
+
+
+@pytest.fixture
+def life(tmp_path: Path) -> str:
+    path = tmp_path / "life.py"
+    path.write_text(LIFE.format(root=str(ROOT)))
+    return str(path)
+
+
+def orphaned(life: str, *flags: str) -> int:
+    """The pid of a worker whose caller has been killed while a method runs."""
+    with subprocess.Popen([sys.executable, life, "client", *flags], stdout=subprocess.PIPE, text=True) as client:
+        assert client.stdout is not None
+        worker = int(client.stdout.readline())
+        asleep(life, worker)
+        client.kill()
+        client.wait(20)
+    return worker
+
+
+def asleep(life: str, worker: int) -> None:
+    end = time.monotonic() + 20
+    while not os.path.exists(f"{life}{worker}"):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_worker_whose_caller_has_died_ends_while_a_method_runs(life: str) -> None:
+    kept = orphaned(life, "--orphan-grace", "-1")
+    assert gone({orphaned(life, "--orphan-grace", "0.2")})
+    os.kill(kept, 0)  # it was told to stay
+    os.kill(kept, signal.SIGKILL)
+
+
+def test_a_caller_that_has_only_ended_its_input_gets_its_answer(life: str) -> None:
+    plan = core._WirePlan(core.rpc_methods(Svc)["sleep"], "Svc", None)
+    request = b"".join(core._ipc_pieces(core._wire_request(plan, [0.7])))
+    command = [sys.executable, life, "worker", "--orphan-grace", "0"]
+    ran = subprocess.run(command, input=request, capture_output=True, timeout=60)
+    assert (ran.returncode, ran.stderr) == (0, b"")
+    assert core.read_reply(ran.stdout).num_columns == 0
+
+
+def test_a_method_that_does_not_hear_ends_with_its_process(life: str) -> None:
+    transport = core.SubprocessTransport([sys.executable, life, "deaf"])
+    with core.RpcConnection(Svc, transport, timeout=30.0) as proxy:
+        assert proxy.add(1.0, 2.0) == 3.0
+        future = core.submit(proxy.sleep, 25.0)
+        asleep(life, transport.proc.pid)
+        transport.proc.send_signal(signal.SIGINT)
+        with pytest.raises(core.WorkerDiedError, match="exited with status 130"):
+            future.result(20)
+
+
+def test_only_workers_are_waited_for() -> None:
+    ours, theirs = (subprocess.Popen([sys.executable, "-c", f"raise SystemExit({n})"]) for n in (7, 3))
+    family = core._DoorWorkers(2)
+    family._born[ours.pid] = 0.0
+    assert family._wait() == (ours.pid, 7)
+    assert theirs.wait(20) == 3
+    family._born = {theirs.pid: 0.0}
+    assert family._wait() == (theirs.pid, None)  # somebody has been faster
+    ours.wait(20)
+    os.close(family._alive)
+    os.close(family._parent)

@@ -156,6 +156,27 @@ def test_a_worker_that_does_not_describe_itself() -> None:
     assert check(report, "stdout").status == "ok"
 
 
+def test_a_protocol_class_is_compared_with_the_service(service: Any, tmp_path: Path) -> None:
+    assert check(examined_worker(*worker("--describe"), against=service.Calc), "protocol").status == "ok"
+    (tmp_path / "older_caller.py").write_text(
+        "from typing import Protocol\nclass Calc(Protocol):\n"
+        "    def add(self, a: float, b: int) -> float: ...\n    def minus(self) -> None: ...\n"
+    )
+    command = [sys.executable, "-m", core.__name__, "doctor", "--protocol", "older_caller:Calc", "--format", "json"]
+    where = ["--unix", str(tmp_path / "s")]
+    with subprocess.Popen(worker("--describe", *where), stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None and server.stdout.readline()
+        ran = subprocess.run([*command, *where], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        server.terminate()
+    assert ran.returncode == 1, ran.stderr
+    assert json.loads(ran.stdout)["differences"] == [
+        "the protocol_version is not declared here and 1.2.3 at the service",
+        "add(): parameter 'b' is int64 here and double at the service",
+        "count(): only the service has it",
+        "minus(): the service has no such method",
+    ]
+
+
 def test_a_protocol_that_is_not_there() -> None:
     found = problem(examined_worker(*worker("--describe"), protocol="Other"))
     assert found.text == "the server hosts no protocol 'Other'"

@@ -8,9 +8,7 @@ Every check waits for a bounded time. What a peer says is shown in one line, esc
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import io
 import os
 import platform
 import re
@@ -36,7 +34,7 @@ __all__ = ["Check", "Report", "examine"]
 
 _Kind = Literal["cmd", "unix", "tcp", "url"]
 _MARKER = b"\xff\xff\xff\xff"  # what an Arrow IPC message begins with (wire.md section 1)
-_MAX_READ = 65_536  # bytes of metadata or body of the first answer, which has no columns
+_FIRST = core.IpcLimits(65_536, 1, 1, 65_536, 65_536)  # of the first answer, which has no columns
 _SHOWN_BYTES = 80
 _SHOWN_TEXT = 1000
 _MAX_DIALS = 16  # to meet more than one process of a service
@@ -91,13 +89,21 @@ class Report:
         return "\n".join([*lines, "healthy" if self.healthy else "not healthy"])
 
 
-def examine(dial: Callable[[], Any], kind: _Kind, *, protocol: str | None = None, timeout: float = 10.0) -> Report:
+def examine(
+    dial: Callable[[], Any],
+    kind: _Kind,
+    *,
+    protocol: str | None = None,
+    against: type | None = None,
+    timeout: float = 10.0,
+) -> Report:
     """Reach a service and report on it; the service is left, and a worker that was started is ended.
 
     Args:
         dial: makes a transport, possibly twice. Its OSErrors and RpcErrors are part of the report.
         kind: how the service is reached, for the advice.
         protocol: which one to describe; the server's first by default.
+        against: the Protocol class of a caller, to compare with what the service says of itself.
         timeout: seconds for each step.
     """
     report = Report()
@@ -118,7 +124,7 @@ def examine(dial: Callable[[], Any], kind: _Kind, *, protocol: str | None = None
         else:
             answers = _contact(report, dial, transport, kind, timeout)
         if answers and _ping(report, proxy, kind):
-            _describe(report, proxy, kind, protocol)
+            _describe(report, proxy, kind, protocol, against)
         if kind == "cmd" and transport.channel.broken is None:
             _ending(report, transport, timeout)
     return report
@@ -214,25 +220,6 @@ class _Foreign(Exception):
         self.data = data
 
 
-class _Reply(io.RawIOBase):
-    """A channel, as pyarrow reads a file: exactly what it asks for."""
-
-    def __init__(self, channel: core.Channel) -> None:
-        self._channel = channel
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= _MAX_READ:
-            raise pa.ArrowInvalid(f"a message claims {size} bytes; the answer to the first question has a few hundred")
-        channel = self._channel
-        while len(channel.buf) - channel.pos < size:
-            channel.more(size - len(channel.buf) + channel.pos)
-        channel.pos += size
-        return bytes(channel.buf[channel.pos - size : channel.pos])
-
-
 def _contact(report: Report, dial: Callable[[], Any], transport: Any, kind: _Kind, timeout: float) -> bool:
     """Ask what every server answers, `__transport_options__` (wire.md section 10), and look at the raw bytes."""
     began = time.monotonic()
@@ -271,13 +258,13 @@ def _ask(channel: core.Channel, timeout: float) -> Mapping[bytes, bytes]:
             channel.more(len(_MARKER))
         if not channel.buf.startswith(_MARKER):
             raise _Foreign(bytes(channel.buf))
-        reader = pa.ipc.open_stream(_Reply(channel))
-        found = reader.read_next_batch_with_custom_metadata()[1]
-        collections.deque(reader, maxlen=0)  # to the end of the answer
+        limits, channel.limits = channel.limits, _FIRST
+        found = core.read_answer(channel)[1]
+        channel.limits = limits
         channel.leave()
     except BaseException as exc:
         raise channel.fail(exc)  # noqa: B904 (fail sets the cause)
-    return dict(found or {})
+    return found
 
 
 def _is_http(dial: Callable[[], Any]) -> bool:
@@ -361,17 +348,22 @@ def _ping(report: Report, proxy: Any, kind: _Kind) -> bool:
     return True
 
 
-def _describe(report: Report, proxy: Any, kind: _Kind, protocol: str | None) -> None:
+def _describe(report: Report, proxy: Any, kind: _Kind, protocol: str | None, against: type | None) -> None:
     try:
         hosted = [p.name for p in core.list_protocols(proxy)]
         about = proxy.list_protocols()
         ours = [name for name in hosted if not name.startswith(core.RESERVED_PROTOCOL_PREFIX)]
         report.facts["server"] = {"id": about.server_id, "version": about.server_version, "protocols": hosted}
+        if against is not None:
+            protocol = next((info.protocol_name for info in core.rpc_methods(against).values()), against.__name__)
         name = protocol or next(iter(ours), "")
         if name not in hosted:
             said = f"the server hosts no protocol '{name}'" if name else "the server hosts no application protocol"
             return report.add("describe", "fail", said, f"it hosts {', '.join(hosted)}")
-        _service(report, core.describe_protocol(proxy, name))
+        found = core.describe_protocol(proxy, name)
+        _service(report, found)
+        if against is not None:
+            _compare(report, against, found)
     except core.ReflectionNotSupportedError:
         return report.add("describe", "note", "the service does not describe itself", _DESCRIBE)
     except (OSError, core.RpcError) as exc:
@@ -380,6 +372,16 @@ def _describe(report: Report, proxy: Any, kind: _Kind, protocol: str | None) -> 
     if len(ours) > 1:
         report.add("protocols", "ok", ", ".join(ours))
     return None
+
+
+def _compare(report: Report, against: type, found: core.ServiceDescription) -> None:
+    """Whether a caller with this Protocol can talk to the service."""
+    differences = core.compare_protocols(against, found)
+    report.facts["differences"] = differences
+    if not differences:
+        report.add("protocol", "ok", f"{against.__name__} here is what the service has")
+    for text in differences:
+        report.add("protocol", "fail", text, "caller and service are of different versions")
 
 
 def _service(report: Report, found: core.ServiceDescription) -> None:
