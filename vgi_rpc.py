@@ -6198,7 +6198,7 @@ def _wire_value(plan: _WirePlan, reply: _WireReply) -> Any:
         declared = plan.info.result_schema.field(0).with_nullable(True)  # whether it may be None is asked last
         column = _ipc_fit(batch, pa.schema([declared]), reply.limits)
         value = _wire_cell(column.column(0), reply.limits)
-    except (TypeError, IPCError) as exc:
+    except (TypeError, ValueError, OverflowError, IPCError) as exc:  # also of values that Python cannot say
         raise RpcError("ProtocolError", f"{plan.name}() result: {exc}") from exc
     return _wire_decode_result(plan, value, reply.limits)
 
