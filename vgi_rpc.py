@@ -82,6 +82,7 @@ import threading
 import time
 import types
 import typing
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
@@ -6048,15 +6049,25 @@ _TRANSPORT_MAX_IO = 1 << 30  # sockets fail above 2^31, macOS pipes lose the tai
 _TRANSPORT_MAX_PIECES = 1024  # IOV_MAX
 _TRANSPORT_ATOMIC = 4096  # a pipe or socket that polls writable takes this much without blocking
 _TRANSPORT_LINGER = 1.0  # seconds a refused peer has to read why
+_TRANSPORT_MAX_WAIT = 1e6  # seconds; poll() takes milliseconds in 31 bits
 _TRANSPORT_CLOSE_WAIT = 5.0  # seconds close() waits for a call of another thread to notice
 
 
+# Where the classes of what a conversation itself raises come from; exceptions of other modules are the caller's.
+_TRANSPORT_RAISES = frozenset({"builtins", "pyarrow.lib", "struct", "decimal", __name__})
+
 _transport_pid = os.getpid()  # kept here, because asking the kernel in every call costs as much as a lock
+
+
+# Callers' channels of our own transports. A child that kept their descriptors would keep the peer from seeing the end.
+_transport_callers: weakref.WeakSet[Channel] = weakref.WeakSet()
 
 
 def _transport_forked() -> None:
     global _transport_pid
     _transport_pid = os.getpid()
+    for channel in list(_transport_callers):
+        channel.abort()
 
 
 if hasattr(os, "register_at_fork"):
@@ -6129,6 +6140,8 @@ class Channel(_IpcSource):
         self._poll_in: select.poll | None = None
         self._poll_out: select.poll | None = None
 
+    _foreign: frozenset[types.CodeType] = frozenset()  # functions that call what is not ours
+
     # -- conversations
 
     def check(self, stream: object | None = None) -> None:
@@ -6152,6 +6165,8 @@ class Channel(_IpcSource):
             raise DeadlineExceededError(f"{doing}: another call held the connection for {timeout} s", sent="no")
         if self.stream is not stream:
             self._wait_for_stream(doing, deadline, stream)
+        if self.pos != len(self.buf) and self.stream is None:
+            self.poison(self._unread(doing, "before"))
         if self.busy is not None:  # an exception struck between a conversation's end and its bookkeeping
             self.poison(f"{self.busy} did not end cleanly")
         if self.broken is not None:
@@ -6166,7 +6181,9 @@ class Channel(_IpcSource):
         self.busy = doing
 
     def leave(self) -> None:
-        """End a conversation whose last byte has been read."""
+        """End a conversation whose last byte has been read; what is left would be taken for the next answer."""
+        if self.pos != len(self.buf) and self.stream is None:
+            raise RpcError("ProtocolError", self._unread(self.busy, "after"), sent="answered")
         self.busy = None
         if self.broken is not None:  # closed meanwhile by a thread that could not wait for this call
             self._let_go()
@@ -6181,7 +6198,7 @@ class Channel(_IpcSource):
             if self.busy is None:
                 return exc
             doing = self.busy  # cleared by poison(), so that an interrupt in between is noticed by the next `enter`
-            if isinstance(exc, Exception):
+            if isinstance(exc, Exception) and not self._struck(exc):
                 exc = self._explained(_errors_translate(exc, doing, self.sent))
                 self.poison(str(exc))
             else:
@@ -6189,6 +6206,10 @@ class Channel(_IpcSource):
             return exc
         finally:
             self.lock.release()
+
+    def _unread(self, doing: str | None, when: str) -> str:
+        size = len(self.buf) - self.pos
+        return f"{doing}: expected one answer to one request, and {size} more bytes came {when} it; connection closed"
 
     def lost(self) -> ConnectionLostError:
         """Return the error of a connection that is no longer usable."""
@@ -6202,6 +6223,18 @@ class Channel(_IpcSource):
         self.end_stream()
         self._let_go()
         self.abort()
+
+    def _struck(self, exc: Exception) -> bool:
+        """Whether it is the caller's own: a signal handler raised it, or another thread set it in this one."""
+        if isinstance(exc, RpcError):
+            return False
+        trace, inside = exc.__traceback__, False
+        while trace is not None and trace.tb_next is not None:
+            inside = inside or trace.tb_frame.f_code in self._foreign
+            trace = trace.tb_next
+        file = "" if trace is None else trace.tb_frame.f_code.co_filename
+        ours = inside or file == __file__ or "pyarrow" in file or file.startswith("<")
+        return not ours or (not inside and (not exc.args or type(exc).__module__ not in _TRANSPORT_RAISES))
 
     def _let_go(self) -> None:
         """Forget the descriptors: their numbers may soon mean something else."""
@@ -6289,11 +6322,13 @@ class Channel(_IpcSource):
         """Whether the connection is idle and has lost its peer: nothing may arrive now but the end."""
         if self.broken is not None:
             return True
-        if not self.lock.acquire(blocking=False):
+        if self._owned() or not self.lock.acquire(blocking=False):
             return False  # in use
         try:
-            if self.stream is not None or self.inp < 0:
+            if self.stream is not None:
                 return False
+            if self.pos != len(self.buf) or self.inp < 0:
+                return self.inp >= 0
             poll = select.poll()
             poll.register(self.inp, select.POLLIN)
             return bool(poll.poll(0))
@@ -6304,7 +6339,12 @@ class Channel(_IpcSource):
         """Read once."""
         if self.deadline is not None:
             self._wait_in()
-        data = os.read(self.inp, _TRANSPORT_CHUNK)
+        while True:
+            try:
+                data = os.read(self.inp, _TRANSPORT_CHUNK)
+                break
+            except BlockingIOError:  # somebody who shares the descriptor has made it so
+                self._wait_in()
         if not data:
             raise EOFError("the peer closed the connection")
         self.buf = data if self.pos == len(self.buf) else self.buf[self.pos :] + data
@@ -6326,7 +6366,12 @@ class Channel(_IpcSource):
         """Read once into `view`."""
         if self.deadline is not None:
             self._wait_in()
-        got = os.readv(self.inp, [view])
+        while True:
+            try:
+                got = os.readv(self.inp, [view])
+                break
+            except BlockingIOError:
+                self._wait_in()
         if not got:
             raise EOFError("the peer closed the connection in the middle of a message")
         return got
@@ -6347,11 +6392,12 @@ class Channel(_IpcSource):
         if self.deadline is not None:
             if len(data) > _TRANSPORT_ATOMIC:
                 return self.write_views([memoryview(data).cast("B")])
-            if self.sent != "no":  # the first write of a conversation finds the way empty: the last one was answered
-                self._wait_out()
+            self._wait_out()
         before, self.sent = self.sent, "maybe"
         try:
             done = os.write(self.out, data)
+        except BlockingIOError:
+            done = 0
         except BrokenPipeError:  # not a byte of it was taken
             self.sent = before
             raise
@@ -6364,11 +6410,12 @@ class Channel(_IpcSource):
         self.sent = "maybe"
         if self.deadline is None:
             return self._write_views(views)
+        before = os.get_blocking(self.out)
         os.set_blocking(self.out, False)
         try:
             self._write_views(views)
         finally:
-            os.set_blocking(self.out, True)
+            os.set_blocking(self.out, before)
 
     def _write_views(self, views: list[memoryview]) -> None:
         at = 0
@@ -6384,6 +6431,7 @@ class Channel(_IpcSource):
             try:
                 done = os.writev(self.out, some)
             except BlockingIOError:
+                self._wait_out()
                 continue
             while done and done >= len(views[at]):
                 done -= len(views[at])
@@ -6406,9 +6454,13 @@ class Channel(_IpcSource):
         self._wait(self._poll_out)
 
     def _wait(self, poll: select.poll) -> None:
-        left = (self.deadline or 0.0) - time.monotonic()
-        if left <= 0 or not poll.poll(left * 1000 + 1):
-            raise self._late()
+        if self.deadline is None:
+            poll.poll()
+            return
+        while (left := self.deadline - time.monotonic()) > 0:
+            if poll.poll(min(left, _TRANSPORT_MAX_WAIT) * 1000 + 1):
+                return
+        raise self._late()
 
     def _late(self) -> DeadlineExceededError:
         return DeadlineExceededError(
@@ -6490,6 +6542,9 @@ class _FileChannel(Channel):
             if left is not None and left <= 0:
                 raise self._late()
             self._settimeout(left)
+
+
+_FileChannel._foreign = frozenset({_FileChannel.more.__code__, _FileChannel.write_views.__code__})
 
 
 def _transport_allocate(size: int) -> pa.Buffer:
@@ -6586,10 +6641,33 @@ def make_pipe_pair() -> tuple[PipeTransport, PipeTransport]:
 
 
 def _transport_over(reader: Any, writer: Any, abort: Callable[[], None]) -> Channel:
-    try:
-        return Channel(reader.fileno(), writer.fileno(), abort)
-    except (AttributeError, OSError, ValueError):  # io.UnsupportedOperation is an OSError and a ValueError
+    """A channel on the descriptors below two streams, if these are all that there is between us and the peer."""
+    inp, out = _transport_descriptor(reader, "read"), _transport_descriptor(writer, "write")
+    if inp < 0 or out < 0:
         return _FileChannel(reader, writer, abort)
+    if isinstance(writer, io.BufferedWriter):
+        writer.flush()
+    channel = Channel(inp, out, abort)
+    if isinstance(reader, io.BufferedReader):  # what it has read ahead is ours
+        before = os.get_blocking(inp)
+        os.set_blocking(inp, False)
+        try:
+            channel.buf = reader.read(len(reader.peek()))
+        finally:
+            os.set_blocking(inp, before)
+    return channel
+
+
+def _transport_descriptor(stream: Any, does: str) -> int:
+    """The descriptor whose bytes a stream's bytes are; -1: the stream may change them, as TLS does."""
+    raw = getattr(stream, "raw", stream) if isinstance(stream, io.BufferedReader | io.BufferedWriter) else stream
+    plain = isinstance(raw, io.FileIO) or type(getattr(raw, "_sock", None)) is socket.socket
+    if not plain and hasattr(stream, does):
+        return -1
+    try:
+        return int(raw.fileno())
+    except (AttributeError, OSError, ValueError):  # io.UnsupportedOperation is an OSError and a ValueError
+        return -1
 
 
 # Channels of foreign transport objects: the state that keeps a connection in step must outlive one RpcConnection.
@@ -6609,7 +6687,11 @@ def _transport_channel(transport: Any) -> Channel:
         return known
     if not all(hasattr(transport, name) for name in ("reader", "writer", "close")):
         raise TypeError(f"expected a transport (reader, writer, close), got {type(transport).__name__}")
-    channel = _transport_over(transport.reader, transport.writer, transport.close)
+    abort = transport.close
+    with contextlib.suppress(TypeError):  # the channel must not keep the transport that it is remembered for
+        reference = weakref.ref(transport)
+        abort = lambda: (found := reference()) and found.close()  # noqa: E731
+    channel = _transport_over(transport.reader, transport.writer, abort)
     with contextlib.suppress(TypeError):
         _TRANSPORT_CHANNELS[transport] = channel
     return channel
@@ -6658,7 +6740,7 @@ def _transport_command(cmd: Sequence[str]) -> list[str]:
         raise TypeError(f"cmd must be a list of arguments such as {cmd.split()!r}, got a str")
     if not cmd:
         raise ValueError("cmd is empty; it is a list: the program, then its arguments")
-    return list(cmd)
+    return [os.fsdecode(part) for part in cmd]
 
 
 class SubprocessTransport:
@@ -6684,24 +6766,31 @@ class SubprocessTransport:
                 bufsize=0,
             )
         except OSError as exc:
-            program = os.fspath(self._cmd[0])
+            program = self._cmd[0]
             python = f"; run it by Python: [sys.executable, {program!r}]" if program.endswith(".py") else ""
             note = f"could not start the worker {self._cmd!r}; cmd is a list: the program, then its arguments{python}"
             exc.add_note(note)
             raise
         assert self.proc.stdin is not None and self.proc.stdout is not None
+        self._expired = subprocess.TimeoutExpired  # nothing can be imported when the interpreter shuts down
+        self._unknown = False  # whether something else has taken the exit status
+        self._reader: io.IOBase | None = None
         self._tee = _TransportTee(self.proc.stderr, stderr, stderr_logger) if self.proc.stderr is not None else None
         _transport_widen(self.proc.stdin.fileno())
         _transport_widen(self.proc.stdout.fileno())
         self.channel = Channel(self.proc.stdout.fileno(), self.proc.stdin.fileno(), self._abort)
         self.channel.explain = self._explain
+        _transport_callers.add(self.channel)
         if _LOG_WIRE_TRANSPORT.isEnabledFor(logging.DEBUG):
             _LOG_WIRE_TRANSPORT.debug("SubprocessTransport spawned: pid=%d, cmd=%r", self.proc.pid, self._cmd)
 
     @property
     def reader(self) -> io.IOBase:
-        """The worker's stdout."""
-        return cast(io.IOBase, self.proc.stdout)
+        """The worker's stdout; `read(n)` gives less than n bytes only at its end, and takes no more."""
+        if self._reader is None:
+            assert isinstance(self.proc.stdout, io.FileIO)
+            self._reader = io.BufferedReader(self.proc.stdout, 1)
+        return self._reader
 
     @property
     def writer(self) -> io.IOBase:
@@ -6710,8 +6799,6 @@ class SubprocessTransport:
 
     def close(self) -> None:
         """End the worker's input, wait up to 10 s for it to finish, then kill it. Idempotent."""
-        if self.channel.pid != os.getpid():
-            return
         busy = self.channel.stream is not None
         if not self.channel.shut(self.proc.kill):
             return
@@ -6727,23 +6814,21 @@ class SubprocessTransport:
             _LOG_WIRE_TRANSPORT.debug("SubprocessTransport closed: pid=%d, rc=%s", self.proc.pid, self.proc.returncode)
 
     def _abort(self) -> None:
-        """Kill the worker and let go of it."""
-        if self.channel.pid != os.getpid():
-            return
+        """Kill the worker and let go of it; the child of a fork only lets go."""
         self._close_pipe(self.proc.stdin)
         self._close_pipe(self.proc.stdout)
+        if self.channel.pid != os.getpid():
+            return
         if self.proc.poll() is None:
             self.proc.kill()
         self._reap(5.0)
 
     def _reap(self, timeout: float) -> None:
-        import subprocess
-
         try:
             self.proc.wait(timeout)
-        except subprocess.TimeoutExpired:
+        except self._expired:
             self.proc.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):  # unkillable: in uninterruptible I/O
+            with contextlib.suppress(self._expired):  # unkillable: in uninterruptible I/O
                 self.proc.wait(5.0)
         if self._tee is not None:
             self._tee.close()
@@ -6755,28 +6840,37 @@ class SubprocessTransport:
 
     def _explain(self, error: ConnectionLostError) -> ConnectionLostError:
         """Law 5. A worker that has closed its output is given a second to finish dying."""
-        import subprocess
-
-        try:
-            self.proc.wait(1.0)
-        except subprocess.TimeoutExpired:
-            return error
+        end = time.monotonic() + 1.0
+        while not self._dead():
+            if time.monotonic() >= end:
+                return error
+            time.sleep(0.002)
+        returncode = None if self._unknown else self.proc.returncode
         if self._tee is not None:
             self._tee.close()
         lifetime = time.monotonic() - self._started
-        status = _transport_exit_text(self.proc.returncode)
+        status = _transport_exit_text(returncode)
         hint = ""
-        if self.proc.returncode == 0:  # it was content: the commonest reason is a script that serves nothing
+        if returncode == 0:  # it was content: the commonest reason is a script that serves nothing
             hint = "; a worker calls run_server(), which ends only with its input"
         return WorkerDiedError(
             f"{error.error_message}: worker {self.proc.pid} {status} after {lifetime:.1f} s{hint}",
             sent=error.sent,
             command=tuple(self._cmd),
             pid=self.proc.pid,
-            returncode=self.proc.returncode,
+            returncode=returncode,
             lifetime=lifetime,
             stderr_tail=tuple(self._tee.tail) if self._tee is not None else (),
         )
+
+    def _dead(self) -> bool:
+        """Whether the worker has ended. Popen takes a status that somebody else has reaped for 0, so look before it."""
+        if self.proc.returncode is None and hasattr(os, "waitid"):
+            try:
+                os.waitid(os.P_PID, self.proc.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                self._unknown = True
+        return self.proc.poll() is not None
 
 
 class _TransportTee:
@@ -6834,7 +6928,9 @@ class _TransportTee:
                     self._logger.info("%s", text)
 
 
-def _transport_exit_text(returncode: int) -> str:
+def _transport_exit_text(returncode: int | None) -> str:
+    if returncode is None:
+        return "ended (exit status unknown: something else in this process has waited for it)"
     if returncode >= 0:
         return f"exited with status {returncode}"
     try:
@@ -6906,11 +7002,19 @@ class UnixTransport(_SocketTransport):
     """A transport over a connected Unix socket."""
 
 
+# Seconds of silence before the first question, between questions; and how many without an answer.
+_TRANSPORT_KEEPALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6))
+
+
 class TcpTransport(_SocketTransport):
-    """A transport over a connected TCP socket; sets TCP_NODELAY."""
+    """A transport over a connected TCP socket; sets TCP_NODELAY, and notices within two minutes that a peer is gone."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _TRANSPORT_KEEPALIVE:
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         super().__init__(sock)
 
 
@@ -9053,6 +9157,8 @@ class _ClientLink:
         self.channel: Any = transport if isinstance(transport, RequestTransport) else _transport_channel(transport)
         if self.limits is not None:
             self.channel.limits = self.limits
+        if getattr(transport, "channel", None) is self.channel and self.channel.inp >= 0:
+            _transport_callers.add(self.channel)
 
     def extra(self) -> dict[bytes, bytes]:
         """Metadata that goes with every request: the shared memory, if there is any (wire.md section 11.3)."""
@@ -9467,8 +9573,9 @@ _CLIENT_WINDOW = 64  # ticks that fit any connection's buffers unread (FINDINGS.
 
 
 def _client_check_timeout(timeout: float | None) -> float | None:
-    if timeout is not None and not 0 < timeout < 1e9:
-        raise ValueError(f"timeout must be a positive number of seconds or None, got {timeout}")
+    """Refuse what is not a time to wait; once, where it is given."""
+    if timeout is not None and not (isinstance(timeout, (int, float)) and 0 < timeout < 1e9):
+        raise ValueError(f"timeout must be a positive number of seconds or None, got {timeout!r}")
     return timeout
 
 
@@ -10133,8 +10240,6 @@ class _ClientStream(StreamSession):
     def __del__(self) -> None:
         if getattr(self, "_closed", True) or self._channel.broken is not None or self._channel.pid != os.getpid():
             return
-        import warnings
-
         warnings.warn(f"stream of {self._plan.name}() was not closed", ResourceWarning, source=self, stacklevel=2)
         self._options = self._options._replace(timeout=5.0)
         try:
