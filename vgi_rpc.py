@@ -6050,6 +6050,7 @@ _TRANSPORT_MAX_PIECES = 1024  # IOV_MAX
 _TRANSPORT_ATOMIC = 4096  # a pipe or socket that polls writable takes this much without blocking
 _TRANSPORT_LINGER = 1.0  # seconds a refused peer has to read why
 _TRANSPORT_MAX_WAIT = 1e6  # seconds; poll() takes milliseconds in 31 bits
+_TRANSPORT_GIVE_WAY = 0.02  # seconds in which a thread that waits for the connection gets hold of it
 _TRANSPORT_CLOSE_WAIT = 5.0  # seconds close() waits for a call of another thread to notice
 
 
@@ -6116,6 +6117,7 @@ class Channel(_IpcSource):
         "stream",
         "stream_thread",
         "timeout",
+        "wanted",
     )
 
     def __init__(self, inp: int, out: int, abort: Callable[[], None], limits: IpcLimits | None = None) -> None:
@@ -6135,6 +6137,7 @@ class Channel(_IpcSource):
         self.timeout: float | None = None
         self.stream: object | None = None
         self.stream_thread = 0
+        self.wanted: dict[int, None] = {}  # threads that wait for the connection; a pipeline gives way to them
         self.shm: ShmSegment | None = None  # for batches that need not be sent
         self.owns_shm: bool | None = None  # None: the peer has not been asked
         self._poll_in: select.poll | None = None
@@ -6161,10 +6164,8 @@ class Channel(_IpcSource):
     def enter(self, doing: str, timeout: float | None = None, stream: object | None = None) -> None:
         """Begin a conversation: wait for other threads, then own the channel until `leave` or `fail`."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        if not self.lock.acquire(timeout is None) and not self.lock.acquire(timeout=max(timeout or 0.0, 0.0)):
-            raise DeadlineExceededError(f"{doing}: another call held the connection for {timeout} s", sent="no")
-        if self.stream is not stream:
-            self._wait_for_stream(doing, deadline, stream)
+        if not self.lock.acquire(False) or self.stream is not stream:
+            self._wait(doing, deadline, stream)
         if self.pos != len(self.buf) and self.stream is None:
             self.poison(self._unread(doing, "before"))
         if self.busy is not None:  # an exception struck between a conversation's end and its bookkeeping
@@ -6318,6 +6319,14 @@ class Channel(_IpcSource):
             return True
         return False
 
+    def arrives(self, seconds: float) -> bool:
+        """Whether the peer says something, or goes, within this time; True where only a read can tell."""
+        if self.pos < len(self.buf) or self.inp < 0:
+            return True
+        poll = select.poll()
+        poll.register(self.inp, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
+
     def gone(self) -> bool:
         """Whether the connection is idle and has lost its peer: nothing may arrive now but the end."""
         if self.broken is not None:
@@ -6444,16 +6453,16 @@ class Channel(_IpcSource):
         if self._poll_in is None:
             self._poll_in = select.poll()
             self._poll_in.register(self.inp, select.POLLIN)
-        self._wait(self._poll_in)
+        self._poll(self._poll_in)
 
     def _wait_out(self) -> None:
         """Wait for room until the deadline."""
         if self._poll_out is None:
             self._poll_out = select.poll()
             self._poll_out.register(self.out, select.POLLOUT)
-        self._wait(self._poll_out)
+        self._poll(self._poll_out)
 
-    def _wait(self, poll: select.poll) -> None:
+    def _poll(self, poll: select.poll) -> None:
         if self.deadline is None:
             poll.poll()
             return
@@ -6469,12 +6478,27 @@ class Channel(_IpcSource):
             sent=self.sent,
         )
 
-    def _wait_for_stream(self, doing: str, deadline: float | None, stream: object | None) -> None:
-        """Queue behind another thread's stream. A session whose stream is over never comes here to wait."""
-        while self.stream is not None and self.stream is not stream and self.broken is None:
-            left = None if deadline is None else deadline - time.monotonic()
-            if (left is not None and left <= 0) or not self.idle.wait(left):
-                raise DeadlineExceededError(f"{doing}: a stream held the connection until the deadline", sent="no")
+    def _wait(self, doing: str, deadline: float | None, stream: object | None) -> None:
+        """Queue behind other threads' calls and streams; a session whose stream is over never waits for another."""
+        me = threading.get_ident()
+        self.wanted[me] = None
+        try:
+            if not self._owned():
+                left = -1 if deadline is None else max(deadline - time.monotonic(), 0.0)
+                if not self.lock.acquire(timeout=left):
+                    raise DeadlineExceededError(f"{doing}: another call held the connection to the deadline", sent="no")
+            while self.stream is not None and self.stream is not stream and self.broken is None:
+                rest = None if deadline is None else deadline - time.monotonic()
+                if (rest is not None and rest <= 0) or not self.idle.wait(rest):
+                    raise DeadlineExceededError(f"{doing}: a stream held the connection to the deadline", sent="no")
+        finally:
+            self.wanted.pop(me, None)
+
+    def give_way(self) -> None:
+        """Let threads that wait have the connection; to be called by who would take it again at once."""
+        end = time.monotonic() + _TRANSPORT_GIVE_WAY
+        while self.wanted and time.monotonic() < end:
+            time.sleep(0.0002)
 
     def _explained(self, error: RpcError) -> RpcError:
         if self.explain is None or not isinstance(error, ConnectionLostError):
@@ -9102,6 +9126,7 @@ class RequestTransport:
 
     limits = IpcLimits()
     shm = None
+    wanted = ()  # by other threads: they need not wait
 
     def request(
         self,
@@ -9157,8 +9182,14 @@ class _ClientLink:
         self.channel: Any = transport if isinstance(transport, RequestTransport) else _transport_channel(transport)
         if self.limits is not None:
             self.channel.limits = self.limits
-        if getattr(transport, "channel", None) is self.channel and self.channel.inp >= 0:
-            _transport_callers.add(self.channel)
+        channel = self.channel
+        if isinstance(channel, Channel) and channel.inp >= 0 and getattr(transport, "channel", None) is channel:
+            _transport_callers.add(channel)
+
+    def end(self, reason: str) -> None:
+        """Leave the connection to others; who still holds a proxy over this link is refused."""
+        self.channel = Channel(-1, -1, lambda: None)
+        self.channel.broken = reason
 
     def extra(self) -> dict[bytes, bytes]:
         """Metadata that goes with every request: the shared memory, if there is any (wire.md section 11.3)."""
@@ -9647,24 +9678,30 @@ def ping(proxy: object, *, timeout: float | None = None) -> float:
 
 def _client_transport_options(channel: Channel, doing: str, timeout: float | None) -> _IpcMetadata:
     """Ask the far side what its transport can do (wire.md section 10); nothing when it answers with an error."""
+    channel.check()
+    try:
+        channel.enter(doing, timeout)
+        found = _client_ask(channel)
+        channel.leave()
+    except BaseException as exc:
+        raise channel.fail(exc)  # noqa: B904
+    return found
+
+
+def _client_ask(channel: Channel) -> _IpcMetadata:
+    """The same within a conversation."""
     about = _wire_request_metadata(TRANSPORT_OPTIONS_METHOD_NAME, None, None)
     writer = _IpcWriter(EMPTY_SCHEMA)
     writer.write(empty_batch(EMPTY_SCHEMA), {**about, **worker_transport_metadata()})
     writer.close()
     item = None
-    channel.check()
+    channel.send(writer.take())
     try:
-        channel.enter(doing, timeout)
-        channel.send(writer.take())
-        try:
-            reader = _IpcReader(channel, IpcValidation.FULL)
-            item = reader.read()
-            reader.drain()  # an error is an answer too
-        except IPCError:
-            _ipc_drain(channel, _CLIENT_MAX_DRAIN)
-        channel.leave()
-    except BaseException as exc:
-        raise channel.fail(exc)  # noqa: B904
+        reader = _IpcReader(channel, IpcValidation.FULL)
+        item = reader.read()
+        reader.drain()  # an error is an answer too
+    except IPCError:
+        _ipc_drain(channel, _CLIENT_MAX_DRAIN)
     return {} if item is None or item[1] is None else item[1]
 
 
@@ -9902,6 +9939,10 @@ class _ClientPipeline:
         """Append the jobs that fit into the window to `new`, once half of it is used up: blocks share a write."""
         if len(self.waiting) > self._depth // 2:
             return
+        if self._link.channel.wanted:
+            if self.waiting:  # send no more, so that it becomes free
+                return
+            self._link.channel.give_way()
         size = sum(job.size for job in self.waiting)
         while len(self.waiting) + len(new) < self._depth:
             job, self._next = self._next or next(jobs, None), None
@@ -9946,8 +9987,13 @@ class _ClientPipeline:
 
     def drain(self) -> None:
         """Read the replies that nobody wants, so that the connection can be used again."""
-        while self.waiting and self._link.channel.broken is None:
-            self.turn([])
+        channel = self._link.channel
+        try:
+            while self.waiting and channel.broken is None:
+                self.turn([])
+        except BaseException:
+            channel.abandon(self._token, "a pipeline was interrupted")
+            raise
 
 
 _CLIENT_IN_FLIGHT = 32_768  # bytes of requests; half of a pipe, and the kernel counts small packets at twice their size
@@ -10031,8 +10077,18 @@ class _ClientSubmitter:
             self._wake.notify()
             start = self._threads < self._most and self._idle < len(self._jobs)
             self._threads += start
-        if start:
+        if not start:
+            return
+        try:
             threading.Thread(target=self._run, name="vgi-rpc-submit", daemon=True).start()
+        except RuntimeError as exc:  # no more threads, or the interpreter shuts down
+            with self._wake:
+                self._threads -= 1
+                left = [] if self._threads else list(self._jobs)
+                if left:
+                    self._jobs.clear()
+            for each in left:
+                each.future.set_exception(RpcError("RuntimeError", f"no thread for submit(): {exc}", sent="no"))
 
     def _run(self) -> None:
         requests = isinstance(self._link.channel, RequestTransport)
@@ -10063,19 +10119,23 @@ class _ClientSubmitter:
 
     def _turn(self, pipeline: _ClientPipeline, new: list[_ClientJob]) -> None:
         oldest = (pipeline.waiting or new)[0]
+        channel = self._link.channel
         try:
             value = pipeline.turn(new)
-        except Exception as exc:
-            broken = self._link.channel.broken is not None
+        except BaseException as exc:  # on_log's SystemExit too: somebody waits for each of these
+            broken = channel.broken is not None
             for job in {*new, *pipeline.waiting} if broken else new:
-                job.future.set_exception(exc)
+                own = job is oldest or isinstance(exc, Exception)
+                job.future.set_exception(exc if own else channel.lost())
             if broken:
                 pipeline.waiting.clear()
             return
         try:
-            oldest.future.set_result(value())
-        except Exception as exc:
+            result = value()
+        except BaseException as exc:
             oldest.future.set_exception(exc)
+        else:
+            oldest.future.set_result(result)
 
 
 _CLIENT_SUBMIT_IDLE = 1.0  # seconds
@@ -10178,13 +10238,20 @@ class _ClientStream(StreamSession):
         self._reader: _IpcReader | None = None
         self._first: AnnotatedBatch | None = None  # read ahead by `schema`
         self._ahead = 0  # ticks that have been sent and not been answered
+        self._doubtful = False  # what has come may not be a stream's output
         self._failed = False  # an error has come, and nothing after it is looked at
-        self._closed = False
+        self._closed = False  # no more turns
+        self._shut = False  # by the caller
+        self._untold = False  # the caller has not seen that the stream has ended
 
     def tick(
         self, custom_metadata: pa.KeyValueMetadata | None = None, *, timeout: float | None = _UNSET
     ) -> AnnotatedBatch:
-        if self._first is not None and custom_metadata is None:
+        if self._first is not None and not self._shut:
+            if custom_metadata is not None:
+                raise RpcArgumentError(
+                    f"{self._plan.name}(): `schema` has read a batch already; take it without metadata"
+                )
             first, self._first = self._first, None
             return first
         if _LOG_WIRE_STREAM.isEnabledFor(logging.DEBUG):
@@ -10209,21 +10276,22 @@ class _ClientStream(StreamSession):
         return item
 
     def __iter__(self) -> Iterator[AnnotatedBatch]:
-        while True:
-            if self._closed and self._first is None:
-                return
+        while self._shut or not self._closed or self._first is not None:
             try:
                 yield self.tick()
             except StopIteration:
                 return
 
     def __exit__(self, kind: object, exc: object, traceback: object) -> None:
+        self._shut = True
         self._end("stream close", raise_unseen=kind is None)
 
     def close(self) -> None:
+        self._shut = True
         self._end("stream close", raise_unseen=True)
 
     def cancel(self) -> None:
+        self._shut = True
         with contextlib.suppress(ConnectionLostError):
             self._end("stream cancel", cancel=True)
 
@@ -10231,9 +10299,11 @@ class _ClientStream(StreamSession):
     def schema(self) -> pa.Schema:
         if self._plan.info.is_exchange:
             raise RpcError("ProtocolError", f"{self._plan.name}() is an exchange: its output needs an input", sent="no")
-        if self._reader is None:
-            with contextlib.suppress(StopIteration):
+        if self._reader is None or self._shut:
+            try:
                 self._first = self.tick()
+            except StopIteration:
+                self._untold = True
         assert self._reader is not None
         return self._reader.schema
 
@@ -10257,7 +10327,12 @@ class _ClientStream(StreamSession):
         timeout: float | None,
     ) -> AnnotatedBatch | None:
         """Write one batch, or None for a tick, and read until one answers. None: the stream has ended."""
+        if timeout is not _UNSET:
+            _client_check_timeout(timeout)
         if self._closed:
+            if self._untold and not self._shut:
+                self._untold = False
+                return None
             raise RpcError("ProtocolError", "Stream has been closed or cancelled", sent="no")
         channel = self._channel
         channel.check(self._token)
@@ -10272,6 +10347,10 @@ class _ClientStream(StreamSession):
                 reply = _client_local(channel, self._plan, _WireReply(*item, None, channel.limits), self._options)
             if item is None or isinstance(item, RpcError) or self._logs.failure is not None:
                 self._finish()
+            elif self._doubtful:
+                self._finish()
+                self._untold = True
+                self._prove()
             channel.leave()
         except BaseException as exc:
             self._closed = self._closed or channel.broken is not None
@@ -10345,9 +10424,13 @@ class _ClientStream(StreamSession):
     def _read(self) -> tuple[pa.RecordBatch, _IpcMetadata | None] | RpcError | None:
         item: tuple[pa.RecordBatch, _IpcMetadata | None] | RpcError | None
         try:
-            if self._reader is None:
+            if self._reader is not None:
+                item = _wire_read_data(self._reader, self._logs)
+            else:
                 self._reader = _IpcReader(self._channel, self._options.validation)
-            item = _wire_read_data(self._reader, self._logs)
+                item = _wire_read_data(self._reader, self._logs)
+                if isinstance(item, tuple) and (item[0].num_rows == 1 or not item[0].num_columns):
+                    self._doubtful = self.header is None and self._channel.buf.startswith(_EOS, self._channel.pos)
         except IPCError as exc:  # a whole message that makes no sense: this stream's error, not the connection's
             item = _client_error(exc, f"stream of '{self._plan.name}'")
         self._failed = isinstance(item, RpcError)
@@ -10383,6 +10466,17 @@ class _ClientStream(StreamSession):
         channel.end_stream()
         return error
 
+    def _prove(self) -> None:
+        """Law 10: a row, and the end right behind it, may be a unary answer or a header. Ask whether all is in step."""
+        self._doubtful = False
+        try:
+            about = _client_ask(self._channel)
+        except EOFError:
+            about = {}
+        if TRANSPORT_SHM_KEY not in about:
+            assert self._reader is not None
+            raise _client_other_kind(self._plan, f"one row of {_log_schema(self._reader.schema)}, and its end")
+
     def _end(self, doing: str, *, cancel: bool = False, raise_unseen: bool = False) -> None:
         if self._closed:
             return
@@ -10394,10 +10488,14 @@ class _ClientStream(StreamSession):
         try:
             channel.enter(doing, self._options.timeout, self._token)
             error = self._finish(cancel)
+            if self._doubtful:
+                self._prove()
             channel.leave()
         except BaseException as exc:
             self._closed = True
-            raise channel.fail(exc)  # noqa: B904
+            failure = channel.fail(exc)
+            channel.abandon(self._token, f"{doing} was interrupted")  # at a place where `fail` sees no conversation
+            raise failure  # noqa: B904
         if error is not None and unread and raise_unseen:
             raise error
         if self._logs.failure is not None:
@@ -10519,7 +10617,9 @@ def _client_open(
         channel.leave()
     except BaseException as exc:
         session._closed = True
-        raise channel.fail(exc)  # noqa: B904
+        failure = channel.fail(exc)
+        channel.abandon(session._token, f"{plan.doing} was interrupted")
+        raise failure  # noqa: B904
     if expects_header:
         _client_take_header(session, item)
     return session
@@ -10530,7 +10630,22 @@ def _client_read_header(session: _ClientStream) -> Any:
     channel = session._channel
     try:
         reader = _IpcReader(channel, session._options.validation)
+        names = reader.schema.names
+        declared = session._plan.info.header_type
+        if (
+            names
+            and declared is not None
+            and declared.ARROW_SCHEMA.names
+            and not {*names} & {*declared.ARROW_SCHEMA.names}
+        ):
+            raise _client_other_kind(session._plan, _log_schema(reader.schema))
+        if not channel.arrives(
+            _CLIENT_HEADER_WAIT
+        ):  # a header comes as a whole; the output of a stream waits for ticks
+            raise _client_other_kind(session._plan, f"{_log_schema(reader.schema)} without a row")
         item = _wire_read_data(reader, session._logs)
+        if isinstance(item, tuple) and _wire_read_data(reader, session._logs) is not None:
+            raise _client_other_kind(session._plan, f"more than one row of {_log_schema(reader.schema)}")
         reader.drain()
     except IPCError as exc:  # the output follows as after any header
         _ipc_drain(channel, _CLIENT_MAX_DRAIN)
@@ -10542,6 +10657,21 @@ def _client_read_header(session: _ClientStream) -> Any:
         session._closed = True
         channel.end_stream()
     return item
+
+
+_CLIENT_HEADER_WAIT = 2.0  # seconds after its first bytes
+
+
+def _client_other_kind(plan: _WirePlan, got: str) -> RpcError:
+    """Law 10: what has come is not an answer to this call, and what comes next cannot be known."""
+    header = plan.info.header_type
+    kind = "a stream" if header is None else f"a stream with a header {header.__name__}"
+    return RpcError(
+        "ProtocolError",
+        f"{plan.name}() is declared as {kind}, and was answered with {got}; the server has another version of it."
+        " The connection is closed",
+        sent="answered",
+    )
 
 
 def _client_take_header(session: _ClientStream, item: Any) -> None:
@@ -10778,10 +10908,12 @@ class WorkerPool:
         options = _ClientOptions(on_log, ipc_validation, _client_check_timeout(timeout), store=external_location)
         key = tuple(_transport_command(cmd))
         transport = self._borrow(key)
+        link = _ClientLink(transport)
         try:
             _client_share(transport.channel, self._shm_size, timeout)
-            yield cast(_P, _client_proxy(cast(type, protocol), _ClientLink(transport), options))
+            yield cast(_P, _client_proxy(cast(type, protocol), link, options))
         finally:
+            link.end("the block that borrowed this worker has ended")
             self._give_back(key, transport)
 
     @property

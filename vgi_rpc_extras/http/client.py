@@ -702,6 +702,7 @@ class HttpStreamSession(core.StreamSession):
         self._pending: collections.deque[core.AnnotatedBatch] = collections.deque()
         self._error: Exception | None = None  # what came after the pending batches
         self._over = False
+        self._closed = False  # by the caller
         if opening is not None:
             self.header = opening.header
             self._absorb(opening)
@@ -740,7 +741,15 @@ class HttpStreamSession(core.StreamSession):
             )
         return self._pending.popleft()
 
+    def to_reader(self) -> pa.RecordBatchReader:
+        """Return the rest of a producer as a reader; a session can be exported once, and not when it is closed."""
+        if self._closed:
+            self._check_open()
+        return super().to_reader()
+
     def __iter__(self) -> Iterator[core.AnnotatedBatch]:
+        if self._closed:
+            self._check_open()
         while not self._over:
             try:
                 item = self.tick()
@@ -774,11 +783,11 @@ class HttpStreamSession(core.StreamSession):
         self._state, self._call_state = bytes(token[4 : 4 + size]), bytes(token[4 + size :])
         self._pending.clear()
         self._error = None
-        self._over = False
+        self._over = self._closed = False
 
     def close(self) -> None:
         """Forget the stream; the server holds nothing of it. Raises an error of a stream that was never read."""
-        self._over = True
+        self._over = self._closed = True
         self._pending.clear()
         if self._error is not None:
             self._raise_error()
@@ -791,7 +800,7 @@ class HttpStreamSession(core.StreamSession):
     def cancel(self) -> None:
         """Tell the server that nobody will go on (its `on_cancel` runs); never raises what the far side does."""
         state, over = self._state, self._over
-        self._over = True
+        self._over = self._closed = True
         self._pending.clear()
         self._error = None
         if state is None or over:

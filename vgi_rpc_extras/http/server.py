@@ -96,40 +96,48 @@ def make_wsgi_app(
     server: core.RpcServer,
     *,
     prefix: str = "",
+    # streams between their requests
     token_key: bytes | None = None,
+    token_ttl: int = 3600,
+    call_state_cache_entries: int = 4096,
+    # limits
+    max_request_bytes: int | None = None,
+    hosting_max_request_bytes: int | None = None,
     max_response_bytes: int | None = None,
     hosting_max_response_bytes: int | None = None,
     preferred_response_bytes: int | None = None,
-    max_request_bytes: int | None = None,
-    hosting_max_request_bytes: int | None = None,
+    compression_level: int | None = 1,
+    # who calls
     authenticate: Authenticate | None = None,
     proxy_proof_required: bool = False,
     proxy_auth_headers: Sequence[str] | None = None,
+    oauth_resource_metadata: OAuthResourceMetadata | None = None,
+    browser_login: BrowserLogin | None = None,
+    # other sites
     cors_origins: str | Iterable[str] | None = None,
     cors_max_age: int | None = 7200,
     cors_resource_policy: str | None = "cross-origin",
-    token_ttl: int = 3600,
-    compression_level: int | None = 1,
+    # pages
     enable_not_found_page: bool = True,
     enable_landing_page: bool = True,
     enable_describe_page: bool = True,
     enable_describe_calls: bool = True,
     enable_health_endpoint: bool = True,
     repo_url: str | None = None,
-    oauth_resource_metadata: OAuthResourceMetadata | None = None,
-    browser_login: BrowserLogin | None = None,
-    call_state_cache_entries: int = 4096,
-    otel_config: OtelConfig | None = None,
-    sentry_config: SentryConfig | None = None,
+    # storage
     max_externalized_response_bytes: int | None = None,
     upload_url_provider: UploadUrlProvider | None = None,
     max_upload_bytes: int | None = None,
+    # sticky sessions
     enable_sticky: bool = False,
     sticky_default_ttl: float = 300.0,
     sticky_echo_headers: Mapping[str, str] | None = None,
     sticky_max_ttl: float = 86_400.0,
     sticky_max_sessions: int = 10_000,
     sticky_max_per_principal: int = 1_000,
+    # observers
+    otel_config: OtelConfig | None = None,
+    sentry_config: SentryConfig | None = None,
 ) -> HttpApp:
     """Make the WSGI application of `server`, for any WSGI server, behind any proxy (API.md section 3.2).
 
@@ -137,23 +145,21 @@ def make_wsgi_app(
         prefix: path below which everything is.
         token_key: seals the state of streams; every process that serves the same service needs the same one.
             None: a random one, so that only this process continues its streams.
-        max_response_bytes, hosting_max_response_bytes: decoded bytes of a response, 65536 to 2**53-1; the least wins.
-        preferred_response_bytes: what methods are told to aim at.
+        token_ttl: seconds that the state of a stream is good for; 0: for ever.
+        call_state_cache_entries: calls whose unchanging half is kept in memory; 0: none.
         max_request_bytes, hosting_max_request_bytes: bytes of a request, encoded and decoded; the least wins. When
             neither is set, 256 MiB are accepted, and no number is advertised.
+        max_response_bytes, hosting_max_response_bytes: decoded bytes of a response, 65536 to 2**53-1; the least wins.
+        preferred_response_bytes: what methods are told to aim at.
+        compression_level: of zstd responses; None: responses are not compressed, requests are decoded all the same.
         authenticate: says who calls (auth/bearer.py); ValueError or PermissionError: 401, AuthUnavailableError: 503,
             else 500.
         proxy_proof_required, proxy_auth_headers: tell callers that a proxy must add headers.
-        cors_origins: "*", an origin, or several; None: no CORS. `cors_max_age` in seconds.
-        token_ttl: seconds that the state of a stream is good for; 0: for ever.
-        compression_level: of zstd responses; None: responses are not compressed, requests are decoded all the same.
-        enable_describe_calls: the describe page may call unary methods with JSON.
         oauth_resource_metadata: published (RFC 9728), and announced in every 401. With a client_id and `authenticate`,
             people without a credential are sent to log in.
         browser_login: that login, when it needs other settings than the defaults; of the same prefix and metadata.
-        call_state_cache_entries: calls whose unchanging half is kept in memory; 0: none.
-        otel_config: instruments the server, and counts callers that are not let in.
-        sentry_config: reports the server's failures to Sentry.
+        cors_origins: "*", an origin, or several; None: no CORS. `cors_max_age` in seconds.
+        enable_describe_calls: the describe page may call unary methods with JSON.
         max_externalized_response_bytes: bytes that one response may keep in the server's `external_location`.
         upload_url_provider: gives clients places to upload requests to that are too large; S3Storage, say.
         max_upload_bytes: what clients are told about those; advice only.
@@ -164,6 +170,8 @@ def make_wsgi_app(
         sticky_echo_headers: sent by clients with all later requests of a session, for whatever routes them.
         sticky_max_sessions, sticky_max_per_principal: sessions that may be open in this process, in all and of one
             caller; all anonymous callers are one.
+        otel_config: instruments the server, and counts callers that are not let in.
+        sentry_config: reports the server's failures to Sentry.
 
     Raises:
         TypeError: a config, or `oauth_resource_metadata`, that is not one.
