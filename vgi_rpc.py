@@ -9987,19 +9987,26 @@ class _ClientPipeline:
 
     def drain(self) -> None:
         """Read the replies that nobody wants, so that the connection can be used again."""
-        channel = self._link.channel
-        try:
-            while self.waiting and channel.broken is None:
-                self.turn([])
-        except BaseException:
-            channel.abandon(self._token, "a pipeline was interrupted")
-            raise
+        while self.waiting and self._link.channel.broken is None:
+            self.turn([])
+
+    def abandon(self) -> None:
+        """Give up the connection if it is still held for replies."""
+        self._link.channel.abandon(self._token, "map_calls() was interrupted")
 
 
 _CLIENT_IN_FLIGHT = 32_768  # bytes of requests; half of a pipe, and the kernel counts small packets at twice their size
 
 
 def _client_map(pipeline: _ClientPipeline, jobs: Iterator[_ClientJob]) -> Iterator[Any]:
+    try:
+        yield from _client_replies(pipeline, jobs)
+    except BaseException:
+        pipeline.abandon()
+        raise
+
+
+def _client_replies(pipeline: _ClientPipeline, jobs: Iterator[_ClientJob]) -> Iterator[Any]:
     failure: Exception | None = None  # of making a request: raised where its result would have been
     try:
         while True:
@@ -10353,10 +10360,12 @@ class _ClientStream(StreamSession):
                 self._prove()
             channel.leave()
         except BaseException as exc:
-            self._closed = self._closed or channel.broken is not None
-            error = channel.fail(exc)
-            self._closed = self._closed or channel.broken is not None
-            raise error  # noqa: B904
+            try:
+                raise channel.fail(exc)
+            finally:
+                if not isinstance(exc, RpcError):  # an answer may be lost: the stream must not go on behind it
+                    channel.abandon(self._token, f"{doing} did not end")
+                self._closed = self._closed or channel.broken is not None
         if self._logs.failure is not None:
             raise self._logs.failure
         if isinstance(item, RpcError):
@@ -10493,9 +10502,10 @@ class _ClientStream(StreamSession):
             channel.leave()
         except BaseException as exc:
             self._closed = True
-            failure = channel.fail(exc)
-            channel.abandon(self._token, f"{doing} was interrupted")  # at a place where `fail` sees no conversation
-            raise failure  # noqa: B904
+            try:
+                raise channel.fail(exc)
+            finally:
+                channel.abandon(self._token, f"{doing} did not end")  # nor was it in a conversation
         if error is not None and unread and raise_unseen:
             raise error
         if self._logs.failure is not None:
@@ -10617,9 +10627,10 @@ def _client_open(
         channel.leave()
     except BaseException as exc:
         session._closed = True
-        failure = channel.fail(exc)
-        channel.abandon(session._token, f"{plan.doing} was interrupted")
-        raise failure  # noqa: B904
+        try:
+            raise channel.fail(exc)
+        finally:
+            channel.abandon(session._token, f"{plan.doing} did not end")
     if expects_header:
         _client_take_header(session, item)
     return session
