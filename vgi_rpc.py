@@ -6331,13 +6331,15 @@ class Channel(_IpcSource):
         """Whether the connection is idle and has lost its peer: nothing may arrive now but the end."""
         if self.broken is not None:
             return True
-        if self._owned() or not self.lock.acquire(blocking=False):
+        if not self.lock.acquire(blocking=False):
             return False  # in use
         try:
-            if self.stream is not None:
+            if self.busy is not None or self.stream is not None:  # of this very thread, inside a callback
                 return False
-            if self.pos != len(self.buf) or self.inp < 0:
-                return self.inp >= 0
+            if self.pos != len(self.buf):  # what nobody has asked for
+                return True
+            if self.inp < 0:
+                return False
             poll = select.poll()
             poll.register(self.inp, select.POLLIN)
             return bool(poll.poll(0))
