@@ -6137,11 +6137,11 @@ class Channel(_IpcSource):
         self.timeout: float | None = None
         self.stream: object | None = None
         self.stream_thread = 0
-        self.wanted: dict[int, None] = {}  # threads that wait for the connection; a pipeline gives way to them
         self.shm: ShmSegment | None = None  # for batches that need not be sent
         self.owns_shm: bool | None = None  # None: the peer has not been asked
         self._poll_in: select.poll | None = None
         self._poll_out: select.poll | None = None
+        self.wanted: dict[int, None] = {}  # threads that wait for the connection; a pipeline gives way to them
 
     _foreign: frozenset[types.CodeType] = frozenset()  # functions that call what is not ours
 
@@ -6165,7 +6165,7 @@ class Channel(_IpcSource):
         """Begin a conversation: wait for other threads, then own the channel until `leave` or `fail`."""
         deadline = None if timeout is None else time.monotonic() + timeout
         if not self.lock.acquire(False) or self.stream is not stream:
-            self._wait(doing, deadline, stream)
+            self._queue(doing, deadline, stream)
         if self.pos != len(self.buf) and self.stream is None:
             self.poison(self._unread(doing, "before"))
         if self.busy is not None:  # an exception struck between a conversation's end and its bookkeeping
@@ -6455,16 +6455,16 @@ class Channel(_IpcSource):
         if self._poll_in is None:
             self._poll_in = select.poll()
             self._poll_in.register(self.inp, select.POLLIN)
-        self._poll(self._poll_in)
+        self._wait(self._poll_in)
 
     def _wait_out(self) -> None:
         """Wait for room until the deadline."""
         if self._poll_out is None:
             self._poll_out = select.poll()
             self._poll_out.register(self.out, select.POLLOUT)
-        self._poll(self._poll_out)
+        self._wait(self._poll_out)
 
-    def _poll(self, poll: select.poll) -> None:
+    def _wait(self, poll: select.poll) -> None:
         if self.deadline is None:
             poll.poll()
             return
@@ -6480,7 +6480,7 @@ class Channel(_IpcSource):
             sent=self.sent,
         )
 
-    def _wait(self, doing: str, deadline: float | None, stream: object | None) -> None:
+    def _queue(self, doing: str, deadline: float | None, stream: object | None) -> None:
         """Queue behind other threads' calls and streams; a session whose stream is over never waits for another."""
         me = threading.get_ident()
         self.wanted[me] = None
@@ -7028,18 +7028,16 @@ class UnixTransport(_SocketTransport):
     """A transport over a connected Unix socket."""
 
 
-# Seconds of silence before the first question, between questions; and how many without an answer.
-_TRANSPORT_KEEPALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6))
-
-
 class TcpTransport(_SocketTransport):
-    """A transport over a connected TCP socket; sets TCP_NODELAY, and notices within two minutes that a peer is gone."""
+    """A transport over a connected TCP socket; sets TCP_NODELAY, and looks for a silent peer after a minute."""
+
+    KEEPALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in _TRANSPORT_KEEPALIVE:
-            if hasattr(socket, name):
+        for name, value in self.KEEPALIVE:
+            if hasattr(socket, name):  # not everywhere
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         super().__init__(sock)
 
