@@ -10247,7 +10247,7 @@ class _ClientStream(StreamSession):
         self._ahead = 0  # ticks that have been sent and not been answered
         self._doubtful = False  # what has come may not be a stream's output
         self._failed = False  # an error has come, and nothing after it is looked at
-        self._closed = False  # no more turns
+        self._closed = True  # no turns: not yet open, or no more
         self._shut = False  # by the caller
         self._untold = False  # the caller has not seen that the stream has ended
 
@@ -10622,6 +10622,7 @@ def _client_open(
         channel.enter(plan.doing, options.timeout)
         channel.send(request)
         channel.begin_stream(session._token)
+        session._closed = False
         if expects_header:
             item = _client_read_header(session)
         channel.leave()
