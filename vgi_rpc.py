@@ -6230,12 +6230,18 @@ class Channel(_IpcSource):
         if isinstance(exc, RpcError):
             return False
         trace, inside = exc.__traceback__, False
+        talks = None if trace is None else trace.tb_frame  # the conversation, which may be another module's
         while trace is not None and trace.tb_next is not None:
             inside = inside or trace.tb_frame.f_code in self._foreign
             trace = trace.tb_next
-        file = "" if trace is None else trace.tb_frame.f_code.co_filename
-        ours = inside or file == __file__ or "pyarrow" in file or file.startswith("<")
-        return not ours or (not inside and (not exc.args or type(exc).__module__ not in _TRANSPORT_RAISES))
+        if talks is None or trace is None or inside:
+            return False
+        file = trace.tb_frame.f_code.co_filename
+        if file not in (__file__, talks.f_code.co_filename) and "pyarrow" not in file and not file.startswith("<"):
+            return True
+        source = type(exc).__module__
+        bare = not exc.args and not isinstance(exc, MemoryError)  # which is how an asynchronous one comes
+        return bare or (source not in _TRANSPORT_RAISES and source != talks.f_globals.get("__name__"))
 
     def _let_go(self) -> None:
         """Forget the descriptors: their numbers may soon mean something else."""
@@ -10363,7 +10369,9 @@ class _ClientStream(StreamSession):
             try:
                 raise channel.fail(exc)
             finally:
-                if not isinstance(exc, RpcError):  # an answer may be lost: the stream must not go on behind it
+                if not isinstance(
+                    exc, RpcError | IPCError
+                ):  # an answer may be lost: the stream must not go on behind it
                     channel.abandon(self._token, f"{doing} did not end")
                 self._closed = self._closed or channel.broken is not None
         if self._logs.failure is not None:
