@@ -6043,6 +6043,22 @@ def read_reply(
 #   6 one deadline                  checked before each system call that may block, from `enter` to `leave`
 #
 # A channel's descriptors are closed only by a thread that holds its lock, so that no one reads a recycled number.
+#
+#   word        who says it                          what is left of the connection
+#   leave       a conversation, at its last byte     all; but unread bytes outside a stream raise (law 10)
+#   fail        a conversation's `except`            nothing; all, if the conversation had not begun
+#   abandon     a session that will not go on        nothing, if the channel is still kept for that session
+#   poison      the three above; owner of the lock   nothing: `broken` is why
+#   shut        `close` of a transport, any thread   nothing; a call under way is woken and poisons
+#   abort       poison, shut; a fork's child         the transport's own end: kill, shutdown, close
+#
+# `enter` stands inside the `try` that ends in `fail`, and is no context manager: an interrupt may strike at any line,
+# also between a lock that has been taken and a `with` that would know of it. Callbacks (on_log) run under the lock;
+# a call from inside one is refused by `check`. No other lock is taken while a channel's is held, but a pipeline's
+# threads wait for the channel's lock without holding theirs. `explain` and `abort` may take seconds under it.
+#
+# What is raised inside a conversation is translated, unless it struck from outside: out of a frame that is neither
+# ours nor pyarrow's (a signal handler), or of a class that nothing here raises (an asynchronous exception).
 
 _TRANSPORT_CHUNK = 65_536
 _TRANSPORT_MAX_IO = 1 << 30  # sockets fail above 2^31, macOS pipes lose the tail (wire.md section 13)
