@@ -6117,6 +6117,7 @@ class Channel(_IpcSource):
         "_owned",
         "_poll_in",
         "_poll_out",
+        "_room",
         "abort",
         "broken",
         "busy",
@@ -6157,6 +6158,7 @@ class Channel(_IpcSource):
         self.owns_shm: bool | None = None  # None: the peer has not been asked
         self._poll_in: select.poll | None = None
         self._poll_out: select.poll | None = None
+        self._room = 0  # bytes that can be written without blocking, known since the last poll
         self.wanted: dict[int, None] = {}  # threads that wait for the connection; a pipeline gives way to them
 
     _foreign: frozenset[types.CodeType] = frozenset()  # functions that call what is not ours
@@ -6422,10 +6424,15 @@ class Channel(_IpcSource):
 
     def write(self, data: _IpcPiece) -> None:
         """Write once; the rest, if any, the long way."""
+        room = 0
         if self.deadline is not None:
-            if len(data) > _TRANSPORT_ATOMIC:
-                return self.write_views([memoryview(data).cast("B")])
-            self._wait_out()
+            room = self._room - len(data)
+            if room < 0:
+                room = _TRANSPORT_ATOMIC - len(data)
+                if room < 0:
+                    return self.write_views([memoryview(data).cast("B")])
+                self._wait_out()
+        self._room = room
         before, self.sent = self.sent, "maybe"
         try:
             done = os.write(self.out, data)
@@ -6441,6 +6448,7 @@ class Channel(_IpcSource):
     def write_views(self, views: list[memoryview]) -> None:
         """Gathered write of any size. With a deadline the descriptor is non-blocking for as long as this takes."""
         self.sent = "maybe"
+        self._room = 0
         if self.deadline is None:
             return self._write_views(views)
         before = os.get_blocking(self.out)
