@@ -82,6 +82,7 @@ import threading
 import time
 import types
 import typing
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
@@ -6276,21 +6277,48 @@ def read_answer(
 #   6 one deadline                  checked before each system call that may block, from `enter` to `leave`
 #
 # A channel's descriptors are closed only by a thread that holds its lock, so that no one reads a recycled number.
+#
+#   word        who says it                          what is left of the connection
+#   leave       a conversation, at its last byte     all; but unread bytes outside a stream raise (law 10)
+#   fail        a conversation's `except`            nothing; all, if the conversation had not begun
+#   abandon     a session that will not go on        nothing, if the channel is still kept for that session
+#   poison      the three above; owner of the lock   nothing: `broken` is why
+#   shut        `close` of a transport, any thread   nothing; a call under way is woken and poisons
+#   abort       poison, shut; a fork's child         the transport's own end: kill, shutdown, close
+#
+# `enter` stands inside the `try` that ends in `fail`, and is no context manager: an interrupt may strike at any line,
+# also between a lock that has been taken and a `with` that would know of it. Callbacks (on_log) run under the lock;
+# a call from inside one is refused by `check`. No other lock is taken while a channel's is held, but a pipeline's
+# threads wait for the channel's lock without holding theirs. `explain` and `abort` may take seconds under it.
+#
+# What is raised inside a conversation is translated, unless it struck from outside: out of a frame that is neither
+# ours nor pyarrow's (a signal handler), or of a class that nothing here raises (an asynchronous exception).
 
 _TRANSPORT_CHUNK = 65_536
 _TRANSPORT_MAX_IO = 1 << 30  # sockets fail above 2^31, macOS pipes lose the tail (wire.md section 13)
 _TRANSPORT_MAX_PIECES = 1024  # IOV_MAX
 _TRANSPORT_ATOMIC = 4096  # a pipe or socket that polls writable takes this much without blocking
 _TRANSPORT_LINGER = 1.0  # seconds a refused peer has to read why
+_TRANSPORT_MAX_WAIT = 1e6  # seconds; poll() takes milliseconds in 31 bits
+_TRANSPORT_GIVE_WAY = 0.02  # seconds in which a thread that waits for the connection gets hold of it
 _TRANSPORT_CLOSE_WAIT = 5.0  # seconds close() waits for a call of another thread to notice
 
 
+# Where the classes of what a conversation itself raises come from; exceptions of other modules are the caller's.
+_TRANSPORT_RAISES = frozenset({"builtins", "pyarrow.lib", "struct", "decimal", __name__})
+
 _transport_pid = os.getpid()  # kept here, because asking the kernel in every call costs as much as a lock
+
+
+# Callers' channels of our own transports. A child that kept their descriptors would keep the peer from seeing the end.
+_transport_callers: weakref.WeakSet[Channel] = weakref.WeakSet()
 
 
 def _transport_forked() -> None:
     global _transport_pid
     _transport_pid = os.getpid()
+    for channel in list(_transport_callers):
+        channel.abort()
 
 
 if hasattr(os, "register_at_fork"):
@@ -6323,6 +6351,7 @@ class Channel(_IpcSource):
         "_owned",
         "_poll_in",
         "_poll_out",
+        "_room",
         "abort",
         "broken",
         "busy",
@@ -6342,6 +6371,7 @@ class Channel(_IpcSource):
         "stream",
         "stream_thread",
         "timeout",
+        "wanted",
     )
 
     def __init__(self, inp: int, out: int, abort: Callable[[], None], limits: IpcLimits | None = None) -> None:
@@ -6368,6 +6398,10 @@ class Channel(_IpcSource):
         self.owns_shm: bool | None = None  # None: the peer has not been asked
         self._poll_in: select.poll | None = None
         self._poll_out: select.poll | None = None
+        self._room = 0  # bytes that can be written without blocking, known since the last poll
+        self.wanted: dict[int, None] = {}  # threads that wait for the connection; a pipeline gives way to them
+
+    _foreign: frozenset[types.CodeType] = frozenset()  # functions that call what is not ours
 
     # -- conversations
 
@@ -6388,10 +6422,10 @@ class Channel(_IpcSource):
     def enter(self, doing: str, timeout: float | None = None, stream: object | None = None) -> None:
         """Begin a conversation: wait for other threads, then own the channel until `leave` or `fail`."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        if not self.lock.acquire(timeout is None) and not self.lock.acquire(timeout=max(timeout or 0.0, 0.0)):
-            raise DeadlineExceededError(f"{doing}: another call held the connection for {timeout} s", sent="no")
-        if self.stream is not stream:
-            self._wait_for_stream(doing, deadline, stream)
+        if not self.lock.acquire(False) or self.stream is not stream:
+            self._queue(doing, deadline, stream)
+        if self.pos != len(self.buf) and self.stream is None:
+            self.poison(self._unread(doing, "before"))
         if self.busy is not None:  # an exception struck between a conversation's end and its bookkeeping
             self.poison(f"{self.busy} did not end cleanly")
         if self.broken is not None:
@@ -6406,7 +6440,9 @@ class Channel(_IpcSource):
         self.busy = doing
 
     def leave(self) -> None:
-        """End a conversation whose last byte has been read."""
+        """End a conversation whose last byte has been read; what is left would be taken for the next answer."""
+        if self.pos != len(self.buf) and self.stream is None:
+            raise RpcError("ProtocolError", self._unread(self.busy, "after"), sent="answered")
         self.busy = None
         if self.broken is not None:  # closed meanwhile by a thread that could not wait for this call
             self._let_go()
@@ -6421,7 +6457,7 @@ class Channel(_IpcSource):
             if self.busy is None:
                 return exc
             doing = self.busy  # cleared by poison(), so that an interrupt in between is noticed by the next `enter`
-            if isinstance(exc, Exception):
+            if isinstance(exc, Exception) and not self._struck(exc):
                 exc = self._explained(_errors_translate(exc, doing, self.sent))
                 self.poison(str(exc))
             else:
@@ -6429,6 +6465,10 @@ class Channel(_IpcSource):
             return exc
         finally:
             self.lock.release()
+
+    def _unread(self, doing: str | None, when: str) -> str:
+        size = len(self.buf) - self.pos
+        return f"{doing}: expected one answer to one request, and {size} more bytes came {when} it; connection closed"
 
     def lost(self) -> ConnectionLostError:
         """Return the error of a connection that is no longer usable."""
@@ -6442,6 +6482,24 @@ class Channel(_IpcSource):
         self.end_stream()
         self._let_go()
         self.abort()
+
+    def _struck(self, exc: Exception) -> bool:
+        """Whether it is the caller's own: a signal handler raised it, or another thread set it in this one."""
+        if isinstance(exc, RpcError):
+            return False
+        trace, inside = exc.__traceback__, False
+        talks = None if trace is None else trace.tb_frame  # the conversation, which may be another module's
+        while trace is not None and trace.tb_next is not None:
+            inside = inside or trace.tb_frame.f_code in self._foreign
+            trace = trace.tb_next
+        if talks is None or trace is None or inside:
+            return False
+        file = trace.tb_frame.f_code.co_filename
+        if file not in (__file__, talks.f_code.co_filename) and "pyarrow" not in file and not file.startswith("<"):
+            return True
+        source = type(exc).__module__
+        bare = not exc.args and not isinstance(exc, MemoryError)  # which is how an asynchronous one comes
+        return bare or (source not in _TRANSPORT_RAISES and source != talks.f_globals.get("__name__"))
 
     def _let_go(self) -> None:
         """Forget the descriptors: their numbers may soon mean something else."""
@@ -6540,7 +6598,11 @@ class Channel(_IpcSource):
         if not self.lock.acquire(blocking=False):
             return False  # in use
         try:
-            if self.stream is not None or self.inp < 0:
+            if self.busy is not None or self.stream is not None:  # of this very thread, inside a callback
+                return False
+            if self.pos != len(self.buf):  # what nobody has asked for
+                return True
+            if self.inp < 0:
                 return False
             poll = select.poll()
             poll.register(self.inp, select.POLLIN)
@@ -6552,7 +6614,12 @@ class Channel(_IpcSource):
         """Read once."""
         if self.deadline is not None or self.silence is not None:
             self._wait_in()
-        data = os.read(self.inp, _TRANSPORT_CHUNK)
+        while True:
+            try:
+                data = os.read(self.inp, _TRANSPORT_CHUNK)
+                break
+            except BlockingIOError:  # somebody who shares the descriptor has made it so
+                self._wait_in()
         if not data:
             raise EOFError("the peer closed the connection")
         self.buf = data if self.pos == len(self.buf) else self.buf[self.pos :] + data
@@ -6574,7 +6641,12 @@ class Channel(_IpcSource):
         """Read once into `view`."""
         if self.deadline is not None or self.silence is not None:
             self._wait_in()
-        got = os.readv(self.inp, [view])
+        while True:
+            try:
+                got = os.readv(self.inp, [view])
+                break
+            except BlockingIOError:
+                self._wait_in()
         if not got:
             raise EOFError("the peer closed the connection in the middle of a message")
         return got
@@ -6592,14 +6664,20 @@ class Channel(_IpcSource):
 
     def write(self, data: _IpcPiece) -> None:
         """Write once; the rest, if any, the long way."""
+        room = 0
         if self.deadline is not None:
-            if len(data) > _TRANSPORT_ATOMIC:
-                return self.write_views([memoryview(data).cast("B")])
-            if self.sent != "no":  # the first write of a conversation finds the way empty: the last one was answered
+            room = self._room - len(data)
+            if room < 0:
+                room = _TRANSPORT_ATOMIC - len(data)
+                if room < 0:
+                    return self.write_views([memoryview(data).cast("B")])
                 self._wait_out()
+        self._room = room
         before, self.sent = self.sent, "maybe"
         try:
             done = os.write(self.out, data)
+        except BlockingIOError:
+            done = 0
         except BrokenPipeError:  # not a byte of it was taken
             self.sent = before
             raise
@@ -6610,13 +6688,15 @@ class Channel(_IpcSource):
     def write_views(self, views: list[memoryview]) -> None:
         """Gathered write of any size. With a deadline the descriptor is non-blocking for as long as this takes."""
         self.sent = "maybe"
+        self._room = 0
         if self.deadline is None:
             return self._write_views(views)
+        before = os.get_blocking(self.out)
         os.set_blocking(self.out, False)
         try:
             self._write_views(views)
         finally:
-            os.set_blocking(self.out, True)
+            os.set_blocking(self.out, before)
 
     def _write_views(self, views: list[memoryview]) -> None:
         at = 0
@@ -6632,6 +6712,7 @@ class Channel(_IpcSource):
             try:
                 done = os.writev(self.out, some)
             except BlockingIOError:
+                self._wait_out()
                 continue
             while done and done >= len(views[at]):
                 done -= len(views[at])
@@ -6654,9 +6735,14 @@ class Channel(_IpcSource):
         self._wait(self._poll_out)
 
     def _wait(self, poll: select.poll) -> None:
-        left = (self.silence or 0.0) if self.deadline is None else self.deadline - time.monotonic()
-        if left <= 0 or not poll.poll(left * 1000 + 1):
-            raise self._late()
+        if self.deadline is None and self.silence is None:
+            poll.poll()
+            return
+        end = time.monotonic() + (self.silence or 0.0) if self.deadline is None else self.deadline
+        while (left := end - time.monotonic()) > 0:
+            if poll.poll(min(left, _TRANSPORT_MAX_WAIT) * 1000 + 1):
+                return
+        raise self._late()
 
     def _late(self) -> DeadlineExceededError:
         if self.deadline is None:
@@ -6668,12 +6754,27 @@ class Channel(_IpcSource):
             sent=self.sent,
         )
 
-    def _wait_for_stream(self, doing: str, deadline: float | None, stream: object | None) -> None:
-        """Queue behind another thread's stream. A session whose stream is over never comes here to wait."""
-        while self.stream is not None and self.stream is not stream and self.broken is None:
-            left = None if deadline is None else deadline - time.monotonic()
-            if (left is not None and left <= 0) or not self.idle.wait(left):
-                raise DeadlineExceededError(f"{doing}: a stream held the connection until the deadline", sent="no")
+    def _queue(self, doing: str, deadline: float | None, stream: object | None) -> None:
+        """Queue behind other threads' calls and streams; a session whose stream is over never waits for another."""
+        me = threading.get_ident()
+        self.wanted[me] = None
+        try:
+            if not self._owned():
+                left = -1 if deadline is None else max(deadline - time.monotonic(), 0.0)
+                if not self.lock.acquire(timeout=left):
+                    raise DeadlineExceededError(f"{doing}: another call held the connection to the deadline", sent="no")
+            while self.stream is not None and self.stream is not stream and self.broken is None:
+                rest = None if deadline is None else deadline - time.monotonic()
+                if (rest is not None and rest <= 0) or not self.idle.wait(rest):
+                    raise DeadlineExceededError(f"{doing}: a stream held the connection to the deadline", sent="no")
+        finally:
+            self.wanted.pop(me, None)
+
+    def give_way(self) -> None:
+        """Let threads that wait have the connection; to be called by who would take it again at once."""
+        end = time.monotonic() + _TRANSPORT_GIVE_WAY
+        while self.wanted and time.monotonic() < end:
+            time.sleep(0.0002)
 
     def _explained(self, error: RpcError) -> RpcError:
         if self.explain is None or not isinstance(error, ConnectionLostError):
@@ -6741,6 +6842,9 @@ class _FileChannel(Channel):
             if left is not None and left <= 0:
                 raise self._late()
             self._settimeout(left)
+
+
+_FileChannel._foreign = frozenset({_FileChannel.more.__code__, _FileChannel.write_views.__code__})
 
 
 def _transport_allocate(size: int) -> pa.Buffer:
@@ -6837,10 +6941,33 @@ def make_pipe_pair() -> tuple[PipeTransport, PipeTransport]:
 
 
 def _transport_over(reader: Any, writer: Any, abort: Callable[[], None]) -> Channel:
-    try:
-        return Channel(reader.fileno(), writer.fileno(), abort)
-    except (AttributeError, OSError, ValueError):  # io.UnsupportedOperation is an OSError and a ValueError
+    """A channel on the descriptors below two streams, if these are all that there is between us and the peer."""
+    inp, out = _transport_descriptor(reader, "read"), _transport_descriptor(writer, "write")
+    if inp < 0 or out < 0:
         return _FileChannel(reader, writer, abort)
+    if isinstance(writer, io.BufferedWriter):
+        writer.flush()
+    channel = Channel(inp, out, abort)
+    if isinstance(reader, io.BufferedReader):  # what it has read ahead is ours
+        before = os.get_blocking(inp)
+        os.set_blocking(inp, False)
+        try:
+            channel.buf = reader.read(len(reader.peek()))
+        finally:
+            os.set_blocking(inp, before)
+    return channel
+
+
+def _transport_descriptor(stream: Any, does: str) -> int:
+    """The descriptor whose bytes a stream's bytes are; -1: the stream may change them, as TLS does."""
+    raw = getattr(stream, "raw", stream) if isinstance(stream, io.BufferedReader | io.BufferedWriter) else stream
+    plain = isinstance(raw, io.FileIO) or type(getattr(raw, "_sock", None)) is socket.socket
+    if not plain and hasattr(stream, does):
+        return -1
+    try:
+        return int(raw.fileno())
+    except (AttributeError, OSError, ValueError):  # io.UnsupportedOperation is an OSError and a ValueError
+        return -1
 
 
 # Channels of foreign transport objects: the state that keeps a connection in step must outlive one RpcConnection.
@@ -6860,7 +6987,11 @@ def _transport_channel(transport: Any) -> Channel:
         return known
     if not all(hasattr(transport, name) for name in ("reader", "writer", "close")):
         raise TypeError(f"expected a transport (reader, writer, close), got {type(transport).__name__}")
-    channel = _transport_over(transport.reader, transport.writer, transport.close)
+    abort = transport.close
+    with contextlib.suppress(TypeError):  # the channel must not keep the transport that it is remembered for
+        reference = weakref.ref(transport)
+        abort = lambda: (found := reference()) and found.close()  # noqa: E731
+    channel = _transport_over(transport.reader, transport.writer, abort)
     with contextlib.suppress(TypeError):
         _TRANSPORT_CHANNELS[transport] = channel
     return channel
@@ -6909,7 +7040,7 @@ def _transport_command(cmd: Sequence[str]) -> list[str]:
         raise TypeError(f"cmd must be a list of arguments such as {cmd.split()!r}, got a str")
     if not cmd:
         raise ValueError("cmd is empty; it is a list: the program, then its arguments")
-    return list(cmd)
+    return [os.fsdecode(part) for part in cmd]
 
 
 class SubprocessTransport:
@@ -6935,24 +7066,31 @@ class SubprocessTransport:
                 bufsize=0,
             )
         except OSError as exc:
-            program = os.fspath(self._cmd[0])
+            program = self._cmd[0]
             python = f"; run it by Python: [sys.executable, {program!r}]" if program.endswith(".py") else ""
             note = f"could not start the worker {self._cmd!r}; cmd is a list: the program, then its arguments{python}"
             exc.add_note(note)
             raise
         assert self.proc.stdin is not None and self.proc.stdout is not None
+        self._expired = subprocess.TimeoutExpired  # nothing can be imported when the interpreter shuts down
+        self._unknown = False  # whether something else has taken the exit status
+        self._reader: io.IOBase | None = None
         self._tee = _TransportTee(self.proc.stderr, stderr, stderr_logger) if self.proc.stderr is not None else None
         _transport_widen(self.proc.stdin.fileno())
         _transport_widen(self.proc.stdout.fileno())
         self.channel = Channel(self.proc.stdout.fileno(), self.proc.stdin.fileno(), self._abort)
         self.channel.explain = self._explain
+        _transport_callers.add(self.channel)
         if _LOG_WIRE_TRANSPORT.isEnabledFor(logging.DEBUG):
             _LOG_WIRE_TRANSPORT.debug("SubprocessTransport spawned: pid=%d, cmd=%r", self.proc.pid, self._cmd)
 
     @property
     def reader(self) -> io.IOBase:
-        """The worker's stdout."""
-        return cast(io.IOBase, self.proc.stdout)
+        """The worker's stdout; `read(n)` gives less than n bytes only at its end, and takes no more."""
+        if self._reader is None:
+            assert isinstance(self.proc.stdout, io.FileIO)
+            self._reader = io.BufferedReader(self.proc.stdout, 1)
+        return self._reader
 
     @property
     def writer(self) -> io.IOBase:
@@ -6961,8 +7099,6 @@ class SubprocessTransport:
 
     def close(self) -> None:
         """End the worker's input, wait up to 10 s for it to finish, then kill it. Idempotent."""
-        if self.channel.pid != os.getpid():
-            return
         busy = self.channel.stream is not None
         if not self.channel.shut(self.proc.kill):
             return
@@ -6978,23 +7114,21 @@ class SubprocessTransport:
             _LOG_WIRE_TRANSPORT.debug("SubprocessTransport closed: pid=%d, rc=%s", self.proc.pid, self.proc.returncode)
 
     def _abort(self) -> None:
-        """Kill the worker and let go of it."""
-        if self.channel.pid != os.getpid():
-            return
+        """Kill the worker and let go of it; the child of a fork only lets go."""
         self._close_pipe(self.proc.stdin)
         self._close_pipe(self.proc.stdout)
+        if self.channel.pid != os.getpid():
+            return
         if self.proc.poll() is None:
             self.proc.kill()
         self._reap(5.0)
 
     def _reap(self, timeout: float) -> None:
-        import subprocess
-
         try:
             self.proc.wait(timeout)
-        except subprocess.TimeoutExpired:
+        except self._expired:
             self.proc.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):  # unkillable: in uninterruptible I/O
+            with contextlib.suppress(self._expired):  # unkillable: in uninterruptible I/O
                 self.proc.wait(5.0)
         if self._tee is not None:
             self._tee.close()
@@ -7006,28 +7140,37 @@ class SubprocessTransport:
 
     def _explain(self, error: ConnectionLostError) -> ConnectionLostError:
         """Law 5. A worker that has closed its output is given a second to finish dying."""
-        import subprocess
-
-        try:
-            self.proc.wait(1.0)
-        except subprocess.TimeoutExpired:
-            return error
+        end = time.monotonic() + 1.0
+        while not self._dead():
+            if time.monotonic() >= end:
+                return error
+            time.sleep(0.002)
+        returncode = None if self._unknown else self.proc.returncode
         if self._tee is not None:
             self._tee.close()
         lifetime = time.monotonic() - self._started
-        status = _transport_exit_text(self.proc.returncode)
+        status = _transport_exit_text(returncode)
         hint = ""
-        if self.proc.returncode == 0:  # it was content: the commonest reason is a script that serves nothing
+        if returncode == 0:  # it was content: the commonest reason is a script that serves nothing
             hint = "; a worker calls run_server(), which ends only with its input"
         return WorkerDiedError(
             f"{error.error_message}: worker {self.proc.pid} {status} after {lifetime:.1f} s{hint}",
             sent=error.sent,
             command=tuple(self._cmd),
             pid=self.proc.pid,
-            returncode=self.proc.returncode,
+            returncode=returncode,
             lifetime=lifetime,
             stderr_tail=tuple(self._tee.tail) if self._tee is not None else (),
         )
+
+    def _dead(self) -> bool:
+        """Whether the worker has ended. Popen takes a status that somebody else has reaped for 0, so look before it."""
+        if self.proc.returncode is None and hasattr(os, "waitid"):
+            try:
+                os.waitid(os.P_PID, self.proc.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                self._unknown = True
+        return self.proc.poll() is not None
 
 
 class _TransportTee:
@@ -7085,7 +7228,9 @@ class _TransportTee:
                     self._logger.info("%s", text)
 
 
-def _transport_exit_text(returncode: int) -> str:
+def _transport_exit_text(returncode: int | None) -> str:
+    if returncode is None:
+        return "ended (exit status unknown: something else in this process has waited for it)"
     if returncode >= 0:
         return f"exited with status {returncode}"
     try:
@@ -9490,6 +9635,7 @@ class RequestTransport:
 
     limits = IpcLimits()
     shm = None
+    wanted = ()  # by other threads: they need not wait
 
     def request(
         self,
@@ -9545,6 +9691,14 @@ class _ClientLink:
         self.channel: Any = transport if isinstance(transport, RequestTransport) else _transport_channel(transport)
         if self.limits is not None:
             self.channel.limits = self.limits
+        channel = self.channel
+        if isinstance(channel, Channel) and channel.inp >= 0 and getattr(transport, "channel", None) is channel:
+            _transport_callers.add(channel)
+
+    def end(self, reason: str) -> None:
+        """Leave the connection to others; who still holds a proxy over this link is refused."""
+        self.channel = Channel(-1, -1, lambda: None)
+        self.channel.broken = reason
 
     def extra(self) -> dict[bytes, bytes]:
         """Metadata that goes with every request: the shared memory, if there is any (wire.md section 11.3)."""
@@ -9959,8 +10113,9 @@ _CLIENT_WINDOW = 64  # ticks that fit any connection's buffers unread (FINDINGS.
 
 
 def _client_check_timeout(timeout: float | None) -> float | None:
-    if timeout is not None and not 0 < timeout < 1e9:
-        raise ValueError(f"timeout must be a positive number of seconds or None, got {timeout}")
+    """Refuse what is not a time to wait; once, where it is given."""
+    if timeout is not None and not (isinstance(timeout, (int, float)) and 0 < timeout < 1e9):
+        raise ValueError(f"timeout must be a positive number of seconds or None, got {timeout!r}")
     return timeout
 
 
@@ -10032,24 +10187,30 @@ def ping(proxy: object, *, timeout: float | None = None) -> float:
 
 def _client_transport_options(channel: Channel, doing: str, timeout: float | None) -> _IpcMetadata:
     """Ask the far side what its transport can do (wire.md section 10); nothing when it answers with an error."""
+    channel.check()
+    try:
+        channel.enter(doing, timeout)
+        found = _client_ask(channel)
+        channel.leave()
+    except BaseException as exc:
+        raise channel.fail(exc)  # noqa: B904
+    return found
+
+
+def _client_ask(channel: Channel) -> _IpcMetadata:
+    """The same within a conversation."""
     about = _wire_request_metadata(TRANSPORT_OPTIONS_METHOD_NAME, None, None)
     writer = _IpcWriter(EMPTY_SCHEMA)
     writer.write(empty_batch(EMPTY_SCHEMA), {**about, **worker_transport_metadata()})
     writer.close()
     item = None
-    channel.check()
+    channel.send(writer.take())
     try:
-        channel.enter(doing, timeout)
-        channel.send(writer.take())
-        try:
-            reader = _IpcReader(channel, IpcValidation.FULL)
-            item = reader.read()
-            reader.drain()  # an error is an answer too
-        except IPCError:
-            _ipc_drain(channel, _CLIENT_MAX_DRAIN)
-        channel.leave()
-    except BaseException as exc:
-        raise channel.fail(exc)  # noqa: B904
+        reader = _IpcReader(channel, IpcValidation.FULL)
+        item = reader.read()
+        reader.drain()  # an error is an answer too
+    except IPCError:
+        _ipc_drain(channel, _CLIENT_MAX_DRAIN)
     return {} if item is None or item[1] is None else item[1]
 
 
@@ -10287,6 +10448,10 @@ class _ClientPipeline:
         """Append the jobs that fit into the window to `new`, once half of it is used up: blocks share a write."""
         if len(self.waiting) > self._depth // 2:
             return
+        if self._link.channel.wanted:
+            if self.waiting:  # send no more, so that it becomes free
+                return
+            self._link.channel.give_way()
         size = sum(job.size for job in self.waiting)
         while len(self.waiting) + len(new) < self._depth:
             job, self._next = self._next or next(jobs, None), None
@@ -10334,11 +10499,23 @@ class _ClientPipeline:
         while self.waiting and self._link.channel.broken is None:
             self.turn([])
 
+    def abandon(self) -> None:
+        """Give up the connection if it is still held for replies."""
+        self._link.channel.abandon(self._token, "map_calls() was interrupted")
+
 
 _CLIENT_IN_FLIGHT = 32_768  # bytes of requests; half of a pipe, and the kernel counts small packets at twice their size
 
 
 def _client_map(pipeline: _ClientPipeline, jobs: Iterator[_ClientJob]) -> Iterator[Any]:
+    try:
+        yield from _client_replies(pipeline, jobs)
+    except BaseException:
+        pipeline.abandon()
+        raise
+
+
+def _client_replies(pipeline: _ClientPipeline, jobs: Iterator[_ClientJob]) -> Iterator[Any]:
     failure: Exception | None = None  # of making a request: raised where its result would have been
     try:
         while True:
@@ -10416,8 +10593,18 @@ class _ClientSubmitter:
             self._wake.notify()
             start = self._threads < self._most and self._idle < len(self._jobs)
             self._threads += start
-        if start:
+        if not start:
+            return
+        try:
             threading.Thread(target=self._run, name="vgi-rpc-submit", daemon=True).start()
+        except RuntimeError as exc:  # no more threads, or the interpreter shuts down
+            with self._wake:
+                self._threads -= 1
+                left = [] if self._threads else list(self._jobs)
+                if left:
+                    self._jobs.clear()
+            for each in left:
+                each.future.set_exception(RpcError("RuntimeError", f"no thread for submit(): {exc}", sent="no"))
 
     def _run(self) -> None:
         requests = isinstance(self._link.channel, RequestTransport)
@@ -10448,19 +10635,23 @@ class _ClientSubmitter:
 
     def _turn(self, pipeline: _ClientPipeline, new: list[_ClientJob]) -> None:
         oldest = (pipeline.waiting or new)[0]
+        channel = self._link.channel
         try:
             value = pipeline.turn(new)
-        except Exception as exc:
-            broken = self._link.channel.broken is not None
+        except BaseException as exc:  # on_log's SystemExit too: somebody waits for each of these
+            broken = channel.broken is not None
             for job in {*new, *pipeline.waiting} if broken else new:
-                job.future.set_exception(exc)
+                own = job is oldest or isinstance(exc, Exception)
+                job.future.set_exception(exc if own else channel.lost())
             if broken:
                 pipeline.waiting.clear()
             return
         try:
-            oldest.future.set_result(value())
-        except Exception as exc:
+            result = value()
+        except BaseException as exc:
             oldest.future.set_exception(exc)
+        else:
+            oldest.future.set_result(result)
 
 
 _CLIENT_SUBMIT_IDLE = 1.0  # seconds
@@ -10563,13 +10754,20 @@ class _ClientStream(StreamSession):
         self._reader: _IpcReader | None = None
         self._first: AnnotatedBatch | None = None  # read ahead by `schema`
         self._ahead = 0  # ticks that have been sent and not been answered
+        self._doubtful = False  # what has come may not be a stream's output
         self._failed = False  # an error has come, and nothing after it is looked at
-        self._closed = False
+        self._closed = True  # no turns: not yet open, or no more
+        self._shut = False  # by the caller
+        self._untold = False  # the caller has not seen that the stream has ended
 
     def tick(
         self, custom_metadata: pa.KeyValueMetadata | None = None, *, timeout: float | None = _UNSET
     ) -> AnnotatedBatch:
-        if self._first is not None and custom_metadata is None:
+        if self._first is not None and not self._shut:
+            if custom_metadata is not None:
+                raise RpcArgumentError(
+                    f"{self._plan.name}(): `schema` has read a batch already; take it without metadata"
+                )
             first, self._first = self._first, None
             return first
         if _LOG_WIRE_STREAM.isEnabledFor(logging.DEBUG):
@@ -10594,21 +10792,22 @@ class _ClientStream(StreamSession):
         return item
 
     def __iter__(self) -> Iterator[AnnotatedBatch]:
-        while True:
-            if self._closed and self._first is None:
-                return
+        while self._shut or not self._closed or self._first is not None:
             try:
                 yield self.tick()
             except StopIteration:
                 return
 
     def __exit__(self, kind: object, exc: object, traceback: object) -> None:
+        self._shut = True
         self._end("stream close", raise_unseen=kind is None)
 
     def close(self) -> None:
+        self._shut = True
         self._end("stream close", raise_unseen=True)
 
     def cancel(self) -> None:
+        self._shut = True
         with contextlib.suppress(ConnectionLostError):
             self._end("stream cancel", cancel=True)
 
@@ -10616,17 +10815,17 @@ class _ClientStream(StreamSession):
     def schema(self) -> pa.Schema:
         if self._plan.info.is_exchange:
             raise RpcError("ProtocolError", f"{self._plan.name}() is an exchange: its output needs an input", sent="no")
-        if self._reader is None:
-            with contextlib.suppress(StopIteration):
+        if self._reader is None or self._shut:
+            try:
                 self._first = self.tick()
+            except StopIteration:
+                self._untold = True
         assert self._reader is not None
         return self._reader.schema
 
     def __del__(self) -> None:
         if getattr(self, "_closed", True) or self._channel.broken is not None or self._channel.pid != os.getpid():
             return
-        import warnings
-
         warnings.warn(f"stream of {self._plan.name}() was not closed", ResourceWarning, source=self, stacklevel=2)
         self._options = self._options._replace(timeout=5.0)
         try:
@@ -10644,7 +10843,12 @@ class _ClientStream(StreamSession):
         timeout: float | None,
     ) -> AnnotatedBatch | None:
         """Write one batch, or None for a tick, and read until one answers. None: the stream has ended."""
+        if timeout is not _UNSET:
+            _client_check_timeout(timeout)
         if self._closed:
+            if self._untold and not self._shut:
+                self._untold = False
+                return None
             raise RpcError("ProtocolError", "Stream has been closed or cancelled", sent="no")
         channel = self._channel
         channel.check(self._token)
@@ -10659,12 +10863,20 @@ class _ClientStream(StreamSession):
                 reply = _client_local(channel, self._plan, _WireReply(*item, None, channel.limits), self._options)
             if item is None or isinstance(item, RpcError) or self._logs.failure is not None:
                 self._finish()
+            elif self._doubtful:
+                self._finish()
+                self._untold = True
+                self._prove()
             channel.leave()
         except BaseException as exc:
-            self._closed = self._closed or channel.broken is not None
-            error = channel.fail(exc)
-            self._closed = self._closed or channel.broken is not None
-            raise error  # noqa: B904
+            try:
+                raise channel.fail(exc)
+            finally:
+                if not isinstance(
+                    exc, RpcError | IPCError
+                ):  # an answer may be lost: the stream must not go on behind it
+                    channel.abandon(self._token, f"{doing} did not end")
+                self._closed = self._closed or channel.broken is not None
         if self._logs.failure is not None:
             raise self._logs.failure
         if isinstance(item, RpcError):
@@ -10732,9 +10944,13 @@ class _ClientStream(StreamSession):
     def _read(self) -> tuple[pa.RecordBatch, _IpcMetadata | None] | RpcError | None:
         item: tuple[pa.RecordBatch, _IpcMetadata | None] | RpcError | None
         try:
-            if self._reader is None:
+            if self._reader is not None:
+                item = _wire_read_data(self._reader, self._logs)
+            else:
                 self._reader = _IpcReader(self._channel, self._options.validation)
-            item = _wire_read_data(self._reader, self._logs)
+                item = _wire_read_data(self._reader, self._logs)
+                if isinstance(item, tuple) and (item[0].num_rows == 1 or not item[0].num_columns):
+                    self._doubtful = self.header is None and self._channel.buf.startswith(_EOS, self._channel.pos)
         except IPCError as exc:  # a whole message that makes no sense: this stream's error, not the connection's
             item = _client_error(exc, f"stream of '{self._plan.name}'")
         self._failed = isinstance(item, RpcError)
@@ -10770,6 +10986,17 @@ class _ClientStream(StreamSession):
         channel.end_stream()
         return error
 
+    def _prove(self) -> None:
+        """Law 10: a row, and the end right behind it, may be a unary answer or a header. Ask whether all is in step."""
+        self._doubtful = False
+        try:
+            about = _client_ask(self._channel)
+        except EOFError:
+            about = {}
+        if TRANSPORT_SHM_KEY not in about:
+            assert self._reader is not None
+            raise _client_other_kind(self._plan, f"one row of {_log_schema(self._reader.schema)}, and its end")
+
     def _end(self, doing: str, *, cancel: bool = False, raise_unseen: bool = False) -> None:
         if self._closed:
             return
@@ -10781,10 +11008,15 @@ class _ClientStream(StreamSession):
         try:
             channel.enter(doing, self._options.timeout, self._token)
             error = self._finish(cancel)
+            if self._doubtful:
+                self._prove()
             channel.leave()
         except BaseException as exc:
             self._closed = True
-            raise channel.fail(exc)  # noqa: B904
+            try:
+                raise channel.fail(exc)
+            finally:
+                channel.abandon(self._token, f"{doing} did not end")  # nor was it in a conversation
         if error is not None and unread and raise_unseen:
             raise error
         if self._logs.failure is not None:
@@ -10901,12 +11133,16 @@ def _client_open(
         channel.enter(plan.doing, options.timeout)
         channel.send(request)
         channel.begin_stream(session._token)
+        session._closed = False
         if expects_header:
             item = _client_read_header(session)
         channel.leave()
     except BaseException as exc:
         session._closed = True
-        raise channel.fail(exc)  # noqa: B904
+        try:
+            raise channel.fail(exc)
+        finally:
+            channel.abandon(session._token, f"{plan.doing} did not end")
     if expects_header:
         _client_take_header(session, item)
     return session
@@ -10917,7 +11153,22 @@ def _client_read_header(session: _ClientStream) -> Any:
     channel = session._channel
     try:
         reader = _IpcReader(channel, session._options.validation)
+        names = reader.schema.names
+        declared = session._plan.info.header_type
+        if (
+            names
+            and declared is not None
+            and declared.ARROW_SCHEMA.names
+            and not {*names} & {*declared.ARROW_SCHEMA.names}
+        ):
+            raise _client_other_kind(session._plan, _log_schema(reader.schema))
+        if not channel.arrives(
+            _CLIENT_HEADER_WAIT
+        ):  # a header comes as a whole; the output of a stream waits for ticks
+            raise _client_other_kind(session._plan, f"{_log_schema(reader.schema)} without a row")
         item = _wire_read_data(reader, session._logs)
+        if isinstance(item, tuple) and _wire_read_data(reader, session._logs) is not None:
+            raise _client_other_kind(session._plan, f"more than one row of {_log_schema(reader.schema)}")
         reader.drain()
     except IPCError as exc:  # the output follows as after any header
         _ipc_drain(channel, _CLIENT_MAX_DRAIN)
@@ -10929,6 +11180,21 @@ def _client_read_header(session: _ClientStream) -> Any:
         session._closed = True
         channel.end_stream()
     return item
+
+
+_CLIENT_HEADER_WAIT = 2.0  # seconds after its first bytes
+
+
+def _client_other_kind(plan: _WirePlan, got: str) -> RpcError:
+    """Law 10: what has come is not an answer to this call, and what comes next cannot be known."""
+    header = plan.info.header_type
+    kind = "a stream" if header is None else f"a stream with a header {header.__name__}"
+    return RpcError(
+        "ProtocolError",
+        f"{plan.name}() is declared as {kind}, and was answered with {got}; the server has another version of it."
+        " The connection is closed",
+        sent="answered",
+    )
 
 
 def _client_take_header(session: _ClientStream, item: Any) -> None:
@@ -11165,10 +11431,12 @@ class WorkerPool:
         options = _ClientOptions(on_log, ipc_validation, _client_check_timeout(timeout), store=external_location)
         key = tuple(_transport_command(cmd))
         transport = self._borrow(key)
+        link = _ClientLink(transport)
         try:
             _client_share(transport.channel, self._shm_size, timeout)
-            yield cast(_P, _client_proxy(cast(type, protocol), _ClientLink(transport), options))
+            yield cast(_P, _client_proxy(cast(type, protocol), link, options))
         finally:
+            link.end("the block that borrowed this worker has ended")
             self._give_back(key, transport)
 
     @property

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
+import io
 import json
 import os
 import pickle
@@ -13,10 +15,12 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
@@ -427,7 +431,7 @@ with lab.proxy(kind, address) as p:
     try:
         call()
         caught = "nothing"
-    except BaseException as exc:  # an ordinary exception is translated like any other in a call, and is the cause
+    except BaseException as exc:  # it is the caller's own, and leaves as itself
         caught = [type(exc).__name__, type(exc.__cause__).__name__]
     time.sleep(0.4)  # the late answer, if any, has arrived
     later = [outcome(lambda: p.echo(7)), outcome(lambda: p.text("x")), outcome(lambda: core.ping(p) > 0)]
@@ -450,7 +454,8 @@ with lab.proxy(kind, address) as p:
 @pytest.mark.parametrize("name", ["SIGINT", "SIGALRM"])
 def test_an_interrupted_conversation_poisons_the_connection(lab: Lab, kind: str, where: str, name: str) -> None:
     caught, later = lab.run(INTERRUPT, kind, lab.address(kind), where, name, str(lab.dir / "mark"))
-    assert caught == (["KeyboardInterrupt", "NoneType"] if name == "SIGINT" else ["ConnectionLostError", "Alarm"])
+    struck = "KeyboardInterrupt" if name == "SIGINT" else "Alarm"
+    assert caught == [struck, "NoneType"]
     assert len(later) == (6 if where == "turn" else 5)
     for number, (cls, text, *sent) in enumerate(later):
         if where == "turn" and number == 4:  # the session itself is over
@@ -458,7 +463,7 @@ def test_an_interrupted_conversation_poisons_the_connection(lab: Lab, kind: str,
             continue
         assert cls == "ConnectionLostError", text
         assert sent == ["no"]
-        assert ("interrupted by KeyboardInterrupt" if name == "SIGINT" else "the alarm rang") in text
+        assert f"interrupted by {struck}" in text
 
 
 # ---- law 2: threads
@@ -1237,3 +1242,346 @@ def test_listening_leaves_the_umask_of_other_threads_alone(tmp_path: Path, monke
     path = tmp_path / "s"
     with core._transport_listen_unix(str(path), 1):
         assert path.stat().st_mode & 0o777 == 0o600
+
+
+# ---- law 10, and descriptors that others have a hand in
+
+
+class Small(Protocol):
+    def echo(self, n: int) -> int: ...
+
+
+class SmallImpl:
+    def echo(self, n: int) -> int:
+        return n
+
+
+def _answer(n: int) -> bytes:
+    """A whole reply, as a server writes it."""
+    plan = core._WirePlan(core.rpc_methods(Small)["echo"], "Small", None)
+    reply = plan.encode_reply(n)
+    assert isinstance(reply, bytes)
+    return reply
+
+
+@contextlib.contextmanager
+def _served(transport: Any) -> Iterator[None]:
+    thread = threading.Thread(target=core.RpcServer(Small, SmallImpl()).serve, args=(transport,), daemon=True)
+    thread.start()
+    yield
+    thread.join(10)
+    assert not thread.is_alive()
+    transport.close()
+
+
+@pytest.mark.parametrize("times", [2, 3])
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_reply_that_comes_twice_is_never_the_next_answer(times: int, learned: bool) -> None:
+    client, far = core.make_unix_pair()
+    with core.RpcConnection(Small, client, timeout=10.0) as p:
+        for n in range(3 if learned else 0):
+            far.channel.send(_answer(n))
+            assert p.echo(n) == n
+        far.channel.send(_answer(7) * times)
+        with pytest.raises(core.RpcError, match=r"expected one answer to one request, and \d+ more bytes") as caught:
+            p.echo(7)
+        assert caught.value.sent == "answered"
+        assert client.channel.gone()
+        with pytest.raises(core.ConnectionLostError) as later:
+            p.echo(8)
+        assert later.value.sent == "no"
+    far.close()
+
+
+def test_bytes_that_nobody_asked_for_poison_the_next_call() -> None:
+    client, far = core.make_unix_pair()
+    with core.RpcConnection(Small, client, timeout=10.0) as p:
+        client.channel.buf = _answer(1)
+        assert client.channel.gone()
+        with pytest.raises(core.ConnectionLostError, match="more bytes came before") as caught:
+            p.echo(2)
+        assert caught.value.sent == "no"
+    far.close()
+
+
+def test_the_first_write_of_a_call_keeps_the_deadline() -> None:
+    """A peer that answers and does not read: the pipe is full before the call begins."""
+    client_in, server_out = os.pipe()
+    server_in, client_out = os.pipe()
+    os.set_blocking(client_out, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(client_out, bytes(4096))
+    os.set_blocking(client_out, True)
+    transport = core.PipeTransport(os.fdopen(client_in, "rb"), os.fdopen(client_out, "wb", buffering=0))
+    with core.RpcConnection(Small, transport, timeout=0.2) as p:
+        with pytest.raises(core.DeadlineExceededError) as caught:
+            p.echo(1)
+        assert caught.value.sent == "no"
+    os.close(server_in)
+    os.close(server_out)
+
+
+@pytest.mark.parametrize("timeout", [None, 20.0])
+@pytest.mark.parametrize("side", ["client", "server"])
+def test_descriptors_that_are_not_blocking(side: str, timeout: float | None) -> None:
+    class Blob(Protocol):
+        def twice(self, data: bytes) -> bytes: ...
+
+    class BlobImpl:
+        def twice(self, data: bytes) -> bytes:
+            return data * 2
+
+    client, server = core.make_unix_pair()
+    os.set_blocking((client if side == "client" else server).channel.inp, False)
+    thread = threading.Thread(target=core.RpcServer(Blob, BlobImpl()).serve, args=(server,), daemon=True)
+    thread.start()
+    with core.RpcConnection(Blob, client, timeout=timeout) as p:
+        for size in (1, 10_000, 3_000_000):
+            assert len(p.twice(bytes(size))) == 2 * size
+        assert os.get_blocking(client.channel.out) == (side == "server")  # left as it was
+    thread.join(10)
+    server.close()
+
+
+def test_what_a_stream_has_read_ahead_belongs_to_the_channel() -> None:
+    server_in, client_out = os.pipe()
+    client_in, server_out = os.pipe()
+    client = core.PipeTransport(os.fdopen(client_in, "rb"), os.fdopen(client_out, "wb", buffering=0))
+    os.write(client_out, b"HELLO\n")
+    found: list[int] = []
+    with core.RpcConnection(Small, client, timeout=10.0) as p:
+        thread = threading.Thread(target=lambda: found.append(p.echo(5)))
+        thread.start()
+        reader = os.fdopen(server_in, "rb")
+        assert reader.readline() == b"HELLO\n"
+        while not reader.peek():  # the request is in the reader's own buffer, or soon will be
+            pass
+        with _served(core.PipeTransport(reader, os.fdopen(server_out, "wb"))):
+            thread.join(10)
+            assert found == [5]
+            assert p.echo(6) == 6
+            client.close()
+
+
+class _Scrambled(io.RawIOBase):
+    """A stream with a descriptor that carries other bytes than the stream, as TLS has."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._file = sock.makefile("rwb", buffering=0)
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        data = self._file.read(len(target))
+        target[: len(data)] = bytes(b ^ 255 for b in data)
+        return len(data)
+
+    def write(self, data: Any) -> int | None:
+        return self._file.write(bytes(b ^ 255 for b in bytes(data)))
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+@pytest.mark.parametrize("buffered", [False, True])
+def test_a_stream_that_changes_its_bytes_is_never_written_below(buffered: bool) -> None:
+    near, far = socket.socketpair()
+    with near, far:
+        one, two = _Scrambled(near), _Scrambled(far)
+        reader = io.BufferedReader(one) if buffered else one
+        writer = io.BufferedWriter(one) if buffered else one
+        client, server = core.PipeTransport(reader, writer), core.PipeTransport(two, two)
+        with _served(server):
+            with core.RpcConnection(Small, client) as p:
+                assert p.echo(3) == 3
+            near.shutdown(socket.SHUT_WR)
+        for stream in (one, two):
+            stream.close()
+
+
+FORK_HOLDS = """
+kind, address = ARGS
+import warnings
+warnings.simplefilter("ignore")
+door = lab.proxy(kind, address)
+p = door.__enter__()
+p.echo(1)
+go, wait = os.pipe()
+child = os.fork()
+if child == 0:
+    os.close(wait)
+    os.read(go, 1)  # until the parent ends
+    os._exit(0)
+began = time.monotonic()
+proc = getattr(p._link.transport, "proc", None)
+door.__exit__(None, None, None)
+report([time.monotonic() - began, proc and proc.returncode])
+os.close(wait)
+os.waitpid(child, 0)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("kind", ["pipe", "subprocess"])
+def test_a_forked_child_does_not_hold_the_connection(lab: Lab, kind: str) -> None:
+    seconds, status = lab.run(FORK_HOLDS, kind, lab.address(kind))
+    assert seconds < 4.0  # and not the 5 or 10 of a peer that does not see the end
+    assert status in (0, None)
+
+
+def test_a_fork_leaves_alone_what_has_no_caller() -> None:
+    """A pair whose halves are given to the two processes."""
+    client, server = core.make_unix_pair()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # threads of other tests
+        child = os.fork()
+    if child == 0:
+        try:
+            core.RpcServer(Small, SmallImpl()).serve(server)
+        finally:
+            os._exit(0)
+    server._sock.close()  # and no shutdown(), which would be the child's end too
+    with core.RpcConnection(Small, client, timeout=10.0) as p:
+        assert p.echo(4) == 4
+    os.waitpid(child, 0)
+
+
+def test_foreign_transports_are_freed() -> None:
+    class Foreign:
+        def __init__(self) -> None:
+            self.reader, self.writer = io.BytesIO(), io.BytesIO()
+
+        def close(self) -> None:
+            pass
+
+    transport = Foreign()
+    assert core._transport_channel(transport) is core._transport_channel(transport)
+    gone = weakref.ref(transport)
+    del transport
+    gc.collect()
+    assert gone() is None
+
+
+def test_the_reader_of_a_worker_gives_whole_reads() -> None:
+    code = (
+        "import sys, time\nfor k in range(6): sys.stdout.buffer.write(bytes([k]) * 50); sys.stdout.flush();"
+        " time.sleep(0.01)"
+    )
+    transport = core.SubprocessTransport([sys.executable, "-c", code])
+    try:
+        assert transport.reader is transport.reader
+        assert transport.reader.read(120) == b"\0" * 50 + b"\1" * 50 + b"\2" * 20  # type: ignore[attr-defined]
+        assert transport.reader.read(500) == b"\2" * 30 + b"\3" * 50 + b"\4" * 50 + b"\5" * 50  # type: ignore[attr-defined]
+    finally:
+        transport.close()
+
+
+def test_tcp_connections_notice_a_host_that_is_gone() -> None:
+    for transport in core.make_tcp_pair():
+        with socket.socket(fileno=os.dup(transport.channel.inp)) as sock:
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            if hasattr(socket, "TCP_KEEPIDLE"):
+                assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+        transport.close()
+
+
+STATUS_TAKEN = """
+how, address = ARGS
+if how == "ignored":
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+with lab.proxy("subprocess", address) as p:
+    p.echo(1)
+    proc = p._link.transport.proc
+    proc.kill()
+    if how == "reaped":
+        os.waitpid(proc.pid, 0)
+    try:
+        p.echo(2)
+    except core.WorkerDiedError as exc:
+        report([str(exc), exc.returncode])
+"""
+
+
+@pytest.mark.parametrize("how, text", [("", "SIGKILL"), ("ignored", "status unknown"), ("reaped", "status unknown")])
+def test_an_exit_status_that_somebody_else_has_taken_is_unknown(lab: Lab, how: str, text: str) -> None:
+    said, returncode = lab.run(STATUS_TAKEN, how, lab.address("subprocess"))
+    assert text in said and "status 0" not in said
+    assert returncode == (None if how else -9)
+
+
+def test_a_command_may_hold_paths(lab: Lab, svc: ModuleType) -> None:
+    code = "import sys; sys.exit(3)"
+    with (
+        pytest.raises(core.WorkerDiedError) as caught,
+        core.connect(Small, [Path(sys.executable), b"-c", code]) as p,
+    ):
+        p.echo(1)
+    assert caught.value.command == (sys.executable, "-c", code)
+
+
+@pytest.mark.parametrize("error", [TimeoutError("mine"), ValueError("mine"), LookupError("mine"), Exception("mine")])
+def test_what_a_signal_handler_raises_is_the_callers(error: Exception) -> None:
+    def ring(*_: object) -> None:
+        raise error
+
+    class Slow(Protocol):
+        def sleep(self) -> None: ...
+
+    class SlowImpl:
+        def sleep(self) -> None:
+            time.sleep(0.5)
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        with core.serve_pipe(Slow, SlowImpl()) as p:
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            with pytest.raises(type(error), match="mine") as caught:
+                p.sleep()
+            assert caught.value is error
+            with pytest.raises(core.ConnectionLostError, match=f"interrupted by {type(error).__name__}"):
+                p.sleep()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_an_exception_that_another_thread_sets_is_the_callers() -> None:
+    import ctypes
+
+    class Stop(Exception):
+        pass
+
+    class Slow(Protocol):
+        def sleep(self, log: int) -> None: ...
+
+    class SlowImpl:
+        def sleep(self, log: int, ctx: Any) -> None:
+            for _ in range(100):
+                ctx.client_log(core.Level.INFO, "on")
+                time.sleep(0.01)
+
+    caller = threading.get_ident()
+
+    def arm(message: object) -> None:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(caller), ctypes.py_object(Stop))
+
+    client, server = core.make_unix_pair()
+    thread = threading.Thread(target=core.RpcServer(Slow, SlowImpl()).serve, args=(server,), daemon=True)
+    thread.start()
+    timer = threading.Timer(0.1, arm, [None])
+    timer.start()
+    with core.RpcConnection(Slow, client) as p:
+        with pytest.raises(Stop):
+            p.sleep(1)
+        with pytest.raises(core.ConnectionLostError, match="interrupted by Stop"):
+            p.sleep(1)
+    thread.join(10)
+    server.close()

@@ -292,3 +292,64 @@ def test_messages_stay_in_front_of_their_batch() -> None:
 def test_the_window_is_bounded(svc: Any, ahead: int) -> None:
     with pytest.raises(ValueError, match=r"read_ahead must be within 0\.\.63"):
         core.with_options(svc, read_ahead=ahead)
+
+
+# ---- whoever waits for a Future, or for the connection, gets it
+
+
+@pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt(), GeneratorExit()])
+def test_a_callback_that_wants_to_exit_settles_every_future(error: BaseException) -> None:
+    def log(message: core.Message) -> None:
+        raise error
+
+    with core.serve_pipe(Svc, Impl()) as proxy:
+        talking = core.with_options(proxy, on_log=log)
+        first, *others = [core.submit(talking.talk, 1) for _ in range(5)]
+        with pytest.raises(type(error)):
+            first.result(timeout=10)
+        for future in others:
+            with pytest.raises((core.ConnectionLostError, type(error))):
+                future.result(timeout=10)
+        with pytest.raises(core.ConnectionLostError):
+            core.submit(proxy.add, 1.0, 2.0).result(timeout=10)
+
+
+def test_a_thread_that_cannot_start_settles_the_future(monkeypatch: pytest.MonkeyPatch) -> None:
+    with core.serve_pipe(Svc, Impl()) as proxy:
+        with monkeypatch.context() as patch:
+
+            def start(thread: threading.Thread) -> None:
+                raise RuntimeError("can't start new thread")
+
+            patch.setattr(threading.Thread, "start", start)
+            future = core.submit(proxy.add, 1.0, 2.0)
+            with pytest.raises(core.RpcError, match="can't start new thread") as caught:
+                future.result(timeout=10)
+            assert caught.value.sent == "no"
+        assert core.submit(proxy.add, 1.0, 2.0).result(timeout=10) == 3.0
+
+
+def test_a_direct_call_does_not_starve_behind_steady_submission() -> None:
+    with core.serve_pipe(Svc, Impl()) as proxy:
+        stop, futures = threading.Event(), []
+
+        def pour() -> None:
+            while not stop.is_set():
+                futures.append(core.submit(proxy.add, 1.0, float(len(futures))))
+                if len(futures) > 400:  # always some hundreds ahead of the answers
+                    futures[-400].result(timeout=20)
+
+        thread = threading.Thread(target=pour)
+        thread.start()
+        while len(futures) < 500:
+            time.sleep(0.001)
+        longest = 0.0
+        for n in range(20):
+            began = time.monotonic()
+            assert core.with_options(proxy, timeout=20.0).add(float(n), 1.0) == n + 1.0
+            longest = max(longest, time.monotonic() - began)
+        stop.set()
+        thread.join(20)
+        assert [f.result(timeout=20) for f in futures] == [n + 1.0 for n in range(len(futures))]
+        assert longest < 2.0
+        assert not proxy._link.channel.wanted

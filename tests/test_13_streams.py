@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 from dataclasses import dataclass
@@ -511,9 +512,10 @@ def test_a_reply_a_header_and_a_ping_that_make_no_sense():
     result = pa.RecordBatch.from_arrays(garbled().columns, schema=pa.schema([pa.field("result", pa.utf8(), False)]))
     client, far = core.make_unix_pair()
     with core.RpcConnection(Svc, client, timeout=20.0) as proxy:
-        far.channel.send(whole(result) + whole(pa.RecordBatch.from_pydict({"result": ["alive"]}, schema=result.schema)))
+        far.channel.send(whole(result))
         error = refusal(proxy.alive)
         assert (error.error_type, error.sent) == ("IPCError", "answered")
+        far.channel.send(whole(pa.RecordBatch.from_pydict({"result": ["alive"]}, schema=result.schema)))
         assert proxy.alive() == "alive"
         head = pa.RecordBatch.from_pylist([{"total": 1, "title": "?"}], schema=Head.ARROW_SCHEMA)
         head = pa.RecordBatch.from_arrays([head.column(0), garbled().column(0)], schema=head.schema)
@@ -571,3 +573,158 @@ def test_an_empty_input_with_an_offset(proxy):
     with proxy.double() as session:
         assert session.exchange(core.AnnotatedBatch(empty)).batch.num_rows == 0
         assert session.exchange(core.AnnotatedBatch(whole)).batch.num_rows == 3
+
+
+# ---- law 10: an answer of an undeclared shape
+
+
+class Newer(Protocol):
+    """What the server has."""
+
+    protocol_name = "Drift"
+
+    def total(self) -> int: ...
+    def nothing(self) -> None: ...
+    def headed(self) -> core.Stream[Count, Head]: ...
+    def bare(self) -> core.Stream[Count]: ...
+    def one(self) -> core.Stream[Once]: ...
+    def alive(self) -> str: ...
+
+
+class Older(Protocol):
+    """What its caller believes."""
+
+    protocol_name = "Drift"
+
+    def total(self) -> core.Stream[Count]: ...
+    def nothing(self) -> core.Stream[Count]: ...
+    def headed(self) -> core.Stream[Count]: ...
+    def bare(self) -> core.Stream[Count, Head]: ...
+    def one(self) -> core.Stream[Once]: ...
+    def alive(self) -> str: ...
+
+
+class Once(core.ProducerState):
+    def produce(self, out, ctx):
+        out.emit_pydict({"result": [7]})
+        out.finish()
+
+
+class NewerImpl:
+    def total(self):
+        return 7
+
+    def nothing(self):
+        return None
+
+    def headed(self):
+        return core.Stream(N, Count(3), header=Head(1, "title"))
+
+    def bare(self):
+        return core.Stream(N, Count(3))
+
+    def one(self):
+        return core.Stream(pa.schema([("result", pa.int64())]), Once())
+
+    def alive(self):
+        return "alive"
+
+
+@contextlib.contextmanager
+def drifted(**options):
+    client, far = core.make_unix_pair()
+    thread = threading.Thread(target=core.RpcServer(Newer, NewerImpl()).serve, args=(far,), daemon=True)
+    thread.start()
+    with core.RpcConnection(Older, client, timeout=10.0, **options) as proxy:
+        yield proxy
+    thread.join(5.0)
+    far.close()
+
+
+@pytest.mark.parametrize("method", ["total", "nothing", "headed"])
+@pytest.mark.parametrize(
+    "use",
+    [lambda s: s.tick(), lambda s: list(s), lambda s: s.close(), lambda s: s.cancel(), lambda s: s.read_all()],
+    ids=["tick", "list", "close", "cancel", "read_all"],
+)
+def test_an_answer_of_another_kind_is_an_error_and_ends_the_connection(method, use):
+    with drifted() as proxy:
+        error = refusal(lambda: use(getattr(proxy, method)()))
+        assert error.error_type == "ProtocolError" and "declared as a stream" in str(error)
+        assert proxy._link.channel.gone()
+        with pytest.raises(core.ConnectionLostError, match="another version") as caught:
+            proxy.alive()
+        assert caught.value.sent == "no"
+
+
+def test_a_stream_of_one_row_called_result_is_still_a_stream():
+    with drifted() as proxy:
+        session = proxy.one()
+        assert session.tick().batch.to_pydict() == {"result": [7]}
+        with pytest.raises(StopIteration):
+            session.tick()
+        assert [item.batch.to_pydict() for item in proxy.one()] == [{"result": [7]}]
+        assert proxy.one().read_all().to_pydict() == {"result": [7]}
+        proxy.one().close()
+        assert proxy.alive() == "alive"
+
+
+@pytest.mark.parametrize("schema, rows", [(TEXT, 0), (TEXT, 1), (Head.ARROW_SCHEMA, 0), (Head.ARROW_SCHEMA, 2)])
+def test_what_is_no_header_ends_the_connection(schema, rows, monkeypatch):
+    """A server that has lost the header shows the schema of its output and waits; a unary one sends its result."""
+    monkeypatch.setattr(core, "_CLIENT_HEADER_WAIT", 0.05)
+    client, far = core.make_unix_pair()
+    writer = core._IpcWriter(schema)
+    for _ in range(rows):
+        row = {"total": 1, "title": "?", "t": "x"}
+        writer.write(pa.RecordBatch.from_pylist([{name: row.get(name, "") for name in schema.names}], schema=schema))
+    if rows:
+        writer.close()
+    far.channel.send(writer.take())
+    with core.RpcConnection(Older, client, timeout=10.0) as proxy:
+        assert "with a header Head" in str(refusal(proxy.bare))
+        assert proxy._link.channel.gone()
+    far.close()
+
+
+# ---- closed sessions, and turns out of order
+
+
+@pytest.mark.parametrize("end", ["close", "cancel", "__exit__"])
+@pytest.mark.parametrize("begun", [False, True, "schema"])
+def test_a_closed_stream_raises_on_every_use(proxy, end, begun):
+    session = proxy.count(3)
+    if begun:
+        session.tick() if begun is True else session.schema
+    getattr(session, end)(*([None] * 3 if end == "__exit__" else []))
+    uses = (session.tick, session.read_all, session.to_reader, lambda: list(session), lambda: session.schema)
+    for use in uses:
+        assert "closed" in str(refusal(use))
+
+
+def test_a_stream_that_has_ended_is_empty_and_not_closed(proxy):
+    session = proxy.count(2)
+    assert ns(session) == [[0], [1]]
+    assert list(session) == []
+    session = proxy.count(0)
+    assert session.schema == N
+    with pytest.raises(StopIteration):
+        session.tick()
+
+
+def test_metadata_does_not_overtake_a_batch_that_the_schema_has_read(proxy):
+    with proxy.count(3) as session:
+        assert session.schema == N
+        with pytest.raises(core.RpcArgumentError, match="schema"):
+            session.tick(pa.KeyValueMetadata({"a": "b"}))
+        assert ns([session.tick(), session.tick(pa.KeyValueMetadata({"a": "b"})), session.tick()]) == [[0], [1], [2]]
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), "1", 1e10])
+def test_the_timeout_of_a_turn_is_checked_like_any_other(proxy, timeout):
+    with proxy.count(1) as session:
+        with pytest.raises(ValueError, match="timeout"):
+            session.tick(timeout=timeout)
+        assert ns([session.tick(timeout=3e8)]) == [[0]]  # more milliseconds than poll() takes at once
+    with proxy.double() as session, pytest.raises(ValueError, match="timeout"):
+        session.exchange(core.AnnotatedBatch.from_pydict({"n": [1]}, N), timeout=timeout)

@@ -385,3 +385,30 @@ def test_a_forked_child_leaves_the_block_of_its_parent(worker) -> None:
         assert ended == (child, 0)
         with pool.connect(Svc, worker) as proxy:
             assert proxy.pid() == pid
+
+
+def test_a_proxy_ends_with_the_block_that_borrowed_its_worker(worker):
+    with core.WorkerPool() as pool:
+        with pool.connect(Svc, worker) as first:
+            pid = first.pid()
+            method, other = first.pid, core.with_options(first, timeout=5.0)
+        with pool.connect(Svc, worker) as second:
+            assert second.pid() == pid
+            for call in (first.pid, method, other.pid, lambda: first.count(1), lambda: core.ping(first)):
+                with pytest.raises(core.ConnectionLostError, match="block that borrowed") as caught:
+                    call()
+                assert caught.value.sent == "no"
+            with pytest.raises(core.ConnectionLostError, match="block that borrowed"):
+                core.submit(other.pid).result(timeout=10)
+            assert second.pid() == pid
+        assert pool.metrics.reuses == 1
+
+
+def test_a_worker_that_said_too_much_is_not_lent_again(worker):
+    with core.WorkerPool() as pool:
+        with pool.connect(Svc, worker) as first:
+            pid = first.pid()
+            first._link.channel.buf += b"more"
+        with pool.connect(Svc, worker) as second:
+            assert second.pid() != pid
+        assert pool.metrics.discards == 1

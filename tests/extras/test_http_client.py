@@ -1029,7 +1029,9 @@ def test_cancel_tells_the_server_and_never_raises() -> None:
             CUR.encode(): token("one").encode(),
             CALL.encode(): token("call").encode(),
         }
-        assert list(session) == []
+        for use in (session.tick, session.read_all, lambda: list(session)):  # nothing that reads as an empty stream
+            with pytest.raises(core.RpcError, match="closed or cancelled"):
+                use()
         other = calc.count(9)
         other.cancel()
         assert len(server.posts) == 4

@@ -59,6 +59,7 @@ class HttpStreamSession(core.StreamSession):
         self._pending: collections.deque[core.AnnotatedBatch] = collections.deque()
         self._error: Exception | None = None  # what came after the pending batches
         self._over = False
+        self._closed = False  # by the caller
         if opening is not None:
             self.header = opening.header
             self._absorb(opening)
@@ -100,7 +101,15 @@ class HttpStreamSession(core.StreamSession):
             )
         return self._pending.popleft()
 
+    def to_reader(self) -> pa.RecordBatchReader:
+        """Return the rest of a producer as a reader; a session can be exported once, and not when it is closed."""
+        if self._closed:
+            self._check_open()
+        return super().to_reader()
+
     def __iter__(self) -> Iterator[core.AnnotatedBatch]:
+        if self._closed:
+            self._check_open()
         while not self._over:
             try:
                 item = self.tick()
@@ -134,11 +143,11 @@ class HttpStreamSession(core.StreamSession):
         self._state, self._call_state = bytes(token[4 : 4 + size]), bytes(token[4 + size :])
         self._pending.clear()
         self._error = None
-        self._over = False
+        self._over = self._closed = False
 
     def close(self) -> None:
         """Forget the stream; the server holds nothing of it. Raises an error of a stream that was never read."""
-        self._over = True
+        self._over = self._closed = True
         self._pending.clear()
         if self._error is not None:
             self._raise_error()
@@ -151,7 +160,7 @@ class HttpStreamSession(core.StreamSession):
     def cancel(self) -> None:
         """Tell the server that nobody will go on (its `on_cancel` runs); never raises what the far side does."""
         state, over = self._state, self._over
-        self._over = True
+        self._over = self._closed = True
         self._pending.clear()
         self._error = None
         if state is None or over:
@@ -180,7 +189,7 @@ class HttpStreamSession(core.StreamSession):
 
     def _advance(self, metadata: pa.KeyValueMetadata | None, timeout: float | None) -> bool:
         """Tick until a batch is pending; False at the end."""
-        seconds = self._call.timeout if timeout is _UNSET else timeout
+        seconds = self._call.timeout if timeout is _UNSET else self._call.check_timeout(timeout)
         deadline = deadline_of(seconds)
         while not self._pending:
             if self._error is not None:
@@ -213,7 +222,7 @@ class HttpStreamSession(core.StreamSession):
         metadata[core.STATE_KEY] = self._state
         if self._call_state is not None:
             metadata[core.CALL_STATE_KEY] = self._call_state
-        seconds = self._call.timeout if timeout is _UNSET else timeout
+        seconds = self._call.timeout if timeout is _UNSET else self._call.check_timeout(timeout)
         if seconds is not None:
             metadata[core.DEADLINE_KEY] = b"%016d" % max(int(seconds * 1e6), 0)
         return self._transport.turn(self._call, self._call.write(batch, metadata), seconds, doing)

@@ -184,6 +184,7 @@ def _ending(report: Report, transport: core.SubprocessTransport, timeout: float)
         channel.enter("the worker's end", timeout)
         proc.stdin.close()
         more = b"" if channel.at_end() else bytes(channel.buf[channel.pos :])
+        channel.buf, channel.pos = b"", 0
         channel.leave()
     except BaseException as exc:
         failure = channel.fail(exc)  # which kills the worker
@@ -279,6 +280,7 @@ def _is_http(dial: Callable[[], Any]) -> bool:
         channel.write(b"GET / HTTP/1.0\r\n\r\n")
         channel.more(5)
         found: bool = channel.buf.startswith(b"HTTP/")
+        channel.buf = b""
         channel.leave()
     except Exception as exc:
         channel.fail(exc)
