@@ -6134,11 +6134,12 @@ def _wire_read_reply(
     begin, data = source.pos, source.buf
     reader = _IpcReader(source, validation)
     names = reader.schema.names
-    if names and names != plan.info.result_schema.names:  # errors may come on the empty schema
+    if names and not {*plan.info.result_schema.names} & {*names}:  # errors may come on the empty schema
         declared = _log_schema(plan.info.result_schema)
-        raise pa.ArrowInvalid(
+        raise RpcError(
+            "ProtocolError",
             f"{plan.name}() is declared as a unary method that returns {declared}, and was answered with"
-            f" {_log_schema(reader.schema)}; the server's Protocol is of another version"
+            f" {_log_schema(reader.schema)}; the server's Protocol is of another version",
         )
     logs = _ElsewhereLogs(on_log)
     item = _wire_read_data(reader, logs)

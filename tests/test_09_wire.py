@@ -872,12 +872,9 @@ OTHER_NAMES = (["other"], ["result", "result"], ["result", "more"])
 def test_a_result_that_is_no_result_is_an_error() -> None:
     others = [pa.RecordBatch.from_arrays([pa.array([1.0])] * len(names), names=names) for names in OTHER_NAMES]
     more = pa.RecordBatch.from_pydict({"result": [1.0, 2.0]}, schema=RESULT)
-    for data in (reply((ZERO, None)), reply((more, None))):
-        with pytest.raises(core.RpcError, match="expected one row with a column 'result'"):
+    for data in (reply((ZERO, None)), reply((more, None)), *[reply((one, None), schema=one.schema) for one in others]):
+        with pytest.raises(core.RpcError, match=r"add\(\) .*answered with"):
             value_of(data)
-    for one in others:
-        with pytest.raises(pa.ArrowInvalid, match=r"add\(\) is declared as a unary method .* answered with"):
-            value_of(reply((one, None), schema=one.schema))
     null = pa.RecordBatch.from_pydict({"result": pa.array([None], pa.float64())})
     with pytest.raises(core.RpcError, match="expected a non-None return value but got None"):
         value_of(reply((null, None), schema=null.schema))
@@ -885,7 +882,7 @@ def test_a_result_that_is_no_result_is_an_error() -> None:
 
 def test_the_reply_of_a_void_method_holds_nothing() -> None:
     assert value_of(reply((NOTHING, None), schema=EMPTY), "noop") is None
-    with pytest.raises(pa.ArrowInvalid, match=r"noop\(\) is declared as a unary method that returns \(empty\)"):
+    with pytest.raises(core.RpcError, match=r"noop\(\) is declared as a unary method that returns \(empty\)"):
         value_of(reply((ONE, None)), "noop")
 
 

@@ -17,7 +17,7 @@ from tests.core import core
 FRONT_DOOR = (
     *("connect", "unix_connect", "tcp_connect", "serve_pipe", "serve_unix_pipe", "serve_tcp_pipe", "serve_unix"),
     *("serve_tcp", "WorkerPool", "with_options", "submit", "map_calls", "ping", "list_protocols"),
-    *("describe_protocol", "introspect"),
+    *("describe_protocol", "introspect", "compare_protocols"),
 )
 WORKER = """
 import sys
