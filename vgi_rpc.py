@@ -10812,6 +10812,11 @@ class StreamCall:
             raise TypeError(f"{plan.protocol}.{method}() is not a stream")
         return cls(plan, (), target._options, target._link.channel.limits, False)
 
+    @staticmethod
+    def check_timeout(timeout: float | None) -> float | None:
+        """Return the timeout that a caller gives for one turn; ValueError for what is not a time to wait."""
+        return _client_check_timeout(timeout)
+
     def write(self, batch: pa.RecordBatch, metadata: Mapping[bytes, bytes] | None) -> list[_IpcPiece]:
         """Return the pieces of a complete IPC stream of one batch; RpcArgumentError for one that cannot be written."""
         writer = _IpcWriter(batch.schema)

@@ -829,7 +829,7 @@ class HttpStreamSession(core.StreamSession):
 
     def _advance(self, metadata: pa.KeyValueMetadata | None, timeout: float | None) -> bool:
         """Tick until a batch is pending; False at the end."""
-        seconds = self._call.timeout if timeout is _UNSET else timeout
+        seconds = self._call.timeout if timeout is _UNSET else self._call.check_timeout(timeout)
         deadline = deadline_of(seconds)
         while not self._pending:
             if self._error is not None:
@@ -862,7 +862,7 @@ class HttpStreamSession(core.StreamSession):
         metadata[core.STATE_KEY] = self._state
         if self._call_state is not None:
             metadata[core.CALL_STATE_KEY] = self._call_state
-        seconds = self._call.timeout if timeout is _UNSET else timeout
+        seconds = self._call.timeout if timeout is _UNSET else self._call.check_timeout(timeout)
         if seconds is not None:
             metadata[core.DEADLINE_KEY] = b"%016d" % max(int(seconds * 1e6), 0)
         return self._transport.turn(self._call, self._call.write(batch, metadata), seconds, doing)
