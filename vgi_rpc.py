@@ -6245,7 +6245,7 @@ class Channel(_IpcSource):
 
     def _struck(self, exc: Exception) -> bool:
         """Whether it is the caller's own: a signal handler raised it, or another thread set it in this one."""
-        if isinstance(exc, RpcError):
+        if isinstance(exc, RpcError | MemoryError) or (isinstance(exc, OSError) and exc.errno is not None):
             return False
         trace, inside = exc.__traceback__, False
         talks = None if trace is None else trace.tb_frame  # the conversation, which may be another module's
@@ -6255,11 +6255,11 @@ class Channel(_IpcSource):
         if talks is None or trace is None or inside:
             return False
         file = trace.tb_frame.f_code.co_filename
-        if file not in (__file__, talks.f_code.co_filename) and "pyarrow" not in file and not file.startswith("<"):
+        ours = file in (__file__, talks.f_code.co_filename) or "pyarrow" in file or file.startswith("<vgi_rpc")
+        if not ours:
             return True
         source = type(exc).__module__
-        bare = not exc.args and not isinstance(exc, MemoryError)  # which is how an asynchronous one comes
-        return bare or (source not in _TRANSPORT_RAISES and source != talks.f_globals.get("__name__"))
+        return not exc.args or (source not in _TRANSPORT_RAISES and source != talks.f_globals.get("__name__"))
 
     def _let_go(self) -> None:
         """Forget the descriptors: their numbers may soon mean something else."""
