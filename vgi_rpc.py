@@ -6134,7 +6134,7 @@ def _wire_read_reply(
     begin, data = source.pos, source.buf
     reader = _IpcReader(source, validation)
     names = reader.schema.names
-    if names and not {*plan.info.result_schema.names} & {*names}:  # errors may come on the empty schema
+    if names and names != plan.info.result_schema.names:  # errors may come on the empty schema
         declared = _log_schema(plan.info.result_schema)
         raise RpcError(
             "ProtocolError",
@@ -6486,7 +6486,7 @@ class Channel(_IpcSource):
 
     def _struck(self, exc: Exception) -> bool:
         """Whether it is the caller's own: a signal handler raised it, or another thread set it in this one."""
-        if isinstance(exc, RpcError):
+        if isinstance(exc, RpcError | MemoryError) or (isinstance(exc, OSError) and exc.errno is not None):
             return False
         trace, inside = exc.__traceback__, False
         talks = None if trace is None else trace.tb_frame  # the conversation, which may be another module's
@@ -6496,11 +6496,11 @@ class Channel(_IpcSource):
         if talks is None or trace is None or inside:
             return False
         file = trace.tb_frame.f_code.co_filename
-        if file not in (__file__, talks.f_code.co_filename) and "pyarrow" not in file and not file.startswith("<"):
+        ours = file in (__file__, talks.f_code.co_filename) or "pyarrow" in file or file.startswith("<vgi_rpc")
+        if not ours:
             return True
         source = type(exc).__module__
-        bare = not exc.args and not isinstance(exc, MemoryError)  # which is how an asynchronous one comes
-        return bare or (source not in _TRANSPORT_RAISES and source != talks.f_globals.get("__name__"))
+        return not exc.args or (source not in _TRANSPORT_RAISES and source != talks.f_globals.get("__name__"))
 
     def _let_go(self) -> None:
         """Forget the descriptors: their numbers may soon mean something else."""
@@ -11291,6 +11291,11 @@ class StreamCall:
         if not plan.is_stream:
             raise TypeError(f"{plan.protocol}.{method}() is not a stream")
         return cls(plan, (), target._options, target._link.channel.limits, False)
+
+    @staticmethod
+    def check_timeout(timeout: float | None) -> float | None:
+        """Return the timeout that a caller gives for one turn; ValueError for what is not a time to wait."""
+        return _client_check_timeout(timeout)
 
     def write(self, batch: pa.RecordBatch, metadata: Mapping[bytes, bytes] | None) -> list[_IpcPiece]:
         """Return the pieces of a complete IPC stream of one batch; RpcArgumentError for one that cannot be written."""

@@ -1037,6 +1037,17 @@ def test_cancel_tells_the_server_and_never_raises() -> None:
         assert len(server.posts) == 4
 
 
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), "1"])
+def test_the_timeout_of_a_turn_is_checked(timeout: Any) -> None:
+    with Scripted(opening((row(0), None), tokens("one")), opening((row(1), None))) as server:  # noqa: SIM117
+        with http_connect(Calc, server.url) as calc, calc.count(2) as session:
+            for _ in range(2):  # whether a batch is waiting or has to be asked for
+                with pytest.raises(ValueError, match="timeout must be"):
+                    session.tick(timeout=timeout)
+                session.tick(timeout=20.0)
+            assert len(server.posts) == 2
+
+
 def test_metadata_for_a_batch_that_is_here_already() -> None:
     with Scripted(opening((row(0), None), tokens("one"))) as server, http_connect(Calc, server.url) as calc:  # noqa: SIM117
         with calc.count(2) as session, pytest.raises(ValueError, match="take it first"):
