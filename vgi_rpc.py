@@ -1382,8 +1382,8 @@ class IpcLimits(_NamedTuple):
     """What a peer may send, and what that may unfold into; each refusal names the field that would allow it.
 
     `max_message_bytes` bounds the body of one message, all dictionaries that a stream holds, and what a batch becomes
-    when it is cast; as Python values it may be 24 times larger. None: whatever arrives; a cast may make 16 times and
-    Python values 64 times of that (64 MiB at least).
+    when it is cast; as Python values it may be 24 times larger. None: whatever arrives, and 64 times that (64 MiB at
+    least) unfolded.
     """
 
     max_metadata_bytes: int = 16 << 20  # flatbuffer of one message
@@ -1496,7 +1496,8 @@ class _IpcReader:
             raise IPCError(f"a record batch is malformed: {exc}") from exc
         validate_batch(batch, self._validation)
         for at in self._hollow:
-            _ipc_unfold(batch.column(at), self._source.limits)
+            size = _ipc_unfolded(batch.column(at))
+            _ipc_check_unfolded(size, batch.get_total_buffer_size(), self._source.limits, _IPC_OBJECTS)
         return batch
 
     def _read_learned(self, learned: _IpcHead) -> pa.RecordBatch | None:
@@ -2038,13 +2039,16 @@ def _ipc_castable(have: pa.DataType, want: pa.DataType) -> bool:
 
 def _ipc_cast_size(array: Any, want: pa.DataType) -> int:
     """Bytes that a cast makes, estimated."""
+    rows = len(array)
+    if pa.types.is_dictionary(array.type):
+        return 8 * rows + (array.dictionary.nbytes if pa.types.is_dictionary(want) else _ipc_unfolded(array))
     if pa.types.is_dictionary(want):
-        want = want.value_type
-    rows = len(array) * _ipc_row_bytes(want)
-    children = [] if pa.types.is_dictionary(array.type) else _ipc_children(array)
+        return 8 * rows + int(array.nbytes)
+    children = _ipc_children(array)
     if not children:
-        return max(rows, _ipc_unfolded(array))
-    return rows + sum(_ipc_cast_size(child, want.field(i).type) for i, child in enumerate(children))
+        return max(rows * _ipc_row_bytes(want), _ipc_unfolded(array))
+    own = rows if pa.types.is_struct(want) else 8 * rows
+    return own + sum(_ipc_cast_size(child, want.field(i).type) for i, child in enumerate(children))
 
 
 def _ipc_row_bytes(dtype: pa.DataType) -> int:
@@ -2073,8 +2077,10 @@ _IPC_OBJECTS = (
 
 def _ipc_check_unfolded(size: int, arrived: int, limits: IpcLimits, factor: int = 1) -> None:
     limit = limits.max_message_bytes
-    if size > (max(_IPC_EAGER, (16 if factor == 1 else 64) * arrived) if limit is None else factor * limit):
-        raise IPCError(f"{arrived} bytes unfold into {size}; the limit is max_message_bytes={limit}")
+    if size <= (max(_IPC_EAGER, 64 * arrived) if limit is None else factor * limit):
+        return
+    hint = "" if limit is not None else "; a larger one allows more"
+    raise IPCError(f"{arrived} bytes unfold into {size}; the limit is max_message_bytes={limit}{hint}")
 
 
 def _ipc_objects(array: Any) -> int:
@@ -7719,6 +7725,16 @@ class ReflectionNotSupportedError(RpcError):
         )
 
 
+@contextlib.contextmanager
+def _describe_reading(what: str) -> Iterator[None]:
+    """A service may say anything of itself, and leave out what its records declare."""
+    try:
+        yield
+    except (IPCError, pa.ArrowException, OSError, ValueError, TypeError, AttributeError, LookupError) as exc:
+        raise RpcError("ProtocolError", f"the description of {what} cannot be read: {exc}") from exc
+
+
+@_describe_reading("the service")
 def _describe_hosted(hosted: Any) -> list[HostedProtocol]:
     return [
         HostedProtocol(
@@ -7729,26 +7745,23 @@ def _describe_hosted(hosted: Any) -> list[HostedProtocol]:
 
 
 def _describe_view(service: Any, hosted: Any) -> ServiceDescription:
-    try:
-        methods = {method.name: _describe_method_view(method) for method in service.methods}
-    except (pa.ArrowException, OSError, ValueError) as exc:
-        raise RpcError("ProtocolError", f"the description of '{service.protocol}' cannot be read: {exc}") from exc
-    return ServiceDescription(
-        protocol_name=service.protocol,
-        request_version=hosted.request_version,
-        describe_version=DESCRIBE_VERSION,
-        protocol_hash=service.protocol_hash,
-        server_id=hosted.server_id,
-        methods=types.MappingProxyType(methods),
-        protocol_version=service.protocol_version,
-    )
+    with _describe_reading(f"'{service.protocol}'"):
+        return ServiceDescription(
+            protocol_name=service.protocol,
+            request_version=hosted.request_version,
+            describe_version=DESCRIBE_VERSION,
+            protocol_hash=service.protocol_hash,
+            server_id=hosted.server_id,
+            methods=types.MappingProxyType({method.name: _describe_method_view(method) for method in service.methods}),
+            protocol_version=service.protocol_version,
+        )
 
 
 def _describe_method_view(method: Any) -> MethodDescription:
     return MethodDescription(
         name=method.name,
         method_type=MethodType(method.method_type),
-        has_return=method.has_return,
+        has_return=bool(method.has_return and method.result_schema_ipc),
         params_schema=_describe_schema(method.params_schema_ipc),
         result_schema=_describe_schema(method.result_schema_ipc),
         has_header=method.has_header,

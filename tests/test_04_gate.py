@@ -427,6 +427,20 @@ def test_the_size_of_a_cast_is_estimated_before(array: pa.Array, dtype: pa.DataT
     assert pa.total_allocated_bytes() - allocated < 2 << 20
 
 
+def test_honest_casts_count_what_they_make() -> None:
+    codes = pa.DictionaryArray.from_arrays(pa.array([0, 1] * 90_000, pa.int8()), pa.array(["x" * 20, "y" * 20]))
+    assert (
+        fit(codes, pa.dictionary(pa.int16(), pa.utf8())).type.index_type == pa.int16()
+    )  # the texts stay where they are
+    rows = pa.array([{"x": n, "y": "z"} for n in range(40_000)], pa.struct([("x", pa.int64()), ("y", pa.large_utf8())]))
+    assert fit(rows, pa.struct([("x", pa.int64()), ("y", pa.utf8())])).nbytes < 1 << 20
+
+
+def test_a_column_without_values_beside_others_is_read() -> None:
+    batch = pa.RecordBatch.from_arrays([pa.nulls(200_000), pa.array([1] * 200_000, pa.int8())], names=["x", "y"])
+    assert reader_of(written(batch.schema, batch)).read()[0].num_rows == 200_000
+
+
 def test_invalid_data_is_not_cast() -> None:
     offsets = pa.py_buffer(struct.pack("<3i", 0, 5, 2))
     broken = pa.Array.from_buffers(pa.utf8(), 2, [None, offsets, pa.py_buffer(b"hello")])

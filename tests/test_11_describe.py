@@ -567,3 +567,16 @@ def test_what_a_caller_and_a_service_do_not_agree_on_is_said_in_words() -> None:
         "types(): the result is int64 here and string at the service",
         "way(): a producer here and an exchange at the service",
     ]
+
+
+@pytest.mark.parametrize("said", [{"protocols": None}, {"protocols": [None]}, {"protocols": [{"protocol": "Calc"}]}])
+def test_a_service_that_leaves_out_what_it_declares_is_an_error(said: dict[str, object]) -> None:
+    class Hosted:
+        request_version = server_id = ""
+        protocols = said["protocols"]
+
+    with pytest.raises(core.RpcError, match="ProtocolError: the description of the service cannot be read"):
+        core._describe_hosted(Hosted())
+    service = type("Service", (), {"protocol": "Calc", "methods": said["protocols"]})
+    with pytest.raises(core.RpcError, match="ProtocolError: the description of 'Calc' cannot be read"):
+        core._describe_view(service, Hosted())
