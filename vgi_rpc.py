@@ -2040,10 +2040,11 @@ def _ipc_castable(have: pa.DataType, want: pa.DataType) -> bool:
 def _ipc_cast_size(array: Any, want: pa.DataType) -> int:
     """Bytes that a cast makes, estimated."""
     rows = len(array)
+    if pa.types.is_dictionary(want):  # the codes change, or are made
+        values = array.dictionary if pa.types.is_dictionary(array.type) else array
+        return rows * _ipc_row_bytes(want.index_type) + int(values.nbytes)
     if pa.types.is_dictionary(array.type):
-        return 8 * rows + (array.dictionary.nbytes if pa.types.is_dictionary(want) else _ipc_unfolded(array))
-    if pa.types.is_dictionary(want):
-        return 8 * rows + int(array.nbytes)
+        return _ipc_unfolded(array)
     children = _ipc_children(array)
     if not children:
         return max(rows * _ipc_row_bytes(want), _ipc_unfolded(array))

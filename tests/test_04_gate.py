@@ -313,9 +313,9 @@ def test_ordinary_values_become_objects_up_to_the_limit(array: pa.Array) -> None
 
 
 def test_a_stream_inside_a_value_has_the_limits_of_its_connection() -> None:
-    batch = pa.RecordBatch.from_arrays([pa.nulls(1 << 21)], names=["x"])
+    batch = pa.RecordBatch.from_arrays([pa.nulls(1 << 22)], names=["x"])
     data = written(batch.schema, batch)
-    assert core.deserialize_record_batch(data)[0].num_rows == 1 << 21
+    assert core.deserialize_record_batch(data)[0].num_rows == 1 << 22
     with pytest.raises(core.IPCError, match="max_message_bytes=1048576"):
         core._wire_nested(core.deserialize_record_batch, data, ONE_MIB)
     assert core._ipc_limits.get() == core.IpcLimits()
