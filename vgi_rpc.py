@@ -1270,7 +1270,7 @@ def _log_line(text: str) -> str:
 
 
 def _log_schema(schema: pa.Schema) -> str:
-    names = ", ".join(f"{field.name}: {field.type}" for field in schema)
+    names = ", ".join(f"{field.name}: {field.type}"[:200] for field in schema)[:4000]
     return f"({_log_line(names)})" if len(schema) else "(empty)"
 
 
@@ -2020,6 +2020,29 @@ def _ipc_fit(batch: pa.RecordBatch, schema: pa.Schema, limits: IpcLimits) -> pa.
     return found
 
 
+_IPC_NESTED = {  # the text of a nested type holds that of all within it: asked at every level, it costs the square
+    dtype.id: str(dtype).partition("<")[0]
+    for dtype in (
+        pa.list_(pa.null()),
+        pa.large_list(pa.null()),
+        pa.list_(pa.null(), 1),
+        pa.list_view(pa.null()),
+        pa.large_list_view(pa.null()),
+        pa.struct([]),
+        pa.map_(pa.int8(), pa.null()),
+        pa.dictionary(pa.int8(), pa.null()),
+        pa.run_end_encoded(pa.int16(), pa.null()),
+        pa.sparse_union([]),
+        pa.dense_union([]),
+    )
+}
+
+
+def _ipc_name(dtype: pa.DataType) -> str:
+    """The name of a type without what is nested in it."""
+    return _IPC_NESTED.get(dtype.id) or ("extension" if isinstance(dtype, pa.BaseExtensionType) else str(dtype))
+
+
 def _ipc_castable(have: pa.DataType, want: pa.DataType) -> bool:
     """Whether the table above has this cast."""
     if have.equals(want) or pa.types.is_null(have):
@@ -2027,7 +2050,9 @@ def _ipc_castable(have: pa.DataType, want: pa.DataType) -> bool:
     if pa.types.is_dictionary(have) or pa.types.is_dictionary(want):
         plain = [dtype.value_type if pa.types.is_dictionary(dtype) else dtype for dtype in (have, want)]
         return _ipc_castable(*plain)
-    old, new = (str(dtype).partition("<")[0] for dtype in (have, want))
+    old, new = _ipc_name(have), _ipc_name(want)
+    if "extension" in (old, new):
+        return False
     if old not in _IPC_CASTS.get(new, ()):
         return not want.num_fields and _IPC_UNIT.sub("", old) == _IPC_UNIT.sub("", new)
     if have.num_fields != want.num_fields:
@@ -2089,7 +2114,7 @@ def _ipc_objects(array: Any) -> int:
     dtype, rows = array.type, len(array)
     if isinstance(dtype, pa.BaseExtensionType):
         return _ipc_objects(array.storage)
-    name = str(dtype).partition("<")[0]
+    name = _ipc_name(dtype)
     if name.endswith("list_view"):
         return 64 * rows + 300 * _ipc_sum(array.sizes)
     if name in ("dictionary", "run_end_encoded") or name.endswith("_union"):
@@ -2102,12 +2127,12 @@ def _ipc_objects(array: Any) -> int:
 
 def _ipc_is_folded(dtype: pa.DataType) -> bool:
     kinds = "_view", "dictionary", "run_end", "_union"
-    return _ipc_is_hollow(dtype) or any(kind in str(dtype).partition("<")[0] for kind in kinds)
+    return _ipc_is_hollow(dtype) or any(kind in _ipc_name(dtype) for kind in kinds)
 
 
 def _ipc_is_unknown(dtype: pa.DataType) -> bool:
     """Whether pyarrow reads arrays of the type and raises KeyError when one is looked at."""
-    return str(dtype) in ("month_interval", "day_time_interval")
+    return _ipc_name(dtype) in ("month_interval", "day_time_interval")
 
 
 def _ipc_is_hollow(dtype: pa.DataType) -> bool:
@@ -2142,7 +2167,7 @@ def _ipc_unfolded(array: Any) -> int:
     dtype, rows = array.type, len(array)
     if isinstance(dtype, pa.BaseExtensionType):
         return _ipc_unfolded(array.storage)
-    name = str(dtype).partition("<")[0]
+    name = _ipc_name(dtype)
     children = [array.dictionary] if name == "dictionary" else _ipc_children(array)
     if name in ("string_view", "binary_view"):
         return 8 * rows + _ipc_sum(_ipc_lengths(array))
@@ -6096,7 +6121,7 @@ def _wire_check_schema(plan: _WirePlan, got: pa.Schema) -> None:
     undeclared = [name for name in got.names if name not in plan.names]
     if undeclared:
         raise TypeError(
-            f"Request carries parameter(s) this protocol does not declare: {', '.join(undeclared)}. "
+            f"Request carries parameter(s) this protocol does not declare: {', '.join(undeclared)[:500]}. "
             f"{plan.name}() declares: {', '.join(plan.names) or '(none)'}"
         )
     missing = [n for n in plan.names if n not in got.names and n not in plan.info.param_defaults]
@@ -6113,7 +6138,7 @@ def _wire_check_schema(plan: _WirePlan, got: pa.Schema) -> None:
         if w.type != g.type:
             raise TypeError(
                 f"{plan.name}() parameter '{w.name}' expected Arrow type {w.type}"
-                f" but the request batch carried {g.type}"
+                f" but the request batch carried {str(g.type)[:500]}"
             )
         if w.nullable != g.nullable:
             raise TypeError(

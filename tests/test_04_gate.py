@@ -369,6 +369,8 @@ REFUSED = [
     (pa.RunEndEncodedArray.from_arrays(pa.array([3], pa.int32()), pa.array([7])), pa.int64()),
     (pa.array(["1"]).dictionary_encode(), pa.int64()),
     (pa.array([300]), pa.int8()),
+    (pa.array([True]).cast(pa.bool8()), pa.uuid()),
+    (pa.array([b"x" * 16], pa.binary(16)), pa.uuid()),
     (pa.array([-1]), pa.uint8()),
     (pa.array([2**60 + 1]), pa.float64()),
     (pa.array([1001], pa.timestamp("ms")), pa.timestamp("s")),

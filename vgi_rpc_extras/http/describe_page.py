@@ -174,4 +174,4 @@ def _example_time(dtype: pa.DataType) -> str:
         return "12:00:00"
     if of.is_duration(dtype):
         return "PT1S"
-    return "2026-01-31T12:00:00" + ("Z" if dtype.tz else "")
+    return "2026-01-31T12:00:00" + ("Z" if getattr(dtype, "tz", None) else "")
