@@ -1494,11 +1494,18 @@ class _IpcReader:
                 batch = ipc.read_record_batch(pa.py_buffer(message), self.schema)
         except (pa.ArrowException, OSError, ValueError) as exc:
             raise IPCError(f"a record batch is malformed: {exc}") from exc
+        if self._hollow:  # before what looks at each row
+            self._measure(batch)
         validate_batch(batch, self._validation)
-        for at in self._hollow:
-            size = _ipc_unfolded(batch.column(at))
-            _ipc_check_unfolded(size, batch.get_total_buffer_size(), self._source.limits, _IPC_OBJECTS)
         return batch
+
+    def _measure(self, batch: pa.RecordBatch) -> None:
+        validate_batch(batch, IpcValidation.STANDARD)  # buffers are as large as they must be
+        try:
+            size = sum(_ipc_unfolded(batch.column(at)) for at in self._hollow)
+        except (pa.ArrowException, LookupError, ValueError) as exc:
+            raise IPCError(f"a record batch is malformed: {exc}") from exc
+        _ipc_check_unfolded(size, batch.get_total_buffer_size(), self._source.limits, _IPC_OBJECTS)
 
     def _read_learned(self, learned: _IpcHead) -> pa.RecordBatch | None:
         """Read a batch that begins like an earlier one without metadata, if it is all there."""
@@ -1876,7 +1883,7 @@ class _IpcSchema(_NamedTuple):
 
     schema: pa.Schema
     dictionaries: bool  # any column or nested field is one
-    hollow: tuple[int, ...]  # columns of which some rows take no bytes of a message
+    hollow: tuple[int, ...]  # columns of which rows may take no bytes of a message, or all name the same ones
 
 
 _IPC_SCHEMA_BYTES = 8192  # larger schema messages are read each time: with the 128 that are kept, at most 1 MiB
@@ -1897,7 +1904,7 @@ def _ipc_read_schema(message: bytes, max_columns: int, max_nesting: int) -> _Ipc
         schema = ipc.read_schema(pa.py_buffer(message))
         if any([_ipc_holds(dtype, _ipc_is_unknown) for dtype in schema.types]):
             raise IPCError(f"pyarrow has no Python class for a type of the schema {schema}"[:500])
-        hollow = tuple(i for i, dtype in enumerate(schema.types) if _ipc_holds(dtype, _ipc_is_hollow))
+        hollow = tuple(i for i, dtype in enumerate(schema.types) if _ipc_holds(dtype, _ipc_is_loose))
         return _IpcSchema(schema, _ipc_has_dictionaries(schema), hollow)
     except (struct.error, IndexError) as exc:
         raise IPCError("malformed flatbuffer in a schema message") from exc
@@ -2135,6 +2142,10 @@ def _ipc_is_unknown(dtype: pa.DataType) -> bool:
     return _ipc_name(dtype) in ("month_interval", "day_time_interval")
 
 
+def _ipc_is_loose(dtype: pa.DataType) -> bool:
+    return _ipc_is_hollow(dtype) or _ipc_name(dtype).endswith("_view")
+
+
 def _ipc_is_hollow(dtype: pa.DataType) -> bool:
     """Whether rows take no bytes at all."""
     if pa.types.is_fixed_size_binary(dtype):
@@ -2197,7 +2208,7 @@ def _ipc_lengths(array: Any) -> Any:
         return pc.call_function("binary_length", [array])
     views = pa.Array.from_buffers(pa.int32(), 4 * len(array), [None, array.buffers()[1]], offset=4 * array.offset)
     lists = pa.FixedSizeListArray.from_arrays(views, 4)
-    return pc.call_function("list_element", [lists, pa.scalar(0)])  # a view begins with its length
+    return pc.call_function("abs", [pc.call_function("list_element", [lists, pa.scalar(0)])])  # a view begins with it
 
 
 def _ipc_sum(numbers: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
+import time
 from typing import Any
 
 import pyarrow as pa
@@ -436,6 +437,15 @@ def test_honest_casts_count_what_they_make() -> None:
     )  # the texts stay where they are
     rows = pa.array([{"x": n, "y": "z"} for n in range(40_000)], pa.struct([("x", pa.int64()), ("y", pa.large_utf8())]))
     assert fit(rows, pa.struct([("x", pa.int64()), ("y", pa.utf8())])).nbytes < 1 << 20
+
+
+def test_views_that_all_name_the_same_text_are_refused_before_each_is_looked_at() -> None:
+    views = repeated("\u00e4" * 200_000, 20_000)
+    for array in (views, pa.ListArray.from_arrays(pa.array([0, 20_000], pa.int32()), views)):
+        batch = pa.RecordBatch.from_arrays([array], names=["x"])
+        began = time.process_time()
+        refused_and_in_step(written(batch.schema, batch), "unfold into")
+        assert time.process_time() - began < 1.5  # validating them takes 2 s and more
 
 
 def test_a_column_without_values_beside_others_is_read() -> None:
