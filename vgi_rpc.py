@@ -6196,7 +6196,9 @@ def _wire_read_reply(
 
 
 def _wire_read_learned(plan: _WirePlan, source: _IpcSource) -> Sequence[Any] | None:
-    """Read a reply that looks like an earlier one; None: it does not, or has not all arrived."""
+    """Read a reply that looks like an earlier one; None: it does not, is not all here, or each batch is logged."""
+    if _LOG_WIRE_BATCH.isEnabledFor(logging.DEBUG):
+        return None
     if source.pos == len(source.buf):
         source.more(8)
     data, pos = source.buf, source.pos

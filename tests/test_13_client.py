@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import logging
 import threading
 import time
 from typing import Annotated, Protocol
@@ -382,3 +383,12 @@ def test_an_error_of_another_connection_is_no_reason_to_call_again(tmp_path) -> 
         assert runs == [1] and proxy.join("a") == "a-"
     thread.join(10)
     assert not thread.is_alive()
+
+
+def test_every_reply_is_classified_in_the_wire_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "vgi_rpc.wire.batch")
+    with core.serve_pipe(Words, WordsImpl(), timeout=10) as proxy:
+        for _ in range(4):
+            proxy.long("x")
+    said = [record.getMessage() for record in caplog.records if record.name == "vgi_rpc.wire.batch"]
+    assert said.count("Classify batch: rows=1, no metadata -> data") >= 4
