@@ -2018,13 +2018,24 @@ def _ipc_fit(batch: pa.RecordBatch, schema: pa.Schema, limits: IpcLimits) -> pa.
         size += _ipc_cast_size(column, field.type)
     _ipc_check_unfolded(size, batch.get_total_buffer_size(), limits)
     try:
-        pairs = zip(schema.types, batch.columns, strict=True)  # casting to the same type is not always the same
-        columns = [column if column.type.equals(dtype) else column.cast(dtype) for dtype, column in pairs]
+        columns = [_ipc_cast(column, dtype) for dtype, column in zip(schema.types, batch.columns, strict=True)]
         found = pa.RecordBatch.from_arrays(columns, schema=schema)
     except (pa.ArrowException, ValueError) as exc:
         raise TypeError(f"a value does not fit: {exc}") from exc
     validate_batch(found, IpcValidation.FULL)
     return found
+
+
+def _ipc_cast(column: Any, dtype: pa.DataType) -> Any:
+    """Cast in two steps where pyarrow has no kernel for one: views in dictionaries, or to them (polars writes both)."""
+    if column.type.equals(dtype):  # casting to the same type is not always the same
+        return column
+    if pa.types.is_dictionary(column.type):
+        values = _ipc_cast(column.dictionary, dtype.value_type if pa.types.is_dictionary(dtype) else dtype)
+        column = pa.DictionaryArray.from_arrays(column.indices, values)
+    elif pa.types.is_dictionary(dtype):
+        column = _ipc_cast(column, dtype.value_type)
+    return column.cast(dtype)
 
 
 _IPC_NESTED = {  # the text of a nested type holds that of all within it: asked at every level, it costs the square

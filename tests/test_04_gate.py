@@ -337,6 +337,13 @@ ALLOWED = [
     (pa.array(["a"]).dictionary_encode(), pa.utf8(), ["a"]),
     (pa.array([3]).dictionary_encode(), pa.float64(), [3.0]),
     (pa.array(["a"]), pa.dictionary(pa.int16(), pa.utf8()), ["a"]),
+    (pa.array(["a"], pa.string_view()), pa.dictionary(pa.int16(), pa.utf8()), ["a"]),
+    (pa.DictionaryArray.from_arrays([0, None], pa.array(["a"], pa.string_view())), pa.large_utf8(), ["a", None]),
+    (
+        pa.DictionaryArray.from_arrays([0], pa.array(["a"], pa.string_view())),
+        pa.dictionary(pa.int16(), pa.utf8()),
+        ["a"],
+    ),
     (pa.array(["a"]).dictionary_encode(), pa.dictionary(pa.int16(), pa.utf8()), ["a"]),
     (pa.array([[1]], pa.list_(pa.int8())), pa.large_list(pa.int64()), [[1]]),
     (pa.array([[1, 2]], pa.list_(pa.int8(), 2)), pa.list_(pa.int64()), [[1, 2]]),
