@@ -2194,7 +2194,8 @@ def _ipc_unfolded(array: Any) -> int:
     if name in ("string_view", "binary_view"):
         return 8 * rows + _ipc_sum(_ipc_lengths(array))
     if name == "dictionary" and str(dtype.value_type) in _IPC_TEXTS:
-        return 8 * rows + _ipc_sum(_ipc_lengths(array.dictionary).take(array.indices))
+        picked = _ipc_sum(_ipc_lengths(array.dictionary).take(array.indices))
+        return 8 * rows + picked + _ipc_unfolded(array.dictionary)
     if name.endswith("_view"):
         return 8 * rows + _ipc_sum(array.sizes) * _ipc_widest(children[0])
     if name == "dictionary" or name == "run_end_encoded" or name.endswith("_union"):

@@ -448,7 +448,8 @@ def test_honest_casts_count_what_they_make() -> None:
 
 def test_views_that_all_name_the_same_text_are_refused_before_each_is_looked_at() -> None:
     views = repeated("\u00e4" * 200_000, 20_000)
-    for array in (views, pa.ListArray.from_arrays(pa.array([0, 20_000], pa.int32()), views)):
+    unused = pa.DictionaryArray.from_arrays(pa.array([0], pa.int32()), views)
+    for array in (views, pa.ListArray.from_arrays(pa.array([0, 20_000], pa.int32()), views), unused):
         batch = pa.RecordBatch.from_arrays([array], names=["x"])
         began = time.process_time()
         refused_and_in_step(written(batch.schema, batch), "unfold into")
