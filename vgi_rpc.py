@@ -12045,6 +12045,8 @@ def _door_mortal(stopped: list[int], tidy: bool) -> Iterator[None]:
     thread of ours sees the signal. `stopped` is told that SIGTERM came. Without `tidy`, SIGTERM is left to the kernel
     wherever that can: a call that is cut off is no answer.
     """
+    import fcntl
+
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -12056,7 +12058,10 @@ def _door_mortal(stopped: list[int], tidy: bool) -> Iterator[None]:
     ours = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and (tidy or os.getpid() == 1)
     if ours:
         signal.signal(signal.SIGTERM, stop)
-    ear, mouth = os.pipe()
+    ends = os.pipe()
+    ear, mouth = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 3) for end in ends]  # a stdout that is closed stays so
+    for end in ends:
+        os.close(end)
     os.set_blocking(mouth, False)
     before = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
     mortal = (stop, signal.default_int_handler)
