@@ -538,3 +538,10 @@ def test_records_of_one_name_stay_apart() -> None:
     assert schemas.record(one) == schemas.record(one) == {"$ref": "#/components/schemas/Twin"}
     assert schemas.record(two) == {"$ref": "#/components/schemas/Twin2"}
     assert list(schemas.components["Twin2"]["properties"]) == ["b"]
+
+
+@pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded", "application/json; x=y"])
+def test_only_json_is_a_call(client: Any, kind: str) -> None:
+    """A form or a page of another site can send the others without being asked first."""
+    answer = client.post("/__call__/Weather/sum", content=b"{}", headers={"Content-Type": kind})
+    assert answer.status_code == 415
