@@ -2085,7 +2085,7 @@ def _ipc_cast_size(array: Any, want: pa.DataType) -> int:
     rows = len(array)
     if pa.types.is_dictionary(want):  # the codes change, or are made
         values = array.dictionary if pa.types.is_dictionary(array.type) else array
-        return rows * _ipc_row_bytes(want.index_type) + int(values.nbytes)
+        return rows * _ipc_row_bytes(want.index_type) + _ipc_unfolded(values)
     if pa.types.is_dictionary(array.type):
         return _ipc_unfolded(array)
     children = _ipc_children(array)
