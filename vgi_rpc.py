@@ -10561,6 +10561,9 @@ class _ClientPipeline:
 
     def drain(self) -> None:
         """Read the replies that nobody wants, so that the connection can be used again."""
+        channel = self._link.channel
+        if channel._owned() and (self.waiting or channel.stream is self._token):  # struck before `fail` could say so
+            channel.fail(KeyboardInterrupt())
         while self.waiting and self._link.channel.broken is None:
             self.turn([])
 
