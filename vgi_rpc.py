@@ -1732,8 +1732,7 @@ def _ipc_dictionary(message: _IpcPiece) -> tuple[int, bool]:
     """Return (id, whether it is a delta) of a dictionary message."""
     meta = bytes(memoryview(message)[: 8 + _IPC_I32(message, 4)[0]])
     try:
-        at = _ipc_slot(meta, 8 + _IPC_U32(meta, 8)[0], 2)
-        header = at + _IPC_U32(meta, at)[0]
+        header = _ipc_ref(meta, 8 + _IPC_U32(meta, 8)[0], 2)
         number, delta = _ipc_slot(meta, header, 0), _ipc_slot(meta, header, 2)
         return (_IPC_I64(meta, number)[0] if number else 0), bool(delta and meta[delta])
     except (struct.error, IndexError) as exc:
@@ -1803,9 +1802,9 @@ def _ipc_parse(meta: bytes, limits: IpcLimits) -> _IpcAbout:
         limit = limits.max_message_bytes
         if limit is not None and body > limit:
             raise pa.ArrowInvalid(f"a message claims a body of {body} bytes; the limit is max_message_bytes={limit}")
-        at = _ipc_slot(meta, table, 4)
+        at = _ipc_ref(meta, table, 4)
         try:
-            metadata = _ipc_custom_metadata(meta, at + _IPC_U32(meta, at)[0], limits) if at else None
+            metadata = _ipc_custom_metadata(meta, at, limits) if at else None
             if kind != _IPC_SCHEMA:
                 _ipc_check_buffers(meta, table, kind, body)
         except IPCError as exc:
@@ -1817,17 +1816,14 @@ def _ipc_parse(meta: bytes, limits: IpcLimits) -> _IpcAbout:
 
 def _ipc_check_buffers(meta: bytes, table: int, kind: int, body: int) -> None:
     """Refuse a batch or dictionary whose buffers are compressed, or have more bytes than its body."""
-    at = _ipc_slot(meta, table, 2)
-    header = at + _IPC_U32(meta, at)[0] if at else 0
+    header = _ipc_ref(meta, table, 2)
     if header and kind == _IPC_DICTIONARY:
-        at = _ipc_slot(meta, header, 1)
-        header = at + _IPC_U32(meta, at)[0] if at else 0
+        header = _ipc_ref(meta, header, 1)
     if not header:
         raise IPCError("a message without its header")
     if _ipc_slot(meta, header, 3):
         raise IPCError("compressed Arrow buffers are not read; write without IpcWriteOptions(compression=...)")
-    if at := _ipc_slot(meta, header, 2):
-        at += _IPC_U32(meta, at)[0]
+    if at := _ipc_ref(meta, header, 2):
         sizes = struct.unpack_from(f"<{2 * _IPC_U32(meta, at)[0]}q", meta, at + 4)[1::2]
         if sum(sizes) > body or min(sizes, default=0) < 0:
             raise IPCError(f"buffers of {sum(sizes)} bytes in a body of {body}: they overlap, or leave it")
@@ -1843,6 +1839,12 @@ def _ipc_slot(meta: bytes, table: int, slot: int) -> int:
         return 0
     offset: int = _IPC_U16(meta, vtable + entry)[0]
     return table + offset if offset else 0
+
+
+def _ipc_ref(meta: bytes, table: int, slot: int) -> int:
+    """Position of the table, vector or string that a slot refers to, 0 when it is absent."""
+    at = _ipc_slot(meta, table, slot)
+    return at + int(_IPC_U32(meta, at)[0]) if at else 0
 
 
 def _ipc_custom_metadata(meta: bytes, vector: int, limits: IpcLimits) -> _IpcMetadata:
@@ -1868,10 +1870,9 @@ def _ipc_custom_metadata(meta: bytes, vector: int, limits: IpcLimits) -> _IpcMet
 
 
 def _ipc_string(meta: bytes, table: int, slot: int) -> bytes:
-    at = _ipc_slot(meta, table, slot)
+    at = _ipc_ref(meta, table, slot)
     if not at:
         return b""
-    at += _IPC_U32(meta, at)[0]
     end = at + 4 + _IPC_U32(meta, at)[0]
     if end > len(meta):
         raise pa.ArrowInvalid("malformed flatbuffer in an IPC message")
@@ -1918,18 +1919,16 @@ def _ipc_measure_schema(meta: bytes, max_columns: int, max_nesting: int) -> None
     Schema: slots 0 endianness, 1 fields. Field: 0 name, 2 and 3 type, 5 children, 6 metadata. Type: 1 the time zone
     of a timestamp (10), the codes of a union (14).
     """
-    header = _ipc_slot(meta, _IPC_U32(meta, 0)[0], 2)
+    header = _ipc_ref(meta, _IPC_U32(meta, 0)[0], 2)
     if not header:
         raise IPCError("a schema message without a schema")
-    header += _IPC_U32(meta, header)[0]
     if (endianness := _ipc_slot(meta, header, 0)) and _IPC_U16(meta, endianness)[0]:
         raise IPCError("big-endian Arrow data is not read")
-    fields = _ipc_slot(meta, header, 1)
+    fields = _ipc_ref(meta, header, 1)
     todo = [(fields, 1)] if fields else []
     total = texts = 0
     while todo:
-        at, depth = todo.pop()
-        vector = at + _IPC_U32(meta, at)[0]
+        vector, depth = todo.pop()
         count = _IPC_U32(meta, vector)[0]
         total += count
         if count > max_columns or total > 16 * max_columns:
@@ -1942,7 +1941,7 @@ def _ipc_measure_schema(meta: bytes, max_columns: int, max_nesting: int) -> None
         for entry in range(vector + 4, vector + 4 + 4 * count, 4):
             field = entry + _IPC_U32(meta, entry)[0]
             texts += _ipc_field_texts(meta, field)
-            if children := _ipc_slot(meta, field, 5):
+            if children := _ipc_ref(meta, field, 5):
                 todo.append((children, depth + 1))
         if total * _IPC_FIELD_BYTES + texts > len(meta) + _IPC_LARGE:
             raise IPCError(f"a schema message of {len(meta)} bytes unfolds into more: its fields share parts")
@@ -1952,10 +1951,9 @@ def _ipc_field_texts(meta: bytes, field: int) -> int:
     """Bytes of a field's texts: its name, its metadata, and what its type has."""
     size = len(_ipc_string(meta, field, 0))
     at = _ipc_slot(meta, field, 2)
-    if at and meta[at] in (10, 14) and (at := _ipc_slot(meta, field, 3)):
-        size += len(_ipc_string(meta, at + _IPC_U32(meta, at)[0], 1))
-    if at := _ipc_slot(meta, field, 6):
-        vector = at + _IPC_U32(meta, at)[0]
+    if at and meta[at] in (10, 14) and (table := _ipc_ref(meta, field, 3)):
+        size += len(_ipc_string(meta, table, 1))
+    if vector := _ipc_ref(meta, field, 6):
         for entry in range(vector + 4, vector + 4 + 4 * min(_IPC_U32(meta, vector)[0], len(meta)), 4):
             table = entry + _IPC_U32(meta, entry)[0]
             size += 32 + len(_ipc_string(meta, table, 0)) + len(_ipc_string(meta, table, 1))
@@ -1995,9 +1993,8 @@ _IPC_CASTS: dict[str, frozenset[str]] = {
     "struct": frozenset(("struct",)),
     "map": frozenset(("map",)),
 }
-_IPC_UNIT = re.compile(
-    r"(?<=^time)\d\d\[\w+|\[(s|ms|us|ns)\b|(?<=^decimal128)\(\d+"
-)  # what a cast may change in a name
+# What a cast may change in a name.
+_IPC_UNIT = re.compile(r"(?<=^time)\d\d\[\w+|\[(s|ms|us|ns)\b|(?<=^decimal128)\(\d+")
 _IPC_TEXTS = frozenset(("string", "large_string", "string_view", "binary", "large_binary", "binary_view"))
 
 
@@ -2114,9 +2111,8 @@ def _ipc_unfold(array: pa.Array[Any], limits: IpcLimits) -> pa.Array[Any]:
     return array
 
 
-_IPC_OBJECTS = (
-    24  # how much larger Python values may be than the data: a list of small records takes 23 times its bytes
-)
+# How much larger Python values may be than the data: a list of small records takes 23 times its bytes.
+_IPC_OBJECTS = 24
 
 
 def _ipc_check_unfolded(size: int, arrived: int, limits: IpcLimits, factor: int = 1) -> None:
@@ -2287,8 +2283,9 @@ def _ipc_per_schema(make: Callable[[pa.Schema], _T]) -> Callable[[pa.Schema], _T
             return found[1]
         if len(known) >= 256:
             known.clear()
-        known[id(schema)] = schema, make(schema)  # the schema stays alive, so its id is not reused
-        return known[id(schema)][1]
+        made = make(schema)
+        known[id(schema)] = schema, made  # the schema stays alive, so its id is not reused
+        return made
 
     return cached
 
@@ -2307,7 +2304,7 @@ def _ipc_empty_array(dtype: pa.DataType) -> pa.Array[Any]:
     """Build an array without values. pa.nulls() is wrong for run ends inside others, and aborts for some unions."""
     if isinstance(dtype, pa.BaseExtensionType):
         return pa.ExtensionArray.from_storage(dtype, _ipc_empty_array(dtype.storage_type))
-    if not _ipc_is_odd(dtype):
+    if not _ipc_holds(dtype, _ipc_is_odd):
         return pa.nulls(0, dtype)
     if isinstance(dtype, pa.DictionaryType):
         index, values = _ipc_empty_array(dtype.index_type), _ipc_empty_array(dtype.value_type)
@@ -2317,11 +2314,9 @@ def _ipc_empty_array(dtype: pa.DataType) -> pa.Array[Any]:
 
 
 def _ipc_is_odd(dtype: pa.DataType) -> bool:
-    if isinstance(dtype, pa.BaseExtensionType) or pa.types.is_union(dtype) or pa.types.is_run_end_encoded(dtype):
-        return True
-    if isinstance(dtype, pa.DictionaryType):
-        return _ipc_is_odd(dtype.value_type)
-    return any([_ipc_is_odd(dtype.field(i).type) for i in range(dtype.num_fields)])
+    return bool(
+        isinstance(dtype, pa.BaseExtensionType) or pa.types.is_union(dtype) or pa.types.is_run_end_encoded(dtype)
+    )
 
 
 def _ipc_without_rows(batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -2437,20 +2432,16 @@ def _ipc_shape(message: bytes) -> _IpcShape:
     head = 8 + _IPC_I32(message, 4)[0]
     meta = message[:head]
     table = 8 + _IPC_U32(meta, 8)[0]
-    at = _ipc_slot(meta, table, 2)
-    header = at + _IPC_U32(meta, at)[0]
+    header = _ipc_ref(meta, table, 2)
     if meta[_ipc_slot(meta, table, 1)] == _IPC_DICTIONARY:
         if _ipc_slot(meta, header, 2):
             raise _IpcUnfamiliar("a delta")
-        at = _ipc_slot(meta, header, 1)
-        header = at + _IPC_U32(meta, at)[0]
-    rows, nodes, buffers = (_ipc_slot(meta, header, slot) for slot in (0, 1, 2))
+        header = _ipc_ref(meta, header, 1)
+    rows, nodes, buffers = _ipc_slot(meta, header, 0), _ipc_ref(meta, header, 1), _ipc_ref(meta, header, 2)
     body_size = _ipc_slot(meta, table, 3)
     compressed, variadic = (_ipc_slot(meta, header, slot) for slot in (3, 4))
     if not (nodes and buffers) or compressed or variadic:
         raise _IpcUnfamiliar("no plain rows")
-    nodes += _IPC_U32(meta, nodes)[0]
-    buffers += _IPC_U32(meta, buffers)[0]
     if _IPC_U32(meta, nodes)[0] and not (rows and body_size):
         raise _IpcUnfamiliar("no rows")
     return _IpcShape(
@@ -8591,7 +8582,9 @@ class _ServerConnection:
         """Find the segment that a request names, and the request itself if it is in there (wire.md section 11.3)."""
         self.shm = None
         named = metadata.get(SHM_SEGMENT_NAME_KEY)
-        if (named is None and SHM_OFFSET_KEY not in metadata) or not self._shares():
+        if named is None and SHM_OFFSET_KEY not in metadata:
+            return batch, metadata
+        if self._segment is None and not self._shares():  # asked once: who peers are does not change
             return batch, metadata
         self._enter_shared(self.channel.shm or self._attached(named))
         found, about = _elsewhere_local(self.shm, batch, metadata, self.server.ipc_validation, self.server.limits)
